@@ -1,0 +1,222 @@
+"""Training views of a batch of recordings: time windows, lead subsets, gain, real noise, and masks for iBOT.
+
+Randomness and tensor work are kept apart. The draw_* functions pick all random numbers on the host with NumPy, for the whole batch,
+from a generator that the step seeds; a rank then takes its rows. What is left is plain arithmetic on tensors, the same on any device.
+
+Noise is real: baseline wander, electrode motion and muscle artefact of the MIT-BIH Noise Stress Test Database. It is drawn per
+electrode and led through the definitions of the leads, so the noise of any lead subset obeys Einthoven's law, as an electrode's
+noise does in a patient. The signal-to-noise ratio is defined in add_noise.
+
+Shapes: B recordings, V views of one list, S slots (leads of the batch), L leads of a view, W samples of the batch, T samples of a
+view, E electrodes, N patches of a lead.
+"""
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.signal import butter, sosfiltfilt
+
+from prepare import FS, LEADS, MISSING, SPLITS, lead_id
+
+NOISE_TYPES = ("bw", "em", "ma")     # baseline wander, electrode motion, muscle artefact: the records of the noise corpus
+NOISE_TYPE_SHARE = 0.7               # chance of each type in a noisy view
+NOISY_SHARE = 0.5                    # of the student's views; the others stay clean
+SNR_DB = (-5.0, 20.0)                # uniform; mean-square definition, see add_noise
+MUSCLE_HIGHPASS_HZ = 1.0             # below that `ma` is mostly wander, and its power would say nothing about muscle
+GAIN = (0.8, 1.25)                   # log-uniform, one for all leads of a view: voltage is diagnostic, ratios of leads more so
+UNKNOWN_SHARE = 0.1                  # of the leads of a view, whose name is hidden behind "unknown"
+MASKED_CROPS = 0.5                   # of the global views get a mask
+MASK_RATIO = (0.1, 0.5)              # of a masked view's patches, on an even grid, so that the total is fixed
+MASK_KINDS = dict(time=0.6, lead=0.2, mixed=0.2)
+MASK_SPAN_PATCHES = (2, 5)           # length of masked spans in time
+
+ELECTRODES = ("RA", "LA", "LL") + tuple(name for name in LEADS if name[0] in "VXYZ") + ("other",)
+
+
+def lead_electrode_matrix():
+    """(len(LEADS), E): weight of each electrode in each lead.
+
+    Limb leads by Einthoven and Goldberger, chest leads against Wilson's central terminal. The orthogonal leads X, Y, Z and unknown
+    leads get an electrode of their own against that terminal: their wiring is not known, and noise needs no more.
+    """
+    matrix = torch.zeros(len(LEADS), len(ELECTRODES))
+    limb = {"I": (-1, 1, 0), "II": (-1, 0, 1), "III": (0, -1, 1),
+            "aVR": (1, -0.5, -0.5), "aVL": (-0.5, 1, -0.5), "aVF": (-0.5, -0.5, 1)}
+    for i, name in enumerate(LEADS):
+        if name in limb:
+            matrix[i, :3] = torch.tensor(limb[name], dtype=torch.float32)
+        else:
+            matrix[i, :3] = -1 / 3
+            matrix[i, ELECTRODES.index(name if name in ELECTRODES else "other")] = 1.0
+    return matrix
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# windows and leads
+
+class ViewSpec(NamedTuple):
+    """A list of equally shaped views of each recording."""
+    views: int                   # per recording
+    leads: int                   # of each view
+    patches: int                 # of each lead
+    independent: bool            # take the first slots, where the loader puts leads from which all others follow; else random leads
+
+
+def choose_leads(order, available, leads):
+    """Slots (V, B, L) of `leads` random ones among each recording's first available[b] slots; order (V, B, S) is uniform noise."""
+    absent = np.arange(order.shape[2])[None, :] >= available[:, None]                             # (B, S)
+    slots = np.where(absent, 2.0, order).argsort(axis=2)[:, :, :leads]
+    return np.sort(slots, axis=2)
+
+
+def draw_views(rng, spec, recordings, slots, window, noise_length, patch_samples):
+    """All random numbers of one view list for a whole batch, a dict of arrays (V, B, ...); see the constants above."""
+    V, L, T = spec.views, spec.leads, spec.patches * patch_samples
+    shape, types = (V, recordings), len(NOISE_TYPES)
+    noisy = rng.random(shape) < NOISY_SHARE
+    snr_db = np.where(noisy, rng.uniform(*SNR_DB, shape), np.inf)
+    present = rng.random(shape + (types,)) < NOISE_TYPE_SHARE
+    present[~present.any(-1)] = True
+    amplitude = rng.uniform(0.3, 1.0, shape + (types,)) * present
+    electrodes = shape + (len(ELECTRODES), types)
+    return dict(
+        order=rng.random(shape + (slots,)),
+        start=rng.integers(0, window - T + 1, shape),
+        gain=np.exp(rng.uniform(*np.log(GAIN), shape)).astype(np.float32),
+        hidden=rng.random(shape + (L,)) < UNKNOWN_SHARE,
+        snr_db=snr_db.astype(np.float32),
+        amplitude=amplitude.astype(np.float32),
+        sign=rng.choice(np.float32([-1, 1]), electrodes),
+        channel=rng.integers(0, 2, electrodes),
+        offset=rng.integers(0, noise_length - T + 1, electrodes),
+    )
+
+
+def take_rows(draws, rows, spec, available):
+    """This rank's part of the draws, as tensors: recordings `rows`, whose first available[b] slots hold a lead.
+
+    Which leads a view takes is settled here: all there is to know (the first slots, see ViewSpec), or random ones.
+    """
+    draws = {name: values[:, rows] for name, values in draws.items()}
+    order = draws.pop("order")
+    if spec.independent:
+        draws["slots"] = np.broadcast_to(np.arange(spec.leads), order.shape[:2] + (spec.leads,))
+    else:
+        draws["slots"] = choose_leads(order, available, spec.leads)
+    return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in draws.items()}
+
+
+def make_views(batch_uv, slot_leads, draws, spec, patch_samples, noise=None):
+    """Cut one view list out of a batch.
+
+    batch_uv (B, S, W) int16 uV, slot_leads (B, S) lead ids, draws of take_rows, noise of load_noise or None.
+    Returns noisy signal and clean signal, each (V*B, L, T) mV, and leads (V*B, L), view-major (row = view * B + recording).
+    """
+    device = batch_uv.device
+    draws = {name: values.to(device, non_blocking=True) for name, values in draws.items()}
+    row = torch.arange(len(batch_uv), device=device)[None, :, None]
+    time = draws["start"][..., None, None] + torch.arange(spec.patches * patch_samples, device=device)  # (V, B, 1, T)
+    clean = batch_uv[row[..., None], draws["slots"][..., None], time].float() * 1e-3              # (V, B, L, T) mV
+    clean = (clean * draws["gain"][..., None, None]).flatten(0, 1)
+    leads = slot_leads[row, draws["slots"]].flatten(0, 1)
+    noisy = clean
+    if noise is not None:
+        noisy = add_noise(clean, leads, noise, **{k: draws[k].flatten(0, 1) for k in ("snr_db", "amplitude", "sign", "channel", "offset")})
+    return noisy, clean, leads.masked_fill(draws["hidden"].flatten(0, 1), 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# noise
+
+def load_noise(corpus, split="train"):
+    """Noise of one split of a prepared noise corpus: (types, 2 channels, samples) float32, each channel of unit deviation.
+
+    `ma` is high-passed once here (MUSCLE_HIGHPASS_HZ). Raises ValueError if a type is missing.
+    """
+    rows = {}
+    for i, entry in enumerate(corpus.index):
+        if SPLITS[entry["split"]] == split:
+            rows[entry["record"].decode()] = i
+    absent = [t for t in NOISE_TYPES if t not in rows]
+    if absent:
+        raise ValueError(f"{corpus.dir} has no {', '.join(absent)} noise in split {split!r}; expected the records {', '.join(NOISE_TYPES)}: "
+                         "prepare them with python prepare.py nstdb --raw DIR --out DIR")
+    length = min(int(corpus.index[rows[t]]["length"]) for t in NOISE_TYPES)
+    channels = []
+    for t in NOISE_TYPES:
+        raw = corpus.read(rows[t])[:2, :length]
+        x = np.where(raw == MISSING, 0, raw).astype(np.float64)
+        x -= x.mean(axis=1, keepdims=True)
+        if t == "ma":
+            x = sosfiltfilt(butter(2, MUSCLE_HIGHPASS_HZ, "highpass", fs=FS, output="sos"), x, axis=1)
+        channels.append(x / x.std(axis=1, keepdims=True))
+    return torch.from_numpy(np.stack(channels).astype(np.float32))
+
+
+def electrode_noise(noise, amplitude, sign, channel, offset, length):
+    """Sum over types of random noise windows at each electrode: (B, E, T). The draws are (B, types) and (B, E, types)."""
+    steps = torch.arange(length, device=noise.device)
+    total = 0.0
+    for t in range(len(NOISE_TYPES)):
+        window = noise[t][channel[..., t, None], offset[..., t, None] + steps]                    # (B, E, T)
+        total = total + window * (sign[..., t] * amplitude[:, None, t])[..., None]
+    return total
+
+
+def add_noise(signal, leads, noise, snr_db, amplitude, sign, channel, offset):
+    """signal (B, L, T) mV with noise at snr_db (B,) decibels; +inf leaves a recording as it is.
+
+    Definition: per lead, 10 log10(mean square of the signal / mean square of the noise), each after its own mean over the window is
+    taken off; snr_db is the median of that over the leads of the recording (mean of the middle two if even). One factor
+    scales the noise of all leads, so that it keeps obeying the lead definitions. A lead whose signal is flat is not counted.
+    This is the definition of most papers on deep learning, not that of the `nst` program, whose 0 dB is about -10 dB here.
+    """
+    matrix = lead_electrode_matrix().to(signal)
+    at_electrodes = electrode_noise(noise, amplitude, sign, channel, offset, signal.shape[-1])
+    lead_noise = matrix[leads] @ at_electrodes                                                    # (B, L, T)
+    lead_noise = lead_noise - lead_noise.mean(dim=-1, keepdim=True)
+    power = signal.var(dim=-1, correction=0)                                                      # (B, L) mV^2
+    ratio_db = 10 * torch.log10(power / lead_noise.var(dim=-1, correction=0).clamp(min=1e-12))
+    flat = power < 1e-10
+    ratio_db = torch.where(flat, torch.nan, ratio_db).nanquantile(0.5, dim=-1)                    # (B,)
+    factor = 10 ** ((ratio_db - snr_db) / 20)
+    # Nothing to relate the noise to when all leads are flat; and 10^(-inf) is the clean case.
+    factor = torch.where(factor.isfinite(), factor, 0.0)
+    return signal + factor[:, None, None] * lead_noise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# masks
+
+def mask_counts(crops, tokens):
+    """Masked patches of each crop: half of the crops none, the others on an even grid of ratios; the sum never changes."""
+    masked = int(crops * MASKED_CROPS)
+    ratios = np.linspace(*MASK_RATIO, masked + 1)[1:] if masked > 1 else np.full(masked, np.mean(MASK_RATIO))
+    counts = np.maximum(1, np.floor(tokens * ratios)).astype(np.int64)
+    return np.concatenate([np.zeros(crops - masked, np.int64), counts])
+
+
+def draw_masks(rng, crops, leads, patches):
+    """Masks (crops, L, N) bool with exactly mask_counts() patches each, over shuffled crops, always the same total.
+
+    time: spans of time over all leads at once, else a masked limb lead could be computed from the others; lead: whole leads;
+    mixed: some of both. Each kind ranks the patches, and the first `count` are masked, so the last span or lead may be cut.
+    """
+    counts = rng.permutation(mask_counts(crops, leads * patches))
+    kind = rng.choice(len(MASK_KINDS), crops, p=list(MASK_KINDS.values()))[:, None, None]
+    if leads == 1:
+        kind = np.zeros_like(kind)                                                                # one lead: only spans of time are left
+    span = rng.integers(MASK_SPAN_PATCHES[0], MASK_SPAN_PATCHES[1] + 1, (crops, 1))
+    block = (np.arange(patches) + rng.integers(0, span)) // span                                  # (crops, N) span that a patch is in
+    time_rank = np.take_along_axis(rng.random((crops, patches // MASK_SPAN_PATCHES[0] + 2)), block, axis=1)[:, None, :]
+    lead_rank = rng.random((crops, leads, 1))
+    within_time = rng.random((crops, leads, 1)) * 1e-6 + np.arange(patches) * 1e-9                # which part of a cut span goes first
+    rank_time = time_rank + within_time
+    rank_lead = lead_rank + time_rank * 1e-6 + within_time * 1e-3
+    # Mixed: one random lead in four goes first, then spans of time.
+    rank_mixed = np.where(lead_rank <= np.quantile(lead_rank, 0.25, axis=1, keepdims=True), rank_lead - 2.0, rank_time)
+    rank = np.choose(np.broadcast_to(kind, (crops, leads, patches)), (np.broadcast_to(rank_time, (crops, leads, patches)), rank_lead, rank_mixed))
+    position = rank.reshape(crops, -1).argsort(axis=1).argsort(axis=1)
+    return (position < counts[:, None]).reshape(crops, leads, patches)
+
+

@@ -1,0 +1,185 @@
+"""The DINOv3 objective: heads, Sinkhorn-Knopp targets, losses and the EMA teacher. Written from the papers.
+
+A student sees every view, a teacher only the global ones; the teacher is the student's moving average and gets no gradient.
+    DINO      the CLS tokens of two views of a recording should fall on the same prototypes (Caron et al. 2021)
+    iBOT      a masked patch should fall on the prototypes of the patch that the teacher saw there (Zhou et al. 2022)
+    Sinkhorn  the teacher's assignments use every prototype equally, so that not all recordings share one (SwAV 2020, DINOv2)
+    KoLeo     CLS features of different recordings keep a distance (Sablayrolles et al. 2019)
+    Gram      similarities between patches stay those of an earlier teacher (Simeoni et al. 2025)
+
+Everything here is computed in fp32 and stays finite for any finite logits. Where a process group exists, Sinkhorn sums and KoLeo
+neighbours are over all ranks, and a loss is this rank's share: the mean of the ranks' values is the loss of the whole batch,
+provided that every rank holds equally many rows (sinkhorn_knopp and ibot_loss do not need that).
+
+Shapes: S student views, T teacher views, B recordings, K prototypes, M masked patches, R rows, N patches, D width.
+"""
+import copy
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.nn.functional import all_gather
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+STUDENT_TEMPERATURE = 0.1
+PROTOTYPE_NORM = 1.0             # of a prototype at the start, not held later. DINOv3's 0.02 per weight gives 0.3 at its width: targets almost
+                                 # uniform at first, and thousands of steps to leave them, which a short run does not have
+KOLEO_EPS = 1e-8
+LOWEST = -1e30                   # a logit this far below the best one counts for nothing; keeps -inf out of sums and products
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# heads and teacher
+
+class DINOHead(nn.Module):
+    """Three-layer MLP to a bottleneck on the unit sphere, then bias-free prototypes, without weight norm (DINOv3).
+
+    x (..., in_dim) -> logits (..., num_prototypes)
+    """
+
+    def __init__(self, in_dim, hidden_dim, bottleneck_dim, num_prototypes):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+                                 nn.Linear(hidden_dim, bottleneck_dim))
+        self.prototypes = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
+        self.init_weights(0)
+
+    def init_weights(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.04, b=0.04, generator=generator)
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.prototypes.weight, std=PROTOTYPE_NORM * self.prototypes.in_features ** -0.5, generator=generator)
+
+    def forward(self, x):
+        x = self.mlp(x)
+        return self.prototypes(F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
+
+
+def build_networks(encoder, hidden_dim, bottleneck_dim, cls_prototypes, patch_prototypes):
+    """Student and teacher, each a ModuleDict of encoder, dino_head and ibot_head; the teacher is a frozen copy."""
+    student = nn.ModuleDict(dict(encoder=encoder,
+                                 dino_head=DINOHead(encoder.width, hidden_dim, bottleneck_dim, cls_prototypes),
+                                 ibot_head=DINOHead(encoder.width, hidden_dim, bottleneck_dim, patch_prototypes)))
+    for i, head in enumerate(("dino_head", "ibot_head")):
+        student[head].init_weights(encoder.config["init_seed"] + 1 + i)
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    return student, teacher
+
+
+@torch.no_grad()
+def update_teacher(teacher, student, momentum):
+    """teacher <- momentum * teacher + (1 - momentum) * student, on whatever shards this rank holds."""
+    get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# collectives that are nothing on one process
+
+def distributed():
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def reduce_(tensor, op=None):
+    """All-reduce in place (sum unless `op` says otherwise)."""
+    if distributed():
+        dist.all_reduce(tensor, op=op or dist.ReduceOp.SUM)
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# targets
+
+@torch.no_grad()
+def sinkhorn_knopp(logits, temperature, iterations=3):
+    """Teacher probabilities (R, K): rows sum to 1, and prototypes share all rows of all ranks about equally.
+
+    Starts from exp(logits / temperature); each iteration scales every prototype (column) to 1/K of the mass and then every row
+    to its share. Done on logarithms: the same numbers as the plain form where that does not overflow, and no overflow anywhere.
+    Ranks may hold different numbers of rows R. `temperature` may be a float or a tensor.
+    """
+    logits = logits.float()
+    R, K = logits.shape
+    rows = reduce_(torch.tensor(float(R), device=logits.device))
+    # A constant per prototype drops out in the first column step, so the maxima may go before the division: nothing exceeds 0.
+    top = logits.amax(dim=0) if R else logits.new_full((K,), torch.finfo(torch.float32).min)
+    log_q = (logits - reduce_(top, dist.ReduceOp.MAX)).clamp(min=LOWEST) / temperature
+    for _ in range(iterations):
+        log_q = log_q - log_column_sums(log_q) - math.log(K)
+        log_q = log_q - log_q.logsumexp(dim=1, keepdim=True) - rows.log()
+    return (log_q + rows.log()).exp()
+
+
+def log_column_sums(log_q):
+    """log of the column sums of exp(log_q) (R, K) over the rows of all ranks: (K,)."""
+    if log_q.shape[0] == 0:
+        local = log_q.new_full((log_q.shape[1],), torch.finfo(torch.float32).min)
+    else:
+        local = log_q.logsumexp(dim=0)
+    if not distributed():
+        return local
+    top = reduce_(local.clone(), dist.ReduceOp.MAX)
+    return reduce_((local - top).exp()).log() + top
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses
+
+def student_log_probs(logits):
+    """log softmax(logits / STUDENT_TEMPERATURE) over the last axis, in fp32, finite for any finite logits."""
+    logits = logits.float()
+    shifted = (logits - logits.amax(dim=-1, keepdim=True).detach()).clamp(min=LOWEST)
+    return F.log_softmax(shifted / STUDENT_TEMPERATURE, dim=-1)
+
+
+def dino_loss(student_logits, teacher_probs, ignore_diagonal=False):
+    """Mean cross-entropy between views: student_logits (S, B, K), teacher_probs (T, B, K) -> scalar.
+
+    for s, t, b: - sum_k teacher[t, b, k] * log_softmax(student[s, b] / 0.1)[k], averaged over all triples, with
+    ignore_diagonal over those with s != t (a global view is not compared with itself).
+    """
+    S, B, _ = student_logits.shape
+    T = teacher_probs.shape[0]
+    pairs = torch.einsum("sbk,tbk->st", student_log_probs(student_logits), teacher_probs.float())  # (S, T)
+    count = S * T
+    if ignore_diagonal:
+        pairs = pairs.clone().fill_diagonal_(0.0)
+        count -= min(S, T)
+    return -pairs.sum() / (B * count)
+
+
+def ibot_loss(student_logits, teacher_probs, weights, num_crops):
+    """Cross-entropy of masked patches: logits and probs (M, K), weights (M,) = 1 / masked patches of that crop -> scalar.
+
+    sum_m weights[m] * CE_m / num_crops, with num_crops all global crops, masked or not, of this rank.
+    """
+    cross_entropy = -(teacher_probs.float() * student_log_probs(student_logits)).sum(dim=-1)
+    return (cross_entropy * weights.float()).sum() / num_crops
+
+
+def koleo_loss(x):
+    """- mean_i log(distance of x_i to its nearest other row) on the unit sphere; x (B, D), neighbours from all ranks.
+
+    Distances carry 1e-8 per component and 1e-8 under the logarithm. Fewer than two rows in all: 0, there is no neighbour.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x.float(), dim=-1, eps=KOLEO_EPS)
+        everyone = torch.cat(all_gather(x)) if distributed() else x
+        if len(everyone) < 2:
+            return x.sum() * 0.0
+        first = dist.get_rank() * len(x) if distributed() else 0
+        rows = torch.arange(len(x), device=x.device)
+        with torch.no_grad():
+            similarity = x @ everyone.T
+            similarity[rows, first + rows] = -2.0                                   # below any cosine: not its own neighbour
+            nearest = similarity.argmax(dim=1)
+        distance = F.pairwise_distance(x, everyone[nearest], eps=KOLEO_EPS)
+        return -(distance + KOLEO_EPS).log().mean()
+
+
+def gram_loss(student, teacher):
+    """Mean squared difference of the patches' cosine matrices: student and teacher (B, N, D) -> scalar."""
+    student, teacher = (F.normalize(x.float(), dim=-1) for x in (student, teacher))
+    return F.mse_loss(student @ student.transpose(1, 2), teacher @ teacher.transpose(1, 2))

@@ -1,0 +1,290 @@
+"""The ECG encoder: a Vision Transformer over (lead, time) patches, for any number of leads and any duration.
+
+Every lead is cut into patches of PATCH_S seconds, and one linear layer, shared by all leads, turns a patch into a token.
+A lead is known by its name: a learned vector per named lead is added to its tokens. A lead that is absent has no token.
+Time enters as rotary position in seconds, so nothing is padded, resized or interpolated.
+
+    encoder = load_encoder("runs/real/encoder.pt")                  # or "random:tiny" for an untrained one
+    out = encoder.embed(signal, fs=360, leads=["MLII", "V1"])       # any recording as it is: out.global_feature (D,),
+                                                                    # out.local_features (L, N, D), out.times_s (N,)
+    cls, registers, patches = encoder(signal_mv, lead_ids)          # batched, at 250 Hz
+
+Shapes: B batch, L leads, T samples, P samples of a patch, N patches of a lead (T / P), M tokens (1 + R + L*N), R registers,
+H heads, E width of a head, D width. Signals are in mV at FS Hz.
+"""
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from prepare import FS, LEADS, preprocess
+
+PATCH_S = 0.2                    # s; a QRS complex is about half of it
+REGISTERS = 4                    # extra tokens that hold global scratch values (Darcet et al. 2024)
+ROPE_PERIODS_S = (0.4, 40.0)     # s; from two patches to a few windows, geometric over the frequency pairs of a head
+INPUT_STD_MV = 0.25              # mV; typical deviation of a lead: the patch embedding sees about unit variance
+NORM_EPS = 1e-5
+MAX_EMBED_BATCH = 32             # windows that embed() runs at once: bounds its memory for long recordings
+FORMAT = "ecg-dino encoder 1"
+
+# LayerScale starts near 1 in shallow networks (else a short run trains little more than the patch embedding), and tiny in deep ones.
+SIZES = {
+    "tiny": dict(width=128, depth=4, heads=2, layer_scale=1.0),
+    "small": dict(width=384, depth=12, heads=6, layer_scale=0.1),
+    "base": dict(width=768, depth=12, heads=12, layer_scale=1e-2),
+    "large": dict(width=1024, depth=24, heads=16, layer_scale=1e-5),
+}
+
+
+class Features(NamedTuple):
+    cls: torch.Tensor            # (B, D) global feature
+    registers: torch.Tensor      # (B, R, D)
+    patches: torch.Tensor        # (B, L, N, D) local features
+
+
+class Embedding(NamedTuple):
+    global_feature: np.ndarray   # (D,) CLS token, mean over windows
+    local_features: np.ndarray   # (L, N, D); NaN where a patch has missing samples
+    times_s: np.ndarray          # (N,) centre of each patch, seconds from the start of the recording
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# blocks
+
+def rope_table(times_s, head_width):
+    """Rotary position at times_s (M,) seconds: unit complex numbers (M, E/2), from fp32 angles, because bf16 loses positions."""
+    shortest, longest = ROPE_PERIODS_S
+    exponent = torch.arange(head_width // 2, device=times_s.device, dtype=torch.float32) / (head_width // 2 - 1)
+    angle = 2 * math.pi * times_s.float()[:, None] / (shortest * (longest / shortest) ** exponent)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def rotate(x, rope):
+    """Rotate the pairs (2i, 2i + 1) of x (B, H, M, E) by rope (M, E/2): one complex product (Su et al. 2021)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, rope):  # (B, M, D)
+        B, M, D = x.shape
+        q, k, v = self.qkv(x).view(B, M, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, M, E) each
+        x = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+        return self.proj(x.transpose(1, 2).reshape(B, M, D))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with LayerScale (Touvron et al. 2021)."""
+
+    def __init__(self, width, heads, layer_scale):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attention = Attention(width, heads)
+        self.scale1 = nn.Parameter(torch.full((width,), float(layer_scale)))
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.scale2 = nn.Parameter(torch.full((width,), float(layer_scale)))
+
+    def forward(self, x, rope):
+        x = x + self.scale1 * self.attention(self.norm1(x), rope)
+        return x + self.scale2 * self.mlp(self.norm2(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the encoder
+
+class Encoder(nn.Module):
+    """ViT over (lead, time) patches. `config` holds all that is needed to build it again, `init_seed` its first weights."""
+
+    def __init__(self, width, depth, heads, layer_scale, init_seed=0, patch_samples=round(PATCH_S * FS), registers=REGISTERS):
+        super().__init__()
+        if width % (2 * heads):
+            raise ValueError(f"width {width} is not a multiple of 2 x heads ({heads}): rotary position needs even heads; choose another width")
+        self.config = dict(width=width, depth=depth, heads=heads, layer_scale=layer_scale, init_seed=init_seed,
+                           patch_samples=patch_samples, registers=registers)
+        self.width, self.patch_samples, self.num_registers = width, patch_samples, registers
+        self.head_width = width // heads
+        self.patch_embedding = nn.Linear(patch_samples, width)
+        self.lead_embedding = nn.Embedding(len(LEADS), width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.register_tokens = nn.Parameter(torch.empty(1, registers, width))
+        self.mask_token = nn.Parameter(torch.empty(width))
+        self.blocks = nn.ModuleList(Block(width, heads, layer_scale) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.init_weights(init_seed)
+
+    def init_weights(self, seed):
+        """Truncated normal 0.02 for linear layers; drawn from a generator of its own, so the seed alone decides."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                # The patch embedding is no exception to the fan-in rule: at 0.02 the lead vectors would drown the waveform.
+                std = self.patch_samples ** -0.5 if module is self.patch_embedding else 0.02
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for tokens in (self.lead_embedding.weight, self.cls_token, self.register_tokens):
+            nn.init.normal_(tokens, std=0.02, generator=generator)
+        nn.init.zeros_(self.mask_token)
+
+    def forward(self, signal, leads, mask=None, keep=None):
+        """Encode windows.
+
+        signal (B, L, T) mV at FS Hz, finite, T a multiple of P; leads (B, L) lead ids (prepare.LEADS);
+        mask (B, L, N) bool: these patches are replaced by the mask token; keep (L, N) bool: the other patches get no
+        token at all (missing samples), and their features come back as NaN. Returns Features.
+        """
+        B, L, T = signal.shape
+        P, R = self.patch_samples, self.num_registers
+        if T == 0 or T % P or leads.shape != (B, L):
+            raise ValueError(f"the encoder takes signal (B, L, T) with T a multiple of {P} samples and leads (B, L); "
+                             f"found {tuple(signal.shape)} and {tuple(leads.shape)}; encoder.embed() takes any recording")
+        N = T // P
+        x = self.tokens(signal, mask) + self.lead_embedding(leads)[:, :, None]          # (B, L, N, D)
+        x = x.flatten(1, 2)
+        times_s = ((torch.arange(N, device=signal.device) + 0.5) * (P / FS)).repeat(L)  # (L*N,) lead-major, like x
+        if keep is not None:
+            kept = keep.flatten().nonzero().squeeze(1)
+            x, times_s = x[:, kept], times_s[kept]
+        x = torch.cat((self.cls_token.expand(B, -1, -1), self.register_tokens.expand(B, -1, -1), x), dim=1)
+        # CLS and registers have no place in time: a factor of 1 leaves them as they are.
+        rope = rope_table(times_s, self.head_width)
+        rope = torch.cat((rope.new_ones(1 + R, rope.shape[1]), rope))
+        for block in self.blocks:
+            x = block(x, rope)
+        x = self.norm(x)
+        patches = x[:, 1 + R:]
+        if keep is not None:
+            patches = patches.new_full((B, L * N, self.width), float("nan")).index_copy(1, kept, patches)
+        return Features(x[:, 0], x[:, 1:1 + R], patches.unflatten(1, (L, N)))
+
+    def tokens(self, signal, mask=None):
+        """Patch embedding (B, L, N, D). The mean of each lead in the window is taken off: an electrode's DC offset says nothing."""
+        signal = (signal - signal.mean(dim=-1, keepdim=True)) / INPUT_STD_MV
+        x = self.patch_embedding(signal.unflatten(-1, (-1, self.patch_samples)).to(self.patch_embedding.weight.dtype))
+        if mask is None:
+            return x
+        return torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+
+    @torch.inference_mode()
+    def embed(self, signal, *, fs, leads, units="mV", window_s=10.0, stride_s=5.0):
+        """Features of one recording as it is: any leads, rate, duration; see prepare.preprocess for what it accepts.
+
+        signal (L, T) or (T, L), `leads` a name per lead, `units` mV, uV or V. A recording longer than window_s goes through
+        windows every stride_s; each patch is taken from the window in which it lies most centrally, and the global
+        feature is the mean of the windows' CLS. A rest shorter than a patch at the end is left out. Returns Embedding.
+        """
+        signal_mv, lead_ids = preprocess(signal, fs, leads, units)
+        P = self.patch_samples
+        N = signal_mv.shape[1] // P
+        if N == 0:
+            raise ValueError(f"the recording lasts {signal_mv.shape[1] / FS:.3f} s; at least one patch of {P / FS:.1f} s is needed")
+        window, stride = (max(1, round(s * FS / P)) for s in (window_s, stride_s))
+        if stride > window:
+            raise ValueError(f"stride_s {stride_s} is longer than window_s {window_s}: patches between windows would be lost")
+        patches = torch.from_numpy(signal_mv[:, :N * P]).unflatten(1, (N, P))           # (L, N, P)
+        starts = window_starts(N, window, stride)
+        window = min(window, N)
+        cls, local = [], torch.full((len(lead_ids), N, self.width), float("nan"))
+        best = torch.full((N,), float("inf"))                                           # distance to its window's centre so far
+        for batch in window_batches(patches, starts, window):
+            features = self._embed_windows(patches, batch, window, lead_ids)
+            cls.append(features.cls.cpu().float())
+            for start, window_features in zip(batch, features.patches.cpu().float()):
+                distance = (torch.arange(window) - (window - 1) / 2).abs()
+                nearer = (distance < best[start:start + window]).nonzero().squeeze(1)
+                local[:, start + nearer] = window_features[:, nearer]
+                best[start + nearer] = distance[nearer]
+        if not cls:
+            raise ValueError("every patch of the recording has missing samples (NaN, or a flat or saturated signal); nothing is left to embed")
+        times_s = (np.arange(N) + 0.5) * P / FS
+        return Embedding(torch.cat(cls).mean(dim=0).numpy(), local.numpy(), times_s)
+
+    def _embed_windows(self, patches, starts, window, lead_ids):
+        """Features of the windows (in patches) at `starts`, all of which miss the same patches."""
+        device = self.cls_token.device
+        signal = torch.stack([patches[:, s:s + window] for s in starts])                # (B, L, N, P)
+        keep = signal[0].isfinite().all(dim=-1)
+        complete = bool(keep.all())
+        if not complete:
+            # What is missing must not move the mean of its lead, which the patch embedding takes off.
+            kept = keep[None, :, :, None]
+            mean = torch.where(kept, signal, 0.0).sum((2, 3), keepdim=True) / (keep.sum(1).clamp(min=1) * signal.shape[-1])[None, :, None, None]
+            signal = torch.where(kept, signal, mean)
+        leads = torch.as_tensor(lead_ids, device=device).expand(len(starts), -1)
+        return self(signal.flatten(2).to(device), leads, keep=None if complete else keep.to(device))
+
+
+def window_starts(num_patches, window, stride):
+    """First patches of the windows that cover a recording; the last one ends with it."""
+    if num_patches <= window:
+        return [0]
+    starts = list(range(0, num_patches - window, stride))
+    return starts + [num_patches - window]
+
+
+def window_batches(patches, starts, window):
+    """Lists of window starts that can run together: complete windows in batches, each window with gaps alone.
+
+    A window whose patches are all missing is left out.
+    """
+    valid = patches.isfinite().all(dim=-1)                                              # (L, N)
+    complete = [s for s in starts if valid[:, s:s + window].all()]
+    for i in range(0, len(complete), MAX_EMBED_BATCH):
+        yield complete[i:i + MAX_EMBED_BATCH]
+    for start in sorted(set(starts) - set(complete)):
+        if valid[:, start:start + window].any():
+            yield [start]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+def save_encoder(encoder, path, state_dict=None, **about):
+    """Write one self-describing file: architecture, weights and preprocessing, with `about` (plain types) for people."""
+    torch.save(dict(format=FORMAT, config=encoder.config, state_dict=state_dict or encoder.state_dict(),
+                    preprocessing=dict(fs_hz=FS, units="mV", leads=list(LEADS), input_std_mv=INPUT_STD_MV), about=about), path)
+
+
+def build_encoder(size, seed=0):
+    """An untrained encoder of a named size."""
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; there are {', '.join(SIZES)}")
+    return Encoder(**SIZES[size], init_seed=seed)
+
+
+def untrained_like(encoder):
+    """The weights that `encoder` started from: its own untrained control."""
+    return Encoder(**encoder.config).eval().to(encoder.cls_token.device)
+
+
+def load_encoder(path, device="cpu"):
+    """Encoder in eval mode from an encoder.pt, or untrained from "random:SIZE" or "random:SIZE:SEED"."""
+    if str(path).startswith("random:"):
+        _, size, *seed = str(path).split(":")
+        return build_encoder(size, int(seed[0]) if seed else 0).eval().to(device)
+    if not Path(path).is_file():
+        raise ValueError(f"no encoder at {path}; train.py writes RUN/encoder.pt, and random:tiny gives an untrained one")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        if saved["format"] != FORMAT:
+            raise ValueError(saved["format"])
+    except Exception as error:
+        raise ValueError(f"{path} is not an encoder of this program (expected format '{FORMAT}'): {str(error).splitlines()[0][:200]}; "
+                         "give the encoder.pt that train.py wrote") from error
+    if saved["preprocessing"]["fs_hz"] != FS or saved["preprocessing"]["leads"] != list(LEADS):
+        raise ValueError(f"{path} was trained with another sampling rate or lead table ({saved['preprocessing']['fs_hz']} Hz, "
+                         f"{len(saved['preprocessing']['leads'])} leads) than this code ({FS} Hz, {len(LEADS)}); use the commit that wrote it")
+    encoder = Encoder(**saved["config"])
+    encoder.load_state_dict(saved["state_dict"])
+    return encoder.eval().to(device)

@@ -1,0 +1,52 @@
+"""What the tests share: the program's files on the path, one thread, real recordings where they are, and one ECG to draw.
+
+    pytest -q                       (in the project's root; no network, no GPU)
+
+Tests on real recordings look for them in $ECG_DATA, else in ../shared/data, and are skipped where neither exists.
+"""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)         # the tests are small: more threads would only fight over the cores
+
+RR_S = 0.83                      # s, beat to beat
+WAVES = (                        # centre and deviation in s from the R peak, x, y, z of the heart's dipole in mV
+    (-0.18, 0.025, 0.08, 0.12, -0.02),                                        # P
+    (-0.03, 0.012, -0.05, -0.12, 0.2), (0.0, 0.012, 0.8, 1.0, -0.3),          # Q, R
+    (0.03, 0.012, -0.2, -0.15, -0.6), (0.25, 0.05, 0.2, 0.28, 0.15))          # S, T
+DIRECTIONS = {                   # lead vectors; the limb leads hold to Einthoven's and Goldberger's relations
+    "I": (1, 0, 0), "II": (0.5, 0.87, 0), "III": (-0.5, 0.87, 0), "aVR": (-0.75, -0.435, 0), "aVL": (0.75, -0.435, 0),
+    "aVF": (0, 0.87, 0), "V1": (-0.4, 0, 1), "V2": (0, 0, 1.2), "V3": (0.5, 0.1, 1), "V4": (0.9, 0.3, 0.6),
+    "V5": (1, 0.3, 0.2), "V6": (0.9, 0.3, -0.1)}
+
+
+def draw_ecg(fs, seconds, leads=("II",), rr_s=RR_S):
+    """An ECG without noise at any rate: a dipole seen along each lead's direction; float64 (L, T) mV. R at 0.5 + n rr_s."""
+    t = np.arange(round(seconds * fs)) / fs
+    dipole = np.zeros((3, len(t)))
+    for centre, deviation, *xyz in WAVES:
+        from_peak = (t - 0.5 - centre + rr_s / 2) % rr_s - rr_s / 2
+        dipole += np.outer(xyz, np.exp(-0.5 * (from_peak / deviation) ** 2))
+    dipole[1] += 0.05 * np.sin(2 * np.pi * 0.3 * t)                           # breathing: no value is held for a second
+    return np.array([DIRECTIONS.get(lead, (0.6, 0.5, 0.3)) for lead in leads]) @ dipole
+
+
+@pytest.fixture(scope="session")
+def ecg():
+    return draw_ecg
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real recordings (ptbxl, mitdb, nstdb, ...)."""
+    folder = Path(os.environ.get("ECG_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real recordings in {folder}; set ECG_DATA to a folder that holds ptbxl, mitdb and nstdb")
+    return folder

@@ -1,0 +1,374 @@
+"""dino.py against its definitions: plain loops in float64, gradients through those loops, and two processes against one."""
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dino import (DINOHead, STUDENT_TEMPERATURE, build_networks, dino_loss, gram_loss, ibot_loss, koleo_loss,
+                  sinkhorn_knopp, update_teacher)
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def probabilities(*shape, seed=1):
+    return (2 * randn(*shape, seed=seed)).softmax(dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the definitions, one number at a time
+
+def plain_sinkhorn(logits, temperature, iterations=3):
+    q = np.exp(logits.double().numpy() / temperature)
+    q /= q.sum()
+    R, K = q.shape
+    for _ in range(iterations):
+        for k in range(K):
+            q[:, k] /= q[:, k].sum() * K
+        for r in range(R):
+            q[r] /= q[r].sum() * R
+    return torch.from_numpy(q * R)
+
+
+def plain_cross_entropy(logits, probs):
+    """- sum_k probs[k] log softmax(logits / 0.1)[k] of one row."""
+    partition = sum(torch.exp(z / 0.1) for z in logits)
+    return -sum(p * torch.log(torch.exp(z / 0.1) / partition) for z, p in zip(logits, probs))
+
+
+def plain_dino(student, teacher, ignore_diagonal=False):
+    terms = [plain_cross_entropy(student[s, b], teacher[t, b]) for s in range(len(student)) for t in range(len(teacher))
+             for b in range(student.shape[1]) if not (ignore_diagonal and s == t)]
+    return sum(terms) / len(terms)
+
+
+def plain_ibot(student, teacher, weights, num_crops):
+    return sum(w * plain_cross_entropy(s, t) for s, t, w in zip(student, teacher, weights)) / num_crops
+
+
+def plain_koleo(x):
+    unit = [row / torch.sqrt((row ** 2).sum()) for row in x]
+    total = 0.0
+    for i, row in enumerate(unit):
+        others = [other for j, other in enumerate(unit) if j != i]
+        nearest = others[int(np.argmax([float(row @ other) for other in others]))]
+        total = total - torch.log(torch.sqrt(((row - nearest + 1e-8) ** 2).sum()) + 1e-8)
+    return total / len(unit)
+
+
+def plain_gram(student, teacher):
+    def cosine(a, b):
+        return a @ b / torch.sqrt((a @ a) * (b @ b))
+    terms = [(cosine(s[i], s[j]) - cosine(t[i], t[j])) ** 2
+             for s, t in zip(student, teacher) for i in range(len(s)) for j in range(len(s))]
+    return sum(terms) / len(terms)
+
+
+def assert_same_loss(loss, plain, x, *rest):
+    """loss(x, *rest) in fp32 equals plain(...) in fp64, and so does its gradient for x. fp32 is good for 1e-7 a term."""
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    value = loss(ours, *rest)
+    expected = plain(theirs, *(r.double() if torch.is_tensor(r) else r for r in rest))
+    assert value.dtype == torch.float32 and value.shape == ()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    value.backward()
+    expected.backward()
+    scale = theirs.grad.abs().max().item()
+    assert scale > 0
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=2e-6 * scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sinkhorn-Knopp
+
+@pytest.mark.parametrize("R, K, temperature", [(7, 5, 0.04), (5, 7, 0.07), (48, 16, 0.03), (6, 40, 0.1), (1, 9, 0.04), (9, 1, 0.04)])
+def test_sinkhorn_equals_definition(R, K, temperature):
+    logits = 0.5 * randn(R, K)
+    logits[:, 0] += 0.5                                                # one prototype that all rows like best
+    probs = sinkhorn_knopp(logits, temperature)
+    torch.testing.assert_close(probs.double(), plain_sinkhorn(logits, temperature), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(probs.sum(dim=1), torch.ones(R), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+def test_sinkhorn_iterations(iterations):
+    logits = randn(12, 6)
+    expected = plain_sinkhorn(logits, 0.1, iterations)
+    torch.testing.assert_close(sinkhorn_knopp(logits, 0.1, iterations).double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_sinkhorn_shares_prototypes_equally():
+    logits = 0.1 * randn(64, 16)
+    logits[:, 3] += 1.0
+    assert (logits / 0.05).softmax(dim=1).sum(dim=0)[3] > 63           # left to themselves, all rows take the same one
+    torch.testing.assert_close(sinkhorn_knopp(logits, 0.05).sum(dim=0), torch.full((16,), 4.0), rtol=0.2, atol=0)
+
+
+def test_sinkhorn_temperature_may_be_a_tensor():
+    logits = randn(8, 6)
+    assert torch.equal(sinkhorn_knopp(logits, torch.tensor(0.05)), sinkhorn_knopp(logits, 0.05))
+    assert not torch.allclose(sinkhorn_knopp(logits, torch.tensor(0.2)), sinkhorn_knopp(logits, 0.05))
+
+
+def test_sinkhorn_is_blind_to_a_constant_that_would_overflow():
+    logits = torch.round(16 * randn(6, 8)) / 16
+    expected = plain_sinkhorn(logits, 0.1)
+    torch.testing.assert_close(sinkhorn_knopp(logits + 2.0 ** 16, 0.1).double(), expected, rtol=1e-4, atol=1e-7)
+
+
+EXTREME = {"checkerboard": torch.tensor([[LARGEST, -LARGEST], [-LARGEST, LARGEST]]).repeat(3, 4),
+           "one row below all": torch.cat((torch.full((4, 6), LARGEST), torch.full((1, 6), -LARGEST))),
+           "one prototype above all": torch.cat((torch.full((5, 1), LARGEST), -LARGEST * torch.ones(5, 3)), dim=1),
+           "all the same": torch.full((4, 6), LARGEST), "all lowest": torch.full((4, 6), -LARGEST),
+           "random signs": torch.where(randn(20, 6) > 0.7, LARGEST, -LARGEST), "large": (1e38 * randn(20, 6)).clamp(-LARGEST, LARGEST),
+           "mixed scales": 10.0 ** (38 * torch.rand(20, 6, generator=torch.Generator().manual_seed(0))) * randn(20, 6).sign(),
+           "one row": torch.tensor([[LARGEST, 0.0, -LARGEST]]), "one column": torch.tensor([[LARGEST], [0.0], [-LARGEST]])}
+
+
+@pytest.mark.parametrize("case", EXTREME)
+def test_sinkhorn_of_any_finite_logits(case):
+    logits = EXTREME[case]
+    assert logits.isfinite().all()
+    probs = sinkhorn_knopp(logits, 0.03)
+    assert (probs >= 0).all()
+    torch.testing.assert_close(probs.sum(dim=1), torch.ones(len(logits)), rtol=0, atol=1e-5)
+
+
+def test_sinkhorn_of_no_rows():
+    assert sinkhorn_knopp(torch.empty(0, 5), 0.04).shape == (0, 5)
+
+
+def test_targets_carry_no_gradient():
+    assert not sinkhorn_knopp(randn(4, 6).requires_grad_(), 0.04).requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses
+
+def test_student_temperature():
+    assert STUDENT_TEMPERATURE == 0.1
+
+
+@pytest.mark.parametrize("S, T, ignore_diagonal", [(2, 2, True), (2, 2, False), (4, 2, False), (4, 2, True), (2, 3, True), (1, 1, False)])
+def test_dino_loss(S, T, ignore_diagonal):
+    assert_same_loss(dino_loss, plain_dino, randn(S, 3, 5), probabilities(T, 3, 5), ignore_diagonal)
+
+
+def test_ibot_loss():
+    weights = torch.tensor([1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2, 1.0])
+    assert_same_loss(ibot_loss, plain_ibot, randn(6, 7), probabilities(6, 7), weights, 5)
+
+
+def test_ibot_loss_without_masked_patches():
+    logits = torch.empty(0, 7, requires_grad=True)
+    loss = ibot_loss(logits, torch.empty(0, 7), torch.empty(0), 4)
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("B", [2, 9])
+def test_koleo_loss(B):
+    assert_same_loss(koleo_loss, plain_koleo, 3 * randn(B, 6))
+
+
+def test_koleo_of_duplicates_is_finite_and_large():
+    x = randn(6, 8)
+    x[3] = x[1]
+    apart = koleo_loss(randn(6, 8)).item()
+    x.requires_grad_()
+    loss = koleo_loss(x)
+    loss.backward()
+    assert loss.item() > apart + 4                                     # two rows of six at about - log(1e-8 + 1e-8 sqrt(8))
+    assert x.grad.isfinite().all()
+
+
+def test_koleo_of_one_recording_is_zero():
+    x = randn(1, 6).requires_grad_()
+    loss = koleo_loss(x)
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(x.grad, torch.zeros(1, 6))
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_gram_loss(B):
+    assert_same_loss(gram_loss, plain_gram, randn(B, 4, 5), 2 * randn(B, 4, 5, seed=1))
+
+
+def test_gram_loss_is_about_directions_only():
+    x = randn(2, 5, 8)
+    rotation = torch.linalg.qr(randn(8, 8))[0]
+    torch.testing.assert_close(gram_loss(x, 3 * x @ rotation), torch.tensor(0.0), rtol=0, atol=1e-10)
+
+
+LOSSES = {"dino": lambda x: dino_loss(x[None], probabilities(2, 8, 16)),
+          "ibot": lambda x: ibot_loss(x, probabilities(8, 16), torch.full((8,), 0.5), 3),
+          "koleo": koleo_loss, "gram": lambda x: gram_loss(x[None], randn(1, 8, 16, seed=3)),
+          "sinkhorn": lambda x: sinkhorn_knopp(x, 0.05)}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_are_computed_in_fp32(name, dtype):
+    x = randn(8, 16).to(dtype)
+    value = LOSSES[name](x)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, LOSSES[name](x.float()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_autocast_does_not_lower_the_precision(name):
+    x = randn(8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = LOSSES[name](x)
+    torch.testing.assert_close(value, LOSSES[name](x), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["dino", "ibot"])
+@pytest.mark.parametrize("logits", [torch.where(randn(8, 16) > 0, LARGEST, -LARGEST), 1e20 * randn(8, 16), 1e4 * randn(8, 16)],
+                         ids=["largest", "1e20", "1e4"])
+def test_losses_of_huge_logits_are_finite(name, logits):
+    logits = logits.clone().requires_grad_()
+    loss = LOSSES[name](logits)
+    loss.backward()
+    assert loss.isfinite() and loss > 0 and logits.grad.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# heads and teacher
+
+@pytest.fixture(scope="module")
+def networks():
+    from model import build_encoder  # here, so that the processes that import this file for one function need not read it
+    return build_networks(build_encoder("tiny"), hidden_dim=64, bottleneck_dim=32, cls_prototypes=256, patch_prototypes=128)
+
+
+def test_head_shapes_and_parameters():
+    head = DINOHead(24, 40, 16, 50)
+    assert head(randn(2, 3, 24)).shape == (2, 3, 50)
+    # Weight norm would show as other parameters (weight_g, original0); the prototypes have no bias either.
+    assert sorted(tuple(p.shape) for p in head.parameters()) == [(16,), (16, 40), (40,), (40,), (40, 24), (40, 40), (50, 16)]
+
+
+def test_head_puts_the_bottleneck_on_the_unit_sphere_and_leaves_prototypes_free():
+    head = DINOHead(24, 40, 16, 16)
+    x = randn(5, 24)
+    with torch.no_grad():
+        before = head(x)
+        head.prototypes.weight.mul_(3)
+        torch.testing.assert_close(head(x), 3 * before)                # with weight norm nothing would change
+        head.prototypes.weight.copy_(torch.eye(16))
+        torch.testing.assert_close(head(x).norm(dim=-1), torch.ones(5))
+        last = head.mlp[-1]
+        last.weight.mul_(7)
+        torch.testing.assert_close(head(x).norm(dim=-1), torch.ones(5))
+
+
+def test_head_init():
+    head = DINOHead(256, 256, 256, 512)
+    for name, p in head.named_parameters():
+        if p.ndim == 1:
+            assert torch.equal(p, torch.zeros_like(p)), name
+        else:
+            assert p.abs().max() <= 0.04, name
+            assert p.std().item() == pytest.approx(0.0176, rel=0.02), name       # normal 0.02, cut at two deviations
+
+
+def test_heads_differ_from_each_other(networks):
+    student, _ = networks
+    assert not torch.equal(student["dino_head"].mlp[0].weight, student["ibot_head"].mlp[0].weight)
+
+
+@torch.no_grad()
+def test_loss_starts_at_ln_k(networks):
+    student, teacher = networks
+    features = student["encoder"](0.3 * randn(16, 2, 250), torch.ones(16, 2, dtype=torch.long)).cls
+    probs = sinkhorn_knopp(teacher["dino_head"](features), 0.04)
+    loss = dino_loss(student["dino_head"](features)[None], probs[None])
+    assert 0.5 * math.log(256) < -(probs * probs.clamp(min=1e-30).log()).sum(dim=1).mean()       # targets that mean something
+    assert loss.item() == pytest.approx(math.log(256), rel=0.03)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.996, 1.0])
+def test_teacher_is_the_moving_average(networks, momentum):
+    student, teacher = map(copy.deepcopy, networks)
+    before = {name: p.double() for name, p in teacher.named_parameters()}
+    for i, p in enumerate(student.parameters()):
+        p.data.add_(randn(*p.shape, seed=i))
+    update_teacher(teacher, student, momentum)
+    after = dict(teacher.named_parameters())
+    assert set(before) == set(after) == {name for name, _ in student.named_parameters()}
+    for name, p in student.named_parameters():
+        expected = momentum * before[name] + (1 - momentum) * p.double()
+        torch.testing.assert_close(after[name].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_teacher_is_a_frozen_copy(networks):
+    student, teacher = networks
+    assert not teacher.training
+    assert not {p.data_ptr() for p in student.parameters()} & {p.data_ptr() for p in teacher.parameters()}
+    for (name, p), q in zip(teacher.named_parameters(), student.parameters()):
+        assert torch.equal(p, q) and not p.requires_grad and q.requires_grad, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two processes
+
+ROWS = {"unequal": (5, 2), "none on one": (7, 0), "equal": (4, 4)}
+
+
+def rank_inputs(case, extreme=False):
+    """The rows of both ranks: logits (R, 6)."""
+    logits = randn(sum(ROWS[case]), 6, seed=7)
+    return torch.where(logits > 0.5, LARGEST, -LARGEST) if extreme else logits
+
+
+def run_rank(rank, folder):
+    """What each of two processes computes; the results go to a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    results = {}
+    for case, sizes in ROWS.items():
+        for extreme in (False, True):
+            results[f"sinkhorn {case} {extreme}"] = sinkhorn_knopp(rank_inputs(case, extreme).split(sizes)[rank], 0.1)
+    for B in (1, 4):
+        x = randn(2 * B, 5, seed=B).split(B)[rank].requires_grad_()
+        loss = koleo_loss(x)
+        loss.backward()
+        results[f"koleo {B}"] = (loss.detach(), x.grad)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Results of run_rank from both processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(run_rank, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize("case", ROWS)
+def test_sinkhorn_over_ranks(ranks, case, extreme):
+    parts = [results[f"sinkhorn {case} {extreme}"] for results in ranks]
+    assert tuple(map(len, parts)) == ROWS[case]
+    expected = sinkhorn_knopp(rank_inputs(case, extreme), 0.1)
+    torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("B", [1, 4])
+def test_koleo_over_ranks(ranks, B):
+    """The mean over ranks is the loss of all rows; averaged over ranks, as data parallel training does, so are the gradients."""
+    x = randn(2 * B, 5, seed=B).requires_grad_()
+    loss = koleo_loss(x)
+    loss.backward()
+    values, gradients = zip(*(results[f"koleo {B}"] for results in ranks))
+    torch.testing.assert_close(sum(values) / 2, loss.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat(gradients) / 2, x.grad, rtol=1e-4, atol=1e-6)

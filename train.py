@@ -1,0 +1,575 @@
+"""Pre-train the ECG encoder with the DINOv3 objective on prepared recordings.
+
+    python train.py                                                   # nothing prepared: synthetic recordings, minutes on a laptop
+    python train.py --data data/ptbxl data/mitdb --noise data/nstdb --out runs/a
+    torchrun --nproc-per-node 8 train.py --data ... --size base --batch 2048 --steps 100000
+    sbatch run.sbatch                                                 # many nodes; the launch line is in there
+
+One process per device; the total batch is fixed by --batch, whatever the number of processes. A batch is a pure function of
+(seed, step), so `--resume` continues exactly where the last checkpoint stands. Writes into --out:
+    run.json        command, arguments, constants, versions, data      log.jsonl     one line per logged step
+    checkpoints/    the last ones, whole or not at all                 encoder.pt    the teacher's encoder, for the probes
+
+Shapes: B recordings, V views, L leads, T samples, N patches, K prototypes, D width.
+"""
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict, StateDictOptions
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+from augment import ViewSpec, draw_masks, draw_views, load_noise, make_views, take_rows
+from dino import (build_networks, dino_loss, distributed, gram_loss, ibot_loss, koleo_loss, reduce_, sinkhorn_knopp,
+                  update_teacher)
+from model import SIZES, build_encoder, save_encoder
+from prepare import FS, LEADS, MISSING, SPLITS, open_corpus
+
+# Views. A recording falls into the first group whose lead count it reaches: (leads of a global view, leads that a batch carries).
+LEAD_GROUPS = ((8, 12), (2, 4), (1, 1))
+WINDOW_S = 8.0                   # s; the stretch of a recording from which its views are cut
+GLOBAL_PATCHES, LOCAL_PATCHES = 25, 10          # 5 s and 2 s at 0.2 s
+GLOBAL_VIEWS, LOCAL_FULL_VIEWS, LOCAL_FEW_VIEWS = 2, 2, 4
+FEW_LEADS = (1, 2, 3)            # lead count of the last list, drawn per step
+# I, II and the chest leads come first: every other limb lead follows from I and II.
+LEAD_PRIORITY = np.array([50 if n == "unknown" else {"I": 0, "II": 1}.get(n, 2 + i if n in ("V1", "V2", "V3", "V4", "V5", "V6") else 20 + i)
+                          for i, n in enumerate(LEADS)])
+BATCH_GRAIN = 16                 # a lead group's share of the batch is a multiple of batch / 16, so any rank count up to batch / 16 divides it
+WINDOW_TRIES = 8                 # random starts before a window with missing samples is taken after all
+
+# Objective (weights as in DINOv3).
+KOLEO_WEIGHT = 0.1
+IBOT_WEIGHT = 1.0
+GRAM_WEIGHT = 2.0
+TEACHER_TEMPERATURE = (0.03, 0.03, 0.3)         # start, end, share of the steps until the end is reached
+TEACHER_MOMENTUM = (0.99, 1.0)                  # cosine
+HEAD_HIDDEN, HEAD_BOTTLENECK = 512, 128
+
+# Optimisation.
+WARMUP_SHARE = 0.1
+FINAL_LR_SHARE = 0.01
+WEIGHT_DECAY = (0.04, 0.04)                     # cosine
+ADAM_BETAS = (0.9, 0.99)
+CLIP_NORM = 3.0                                 # for encoder and heads each
+FREEZE_PROTOTYPES_SHARE = 0.01                  # of the steps, with learning rate 0 for the prototypes
+KEEP_CHECKPOINTS = 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches: a pure function of (seed, step)
+
+class Sampler:
+    """Draws windows of recordings from several corpora, at most one per patient in a batch.
+
+    A corpus weighs the square root of its patients, and its patients weigh the same. Recordings are grouped by lead count, and each
+    group has a fixed share of the batch, so that shapes never change.
+    """
+
+    def __init__(self, corpora, batch, seed, window):
+        self.corpora, self.seed, self.window, self.batch = corpora, seed, window, batch
+        self.skipped = {"not in split train": 0, f"shorter than {window / FS:g} s": 0}
+        pools = [self._pools(c, corpus) for c, corpus in enumerate(corpora)]
+        weights = [math.sqrt(sum(len(p["first"]) for p in pool.values())) / max(1, sum(len(p["first"]) for p in pool.values())) for pool in pools]
+        self.groups = []
+        for g in range(len(LEAD_GROUPS)):
+            members = [dict(pool[g], corpus=c, weight=weights[c] * len(pool[g]["first"])) for c, pool in enumerate(pools) if g in pool]
+            if members:
+                self.groups.append(dict(leads=LEAD_GROUPS[g][0], slots=LEAD_GROUPS[g][1], members=members))
+        if not self.groups:
+            raise ValueError(f"no recording to train on in {', '.join(str(c.dir) for c in corpora)}: {self.skipped}")
+        self._share_batch()
+
+    def _pools(self, c, corpus):
+        """Per lead group of one corpus: index rows sorted by patient, and where each patient's rows begin."""
+        index = corpus.index
+        train = index["split"] == SPLITS.index("train")
+        long_enough = index["length"] >= self.window
+        self.skipped["not in split train"] += int((~train).sum())
+        self.skipped[f"shorter than {self.window / FS:g} s"] += int((train & ~long_enough).sum())
+        rows = np.flatnonzero(train & long_enough)
+        group = np.select([index["n_leads"][rows] >= least for least, _ in LEAD_GROUPS], range(len(LEAD_GROUPS)))
+        pools = {}
+        for g in np.unique(group):
+            members = rows[group == g]
+            members = members[np.argsort(index["patient"][members], kind="stable")]
+            _, first = np.unique(index["patient"][members], return_index=True)
+            pools[int(g)] = dict(rows=members, first=first, count=np.diff(np.append(first, len(members))))
+        return pools
+
+    def _share_batch(self):
+        """Split the batch among the groups by weight, in grains, at least one grain each."""
+        grain = self.batch // BATCH_GRAIN if len(self.groups) > 1 else self.batch
+        if len(self.groups) > 1 and self.batch % BATCH_GRAIN:
+            raise ValueError(f"--batch {self.batch} must be a multiple of {BATCH_GRAIN}: the data have {len(self.groups)} groups of lead counts "
+                             f"that share it; try {max(1, round(self.batch / BATCH_GRAIN)) * BATCH_GRAIN}")
+        weight = np.array([sum(m["weight"] for m in g["members"]) for g in self.groups])
+        exact = weight / weight.sum() * (self.batch // grain)
+        grains = np.maximum(1, np.floor(exact)).astype(int)
+        while grains.sum() < self.batch // grain:
+            grains[np.argmax(exact - grains)] += 1
+        while grains.sum() > self.batch // grain:
+            grains[np.argmax(grains)] -= 1
+        for group, n in zip(self.groups, grains):
+            group["size"] = int(n) * grain
+            patients = sum(len(m["first"]) for m in group["members"])
+            if patients < group["size"]:
+                raise ValueError(f"the data have {patients} patients with {group['leads']} or more leads, but a batch takes {group['size']} different ones; "
+                                 f"use a smaller --batch (now {self.batch}) or more data")
+
+    def draw(self, step, g, rows):
+        """Recordings `rows` (slice) of group g in the batch of `step`.
+
+        Returns int16 windows (B, S, W), lead ids (B, S) and how many slots hold a lead (B,); further slots repeat the first.
+        """
+        group = self.groups[g]
+        chosen = self._patients(np.random.default_rng([self.seed, step, g, 0]), group)
+        batch = np.empty((group["size"], group["slots"], self.window), np.int16)[rows]
+        leads, available = np.empty(batch.shape[:2], np.int64), np.empty(len(batch), np.int64)
+        for i, r in enumerate(range(*rows.indices(group["size"]))):
+            rng = np.random.default_rng([self.seed, step, g, 1, r])
+            window, ids = self._window(rng, *chosen[r], group)
+            available[i] = len(ids)
+            order = np.arange(group["slots"]) % len(ids)
+            batch[i], leads[i] = window[order], ids[order]
+        return batch, leads, available
+
+    def _patients(self, rng, group):
+        """(member, patient) for each place of the group, without repeats; the cost does not depend on the size of the corpora."""
+        weight = np.array([m["weight"] for m in group["members"]])
+        chosen = {}
+        while len(chosen) < group["size"]:
+            member = rng.choice(len(weight), 4 * group["size"], p=weight / weight.sum())
+            patient = (rng.random(4 * group["size"]) * np.array([len(m["first"]) for m in group["members"]])[member]).astype(np.int64)
+            chosen.update(dict.fromkeys(zip(member.tolist(), patient.tolist())))
+        return list(chosen)[:group["size"]]
+
+    def _window(self, rng, m, patient, group):
+        """A random window of a patient: (L, W) int16 with leads from which all others follow first, and their ids.
+
+        Windows with too few complete leads are drawn again; if none is complete, missing samples of the last one become 0.
+        """
+        member = group["members"][m]
+        corpus = self.corpora[member["corpus"]]
+        for _ in range(WINDOW_TRIES):
+            row = member["rows"][member["first"][patient] + rng.integers(member["count"][patient])]
+            start = int(rng.integers(0, corpus.index["length"][row] - self.window + 1))
+            window, ids = np.asarray(corpus.read(row, start, self.window)), corpus.index["leads"][row][:corpus.index["n_leads"][row]]
+            complete = ~(window == MISSING).any(axis=1)
+            if complete.sum() >= group["leads"]:
+                window, ids = window[complete], ids[complete]
+                break
+        window = np.where(window == MISSING, 0, window)
+        best_first = np.argsort(LEAD_PRIORITY[ids], kind="stable")[:group["slots"]]
+        return window[best_first], ids[best_first].astype(np.int64)
+
+
+def view_specs(leads, few):
+    """View lists of a lead group: globals, locals with all its leads, locals with few; the last count is drawn per step."""
+    return (ViewSpec(GLOBAL_VIEWS, leads, GLOBAL_PATCHES, True), ViewSpec(LOCAL_FULL_VIEWS, leads, LOCAL_PATCHES, True),
+            ViewSpec(LOCAL_FEW_VIEWS, min(few, leads), LOCAL_PATCHES, False))
+
+
+def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
+    """Everything random or read from disk in a step, for this rank: per group windows, lead ids, draws of views, masks."""
+    few = int(np.random.default_rng([sampler.seed, step, 99]).choice(FEW_LEADS))
+    groups = []
+    for g, group in enumerate(sampler.groups):
+        rng = np.random.default_rng([sampler.seed, step, g, 2])
+        rows = slice(rank, group["size"], world_size)
+        batch, leads, available = sampler.draw(step, g, rows)
+        specs = view_specs(group["leads"], few)
+        draws = [take_rows(draw_views(rng, spec, group["size"], group["slots"], sampler.window, noise_length, patch_samples), rows, spec, available)
+                 for spec in specs]
+        masks = draw_masks(rng, GLOBAL_VIEWS * group["size"], specs[0].leads, specs[0].patches)
+        masks = masks.reshape(GLOBAL_VIEWS, group["size"], *masks.shape[1:])[:, rows].reshape(-1, *masks.shape[1:])
+        groups.append(dict(batch=torch.from_numpy(batch), leads=torch.from_numpy(leads), specs=specs, draws=draws,
+                           masks=torch.from_numpy(masks)))
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the objective on one batch
+
+def group_features(student, teacher, gram_teacher, group, noise, patch_samples, device):
+    """Forward passes of one lead group. CLS features come view-major (V, B, D), patches of the masked places only (M, D)."""
+    batch, leads, masks = (group[k].to(device, non_blocking=True) for k in ("batch", "leads", "masks"))
+    B = len(batch)
+    cls, views = [], [make_views(batch, leads, draws, spec, patch_samples, noise) for spec, draws in zip(group["specs"], group["draws"])]
+    noisy, clean, view_leads = views[0]
+    with torch.no_grad():
+        target = teacher["encoder"](clean, view_leads)
+        anchor = gram_teacher(clean, view_leads).patches if gram_teacher is not None else None
+    for (signal, _, ids), mask in zip(views, (masks, None, None)):
+        out = student["encoder"](signal, ids, mask)
+        cls.append(out.cls.unflatten(0, (-1, B)))
+        if mask is not None:
+            patches = out.patches
+    per_crop = masks.sum((1, 2))                                                     # (2B,)
+    return dict(cls=cls, patches=patches[masks], weights=(1.0 / per_crop.clamp(min=1))[:, None, None].expand_as(masks)[masks],
+                target_cls=target.cls.unflatten(0, (-1, B)), target_patches=target.patches[masks],
+                gram=gram_loss(patches.flatten(1, 2), anchor.flatten(1, 2)) if anchor is not None else None)
+
+
+def objective(student, teacher, gram_teacher, groups, noise, temperature, patch_samples, device):
+    """All losses of a batch and the health of its targets: dict of scalars, and the teacher's CLS features (2, B, D)."""
+    features = [group_features(student, teacher, gram_teacher, g, noise, patch_samples, device) for g in groups]
+    B = sum(f["target_cls"].shape[1] for f in features)
+    globals_ = torch.cat([f["cls"][0] for f in features], dim=1)                      # (2, B, D)
+    locals_ = torch.cat([torch.cat(f["cls"][1:]) for f in features], dim=1)           # (V, B, D)
+    target_cls = torch.cat([f["target_cls"] for f in features], dim=1)                # (2, B, D)
+    with torch.no_grad():
+        probs = sinkhorn_knopp(teacher["dino_head"](target_cls).flatten(0, 1), temperature).unflatten(0, (GLOBAL_VIEWS, B))
+        patch_probs = sinkhorn_knopp(teacher["ibot_head"](torch.cat([f["target_patches"] for f in features])), temperature)
+    logits = student["dino_head"](torch.cat((globals_, locals_)))                     # (2 + V, B, K)
+    patch_logits = student["ibot_head"](torch.cat([f["patches"] for f in features]))
+    dino_global = dino_loss(logits[:GLOBAL_VIEWS], probs, ignore_diagonal=True)
+    dino_local = dino_loss(logits[GLOBAL_VIEWS:], probs)
+    ibot = ibot_loss(patch_logits, patch_probs, torch.cat([f["weights"] for f in features]), GLOBAL_VIEWS * B)
+    # Neighbours only among views with the same leads, else distances would be about the lead set.
+    koleo = sum(f["cls"][0].shape[1] / B * koleo_loss(crop) for f in features for crop in f["cls"][0])
+    # Every (student view, teacher view) pair counts the same: 2 among globals, 2 per local view.
+    pairs_global, pairs_local = GLOBAL_VIEWS * (GLOBAL_VIEWS - 1), GLOBAL_VIEWS * len(locals_)
+    loss = (pairs_global * dino_global + pairs_local * dino_local) / (pairs_global + pairs_local) + KOLEO_WEIGHT * koleo + IBOT_WEIGHT * ibot
+    parts = dict(dino_global=dino_global, dino_local=dino_local, ibot=ibot, koleo=koleo)
+    if gram_teacher is not None:
+        parts["gram"] = sum(f["target_cls"].shape[1] / B * f["gram"] for f in features)
+        loss = loss + GRAM_WEIGHT * parts["gram"]
+    parts["target_entropy"] = -(probs * probs.clamp(min=1e-30).log()).sum(-1).mean()
+    parts["patch_target_entropy"] = -(patch_probs * patch_probs.clamp(min=1e-30).log()).sum(-1).mean()
+    return loss, parts, target_cls, logits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# schedules: functions of the step
+
+def cosine(start, end, share):
+    """From start to end along half a cosine, share in [0, 1] of the way."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, share))))
+
+
+def schedules(step, steps, peak_lr):
+    """Everything that moves with the step."""
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    lr = peak_lr * (step + 1) / warmup if step < warmup else cosine(peak_lr, FINAL_LR_SHARE * peak_lr, (step - warmup) / max(1, steps - warmup))
+    cold, warm, share = TEACHER_TEMPERATURE
+    return dict(lr=lr, prototype_lr=0.0 if step < FREEZE_PROTOTYPES_SHARE * steps else lr,
+                weight_decay=cosine(*WEIGHT_DECAY, step / steps), momentum=cosine(*TEACHER_MOMENTUM, step / steps),
+                temperature=cold + (warm - cold) * min(1.0, step / max(1, share * steps)))
+
+
+def build_optimizer(student):
+    """AdamW; no decay for vectors and learned tokens; the prototypes in a group of their own, to freeze them by learning rate."""
+    decayed, plain, prototypes = [], [], []
+    for name, p in student.named_parameters():
+        tokens = p.ndim < 2 or "token" in name or "lead_embedding" in name
+        (prototypes if "prototypes" in name else plain if tokens else decayed).append(p)
+    groups = [dict(params=decayed, decay=True), dict(params=plain, decay=False), dict(params=prototypes, decay=True, prototypes=True)]
+    return torch.optim.AdamW(groups, betas=ADAM_BETAS, fused=True)
+
+
+def set_schedules(optimizer, s):
+    for group in optimizer.param_groups:
+        group["lr"] = s["prototype_lr"] if group.get("prototypes") else s["lr"]
+        group["weight_decay"] = s["weight_decay"] if group["decay"] else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes, sharding, checkpoints
+
+def setup_processes(device_flag):
+    """(rank, world size, device). torchrun's variables decide; a process group that cannot start is an error, never one process."""
+    cuda = torch.cuda.is_available() if device_flag == "auto" else device_flag.startswith("cuda")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def shard(network, device):
+    """FSDP2 over all ranks. Wrapper order: checkpointing, compile, shard. The roots reshard after forward too, or the EMA
+    would meet unsharded teacher parameters."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    for part in network.values():
+        for block in getattr(part, "blocks", ()):
+            fully_shard(block, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(part, mp_policy=policy, reshard_after_forward=True)
+
+
+def training_state(student, teacher, gram_teacher, optimizer):
+    """Everything that a checkpoint holds beside the step: all else is a function of the step."""
+    state = dict(student=get_model_state_dict(student), teacher=get_model_state_dict(teacher),
+                 optimizer=get_optimizer_state_dict(student, optimizer))
+    if gram_teacher is not None:
+        state["gram_teacher"] = get_model_state_dict(gram_teacher)
+    return state
+
+
+def save_checkpoint(folder, step, state, about, rank):
+    """Write checkpoints/step_0001234 beside its final name, then rename; the last KEEP_CHECKPOINTS stay."""
+    final = folder / f"step_{step:07d}"
+    part = folder / f"step_{step:07d}.tmp"
+    if rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    barrier()
+    dcp.save(state, checkpoint_id=part)
+    if rank == 0:
+        (part / "meta.json").write_text(json.dumps(dict(about, step=step), indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        for old in checkpoints(folder)[:-KEEP_CHECKPOINTS]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def checkpoints(folder):
+    """Whole checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp" and (p / "meta.json").is_file())
+
+
+def load_checkpoint(path, student, teacher, gram_teacher, optimizer):
+    state = training_state(student, teacher, gram_teacher, optimizer)
+    dcp.load(state, checkpoint_id=path)
+    set_model_state_dict(student, state["student"])
+    set_model_state_dict(teacher, state["teacher"])
+    set_optimizer_state_dict(student, optimizer, state["optimizer"])
+    if gram_teacher is not None:
+        set_model_state_dict(gram_teacher, state["gram_teacher"])
+
+
+def export_encoder(path, teacher, rank, **about):
+    """encoder.pt with the teacher's whole weights, whatever their sharding; collective."""
+    weights = get_model_state_dict(teacher["encoder"], options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        part = path.with_suffix(".tmp")
+        save_encoder(teacher["encoder"], part, {k: v.float() for k, v in weights.items()}, **about)
+        part.replace(path)
+
+
+def barrier():
+    if distributed():
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# is it learning? signs of health and an online probe
+
+@torch.no_grad()
+def health(cls, logits, parts):
+    """Signs that the loss does not show. cls (2, B, D) teacher features, logits (V, B, K) of the student."""
+    x = (cls[0] - cls[0].mean(0)).float()
+    spectrum = torch.linalg.svdvals(x)
+    share = spectrum / spectrum.sum().clamp(min=1e-12)
+    mean_prediction = (logits.float() / 0.1).softmax(-1).mean((0, 1))
+    return dict(cls_std=x.std(0).mean(), cls_rank=(-(share * share.clamp(min=1e-12).log()).sum()).exp(),
+                prediction_entropy=-(mean_prediction * mean_prediction.clamp(min=1e-12).log()).sum(), **parts)
+
+
+class OnlineProbe:
+    """AUROC of a logistic regression on the teacher's features, on a few labelled recordings of the data; None without labels.
+
+    Fitted on the train split, scored on the val split (PTB-XL fold 9), which is never pre-trained on. A sign, not a result.
+    """
+
+    def __init__(self, corpora, window, limit=256):
+        self.sets = {}
+        for split in ("train", "val"):
+            found = [(c, i) for c in corpora for i in np.flatnonzero((c.index["label"] > 0) & (c.index["n_leads"] == 12) & (c.index["length"] >= window) &
+                                                                   (c.index["split"] == SPLITS.index(split)))[:limit]]
+            found = [(c, i) for c, i in found if not (c.read(i, 0, window) == MISSING).any()]
+            if len(found) >= 20:
+                self.sets[split] = (torch.from_numpy(np.stack([c.read(i, 0, window) for c, i in found])),
+                                    torch.from_numpy(np.stack([c.index["leads"][i][:12] for c, i in found]).astype(np.int64)),
+                                    np.unpackbits(np.array([c.index["label"][i] for c, i in found])[:, None], axis=1, bitorder="little"))
+        self.usable = len(self.sets) == 2
+
+    @torch.no_grad()
+    def score(self, encoder, device):
+        """Macro AUROC over the superclasses that both splits have."""
+        x, y = {}, {}
+        for split, (signal, leads, labels) in self.sets.items():
+            parts = [encoder(s.to(device).float() * 1e-3, l.to(device)) for s, l in zip(signal.split(64), leads.split(64))]
+            x[split] = torch.cat([torch.cat((f.cls, f.patches.mean((1, 2))), dim=1) for f in parts]).float().cpu().numpy()
+            y[split] = labels
+        scored = [k for k in range(8) if all(5 <= y[s][:, k].sum() <= len(y[s]) - 5 for s in y)]
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
+        return float(np.mean([roc_auc_score(y["val"][:, k], probe.fit(x["train"], y["train"][:, k]).decision_function(x["val"])) for k in scored]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+
+def run_about(args, world_size, device, sampler, student):
+    """What this run is, for run.json and for the screen."""
+    def git(*command):
+        found = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return found.stdout.strip() if found.returncode == 0 else None
+    constants = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, tuple))}
+    return dict(command=" ".join(sys.argv), args={k: [str(x) for x in v] if isinstance(v, list) else str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+                constants=constants, commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")), torch=torch.__version__,
+                world_size=world_size, device=str(device), device_name=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
+                precision="bf16 with fp32 weights and losses" if device.type == "cuda" else "fp32",
+                parameters={k: sum(p.numel() for p in part.parameters()) for k, part in student.items()},
+                groups=[dict(leads=g["leads"], recordings_per_batch=g["size"], patients=sum(len(m["first"]) for m in g["members"])) for g in sampler.groups],
+                skipped=sampler.skipped, data=[dict(dir=str(c.dir), **{k: c.manifest[k] for k in ("source", "sha256") if k in c.manifest}) for c in sampler.corpora])
+
+
+def train(args):
+    """Pre-train; returns the folder that it wrote."""
+    rank, world_size, device = setup_processes(args.device)
+    corpora = [open_corpus(d) for d in args.data]
+    encoder = build_encoder(args.size, args.seed)
+    patch = encoder.patch_samples
+    sampler = Sampler(corpora, args.batch, args.seed, round(WINDOW_S * FS))
+    for g in sampler.groups:
+        if g["size"] % world_size:
+            raise ValueError(f"{world_size} processes cannot share the {g['size']} recordings with {g['leads']} or more leads of a batch of {args.batch}; "
+                             f"use a --batch that is a multiple of {BATCH_GRAIN * world_size}")
+    noise = load_noise(open_corpus(args.noise)).to(device) if args.noise else None
+    noise_length = noise.shape[-1] if noise is not None else GLOBAL_PATCHES * patch
+    student, teacher = build_networks(encoder, HEAD_HIDDEN, HEAD_BOTTLENECK, args.prototypes, args.prototypes)
+    student, teacher = student.to(device), teacher.to(device)
+    gram_teacher = copy.deepcopy(teacher["encoder"]) if args.gram_from >= 0 else None
+    about = run_about(args, world_size, device, sampler, student)
+    if args.compile:
+        for part in (student["encoder"], teacher["encoder"]):
+            for block in part.blocks:
+                block.compile()
+    if world_size > 1:
+        shard(student, device)
+        shard(teacher, device)
+        if gram_teacher is not None:
+            shard(dict(gram=gram_teacher), device)
+    optimizer = build_optimizer(student)
+
+    out, start = args.out, 0
+    folder = out / "checkpoints"
+    found = checkpoints(folder)
+    if args.resume and found:
+        start = json.loads((found[-1] / "meta.json").read_text())["step"]
+        load_checkpoint(found[-1], student, teacher, gram_teacher, optimizer)
+    elif found or (out / "log.jsonl").exists():
+        raise ValueError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "run.json").write_text(json.dumps(about, indent=1, default=str))
+        trim_log(out / "log.jsonl", start)
+        print_header(about, args, start)
+    probe = OnlineProbe(corpora, GLOBAL_PATCHES * patch)
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" and world_size == 1 else contextlib.nullcontext()
+
+    log = open(out / "log.jsonl", "a") if rank == 0 else None
+    loader = ThreadPoolExecutor(1)
+    batch = loader.submit(host_batch, sampler, start, rank, world_size, noise_length, patch)
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None if rank == 0 else True, unit="step", dynamic_ncols=True)
+    tick = time.perf_counter()
+    for step in progress:
+        s = schedules(step, args.steps, args.lr)
+        set_schedules(optimizer, s)
+        groups = batch.result()
+        batch = loader.submit(host_batch, sampler, step + 1, rank, world_size, noise_length, patch)
+        if gram_teacher is not None and step == args.gram_from:
+            gram_teacher.load_state_dict(teacher["encoder"].state_dict())
+        with autocast:
+            loss, parts, cls, logits = objective(student, teacher, gram_teacher if step >= args.gram_from else None, groups, noise, s["temperature"], patch, device)
+        loss.backward()
+        norms = {f"grad_{name}": torch.nn.utils.clip_grad_norm_(part.parameters(), CLIP_NORM) for name, part in student.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+        update_teacher(teacher, student, s["momentum"])
+
+        last = step + 1 == args.steps
+        if step % args.log_every == 0 or last:
+            values = dict(loss=loss.detach(), **health(cls, logits.detach(), parts))
+            means = reduce_(torch.stack([v.detach().float() for v in values.values()])) / world_size
+            norms = {k: float(v.full_tensor() if hasattr(v, "full_tensor") else v) for k, v in norms.items()}
+            row = dict(step=step, **dict(zip(values, means.tolist())), ln_k=math.log(args.prototypes), **norms, **s,
+                       seconds=round(time.perf_counter() - tick, 3))
+            if rank == 0:
+                log.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}) + "\n")
+                log.flush()
+                progress.set_postfix_str(f"loss {row['loss']:.3f} dino {row['dino_local']:.3f} ibot {row['ibot']:.3f} targets {row['target_entropy']:.2f}"
+                                         f" of {row['ln_k']:.2f} rank {row['cls_rank']:.1f}")
+            if not math.isfinite(row["loss"]):
+                raise ValueError(f"the loss is {row['loss']} at step {step}; resume from the last checkpoint with a smaller --lr (now {args.lr})")
+        if last or (step + 1) % args.checkpoint_every == 0:
+            save_checkpoint(folder, step + 1, training_state(student, teacher, gram_teacher, optimizer), about, rank)
+            export_encoder(out / "encoder.pt", teacher, rank, command=about["command"], commit=about["commit"], step=step + 1)
+        if probe.usable and args.probe_every and (step == 0 or last or (step + 1) % args.probe_every == 0):
+            auroc = probe.score(teacher["encoder"], device)
+            if rank == 0:
+                log.write(json.dumps(dict(step=step, online_auroc=auroc)) + "\n")
+                log.flush()
+                progress.write(f"step {step + 1}: online probe AUROC {auroc:.3f}")
+    loader.shutdown(cancel_futures=True)
+    return out
+
+
+def trim_log(path, start):
+    """Drop what a killed run logged after its last checkpoint, which the resumed one logs again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] < start]
+        part = path.with_suffix(".tmp")
+        part.write_text("".join(line + "\n" for line in kept))
+        part.replace(path)
+
+
+def print_header(about, args, start):
+    total = sum(about["parameters"].values())
+    print(f"encoder {args.size} {about['parameters']['encoder'] / 1e6:.2f} M parameters, with heads {total / 1e6:.2f} M | {about['device_name']} x {about['world_size']}, {about['precision']}")
+    for g in about["groups"]:
+        print(f"  {g['recordings_per_batch']} of {args.batch} recordings per batch have {g['leads']} or more leads ({g['patients']} patients)")
+    print(f"  left out: {', '.join(f'{n} {why}' for why, n in about['skipped'].items())}")
+    print(f"steps {start} to {args.steps}, checkpoints and log in {args.out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--data", nargs="+", type=Path, default=[])
+    p.add_argument("--noise", type=Path)
+    p.add_argument("--out", type=Path, default=Path("runs/demo"))
+    p.add_argument("--size", choices=SIZES, default="tiny")
+    p.add_argument("--steps", type=int, default=600)
+    p.add_argument("--batch", type=int, default=64)
+    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--prototypes", type=int, default=512)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--resume", action="store_true")
+    p.add_argument("--gram-from", type=int, default=-1)
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--log-every", type=int, default=1)
+    p.add_argument("--checkpoint-every", type=int, default=200)
+    p.add_argument("--probe-every", type=int, default=50)
+    return p.parse_args(argv)
+
+
+def main(args):
+    train(args)
+
+
+if __name__ == "__main__":
+    main(parse_args())
