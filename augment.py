@@ -110,7 +110,8 @@ def make_views(batch_uv, slot_leads, draws, spec, patch_samples, noise=None):
     """Cut one view list out of a batch.
 
     batch_uv (B, S, W) int16 uV, slot_leads (B, S) lead ids, draws of take_rows, noise of load_noise or None.
-    Returns noisy signal and clean signal, each (V*B, L, T) mV, and leads (V*B, L), view-major (row = view * B + recording).
+    Returns noisy and clean signal, each (V*B, L, T) mV, and the leads (V*B, L) with some names hidden and as they are; all
+    view-major (row = view * B + recording).
     """
     device = batch_uv.device
     draws = {name: values.to(device, non_blocking=True) for name, values in draws.items()}
@@ -122,7 +123,7 @@ def make_views(batch_uv, slot_leads, draws, spec, patch_samples, noise=None):
     noisy = clean
     if noise is not None:
         noisy = add_noise(clean, leads, noise, **{k: draws[k].flatten(0, 1) for k in ("snr_db", "amplitude", "sign", "channel", "offset")})
-    return noisy, clean, leads.masked_fill(draws["hidden"].flatten(0, 1), 0)
+    return noisy, clean, leads.masked_fill(draws["hidden"].flatten(0, 1), 0), leads
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,9 +35,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import scipy
+import scipy.signal
 import wfdb  # 0.5 s, less than scipy.signal: not worth hiding inside a function
 from scipy.signal import resample_poly
+from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 FS = 250  # Hz, the one rate of every corpus: twice the 40-100 Hz that diagnostic ECGs carry, and native to Icentia11k
@@ -547,7 +548,378 @@ def fetch(database, raw, names):
                          "--download out") from None
 
 
-# ---- synthetic recordings ------------------------------------------------------------------------------------------
+# ---- synthetic recordings: the body and the data sets ---------------------------------------------------------------
+
+# A moving heart dipole seen by nine electrodes, so that Einthoven's and Goldberger's relations hold; written in the publishers'
+# layouts. Beside every ECG lies NAME.waves, a WFDB annotation of the true borders of P, QRS and T: ( p )  ( N )  ( t ).
+# The last axis of a dipole is x to the patient's left, y to the feet, z to the back (Frank).
+
+SYNTH_ELECTRODES = ("RA", "LA", "LL", "V1", "V2", "V3", "V4", "V5", "V6")
+# I, II, V1 .. V6 from Frank's x, y, z: Dower, Machado and Osborne, Clin Cardiol 1980. The limb electrodes follow from I
+# and II, because their mean, Wilson's terminal, is the zero: RA = -(I+II)/3, LA = (2 I-II)/3, LL = (2 II-I)/3.
+DOWER = np.array([(0.632, -0.235, 0.059), (0.235, 1.066, -0.132), (-0.515, 0.157, -0.917), (0.044, 0.164, -1.387),
+                  (0.882, 0.098, -1.277), (1.213, 0.127, -0.601), (1.125, 0.127, -0.086), (0.831, 0.076, 0.230)])
+ELECTRODE_VECTORS = np.vstack([np.array([(-1, -1), (2, -1), (-1, 2)]) / 3 @ DOWER[:2], DOWER[2:]])   # (9, 3)
+
+# A lobe is (onset, peak, end, x, y, z): a raised cosine with two flanks, exactly zero outside onset..end, so that wave
+# borders are exact. Times are shares of the QRS or P duration, or of the time from J to the end of T; vectors are mV.
+QRS_LOBES = np.array([
+    (0.00, 0.17, 0.42, -0.20, 0.06, -0.32),   # septum, to the right and forward: r in V1, q in V6
+    (0.14, 0.44, 0.74, 0.85, 0.66, -0.20),    # apex and front
+    (0.30, 0.56, 0.88, 0.40, 0.14, 0.95),     # left free wall, backward: S in V1 to V3
+    (0.60, 0.82, 1.00, -0.22, -0.08, 0.28)])  # base, last: s in V5 and V6
+LBBB_LOBES = [(0.0, 0.28, 0.62, 0.5, 0.3, 0.3), (0.18, 0.42, 0.75, 0.5, 0.3, 0.9), (0.42, 0.7, 1.0, 0.82, 0.02, 0.7)]
+PVC_ORIGINS = np.array([(0.3, 1.0, 0.7), (0.9, -0.5, 0.6), (-0.8, 0.7, -0.7), (-0.6, -0.8, -0.7)])  # right, left side
+P_LOBES = np.array([(0.00, 0.38, 0.75, 0.05, 0.08, -0.04), (0.25, 0.62, 1.00, 0.07, 0.05, 0.05)])   # right, left atrium
+ST_TIMES, T_TIMES, T_VECTOR = (-0.08, 0.20, 0.90), (0.28, 0.68, 1.00), np.array((0.20, 0.14, -0.16))
+
+# What a statement does. lobes: added to the QRS; keep: factors on the four QRS_LOBES; squeeze: they end at this share
+# of the QRS; axis_deg: they turn in the frontal plane; st, t: added vectors (mV); left_atrium, gain, t_gain: factors.
+EFFECTS = {
+    "IMI": dict(lobes=[(0.0, 0.26, 0.58, 0.05, -0.95, 0.05)], st=(-0.03, 0.06, 0.01), t=(0.02, -0.24, 0.02)),
+    "ASMI": dict(lobes=[(0.0, 0.24, 0.55, 0.08, 0.0, 0.62)], st=(0.02, 0.0, -0.05), t=(-0.04, 0.0, 0.26)),
+    "ALMI": dict(lobes=[(0.0, 0.24, 0.52, -0.62, 0.05, 0.22)], st=(0.05, -0.02, -0.04), t=(-0.26, 0.02, 0.12)),
+    "NDT": dict(t_gain=(0.05, 0.4)),
+    "ISC_": dict(st=(-0.09, -0.07, 0.07), t=(-0.12, -0.08, 0.05)),
+    "ISCAL": dict(st=(-0.02, 0.0, 0.02), t=(-0.36, -0.10, 0.28)),
+    "LNGQT": dict(qtc_s=(0.475, 0.54)),
+    "CLBBB": dict(qrs_s=(0.124, 0.165), keep=(0, 0, 0, 0), lobes=LBBB_LOBES, st=(-0.05, -0.01, -0.09),
+                  t=(-0.38, -0.2, -0.16)),
+    "CRBBB": dict(qrs_s=(0.122, 0.15), squeeze=0.62, lobes=[(0.46, 0.74, 1.0, -0.75, -0.05, -0.75)], t=(0.06, 0, 0.2)),
+    "IRBBB": dict(squeeze=0.82, lobes=[(0.58, 0.82, 1.0, -0.34, -0.05, -0.50)], qrs_s=(0.10, 0.119)),
+    "LAFB": dict(axis_deg=(-100, -70), lobes=[(0.0, 0.2, 0.45, -0.05, 0.32, 0.0)]),
+    "1AVB": dict(pr_s=(0.21, 0.32)),
+    "LVH": dict(keep=(1.2, 1.75, 2.3, 1.2), st=(-0.06, -0.01, 0.03), t=(-0.24, -0.06, 0.02)),
+    "RVH": dict(keep=(1.4, 0.5, 0.2, 1.4), lobes=[(0.15, 0.48, 0.90, -0.72, 0.35, -0.72)], t=(0.10, -0.04, 0.28)),
+    "LAO/LAE": dict(p_s=(0.122, 0.15), pr_s=(0.165, 0.20), left_atrium=2.4),
+    "LVOLT": dict(gain=(0.35, 0.55))}
+SEVERITY = (0.25, 1.2)           # drawn once per statement: mild cases overlap with normal variants
+HEART_RATE_BPM = {"SR": (58, 98), "SARRH": (55, 85), "SBRAD": (40, 57), "STACH": (101, 135), "AFIB": (60, 135)}
+# Noise of one electrode: mV RMS in the bands between these edges (Hz), times a level drawn per recording and electrode.
+NOISE_EDGES_HZ = (0, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 180)
+SKIN_NOISE_MV = (0.01, 0.02, 0.03, 0.008, 0.003, 0.002, 0.002, 0.003, 0.005, 0.004)
+
+# And the data sets:
+
+PTBXL_LEADS = ("I", "II", "III", "AVR", "AVL", "AVF", "V1", "V2", "V3", "V4", "V5", "V6")
+PTBXL_FS = 100                   # Hz: records100 alone; records500 would take five times the disk, it is only listed
+PTBXL_COLUMNS = ("ecg_id patient_id age sex height weight nurse site device recording_date report scp_codes heart_axis "
+                 "infarction_stadium1 infarction_stadium2 validated_by second_opinion initial_autogenerated_report "
+                 "validated_by_human baseline_drift static_noise burst_noise electrodes_problems extra_beats pacemaker "
+                 "strat_fold filename_lr filename_hr").split()
+# code: kinds (d diagnostic, f form, r rhythm), class and subclass, as in the original scp_statements.csv
+STATEMENTS = {
+    "NDT": "df STTC STTC", "LNGQT": "df STTC STTC", "NORM": "d NORM NORM", "IMI": "d MI IMI", "ASMI": "d MI AMI",
+    "LVH": "d HYP LVH", "LAFB": "d CD LAFB/LPFB", "ISC_": "d STTC ISC_", "IRBBB": "d CD IRBBB", "1AVB": "d CD _AVB",
+    "ISCAL": "d STTC ISCA", "CRBBB": "d CD CRBBB", "CLBBB": "d CD CLBBB", "LAO/LAE": "d HYP LAO/LAE",
+    "ALMI": "d MI AMI", "RVH": "d HYP RVH",
+    **dict.fromkeys(("PVC", "STD_", "VCLVH", "QWAVE", "LOWT", "PAC", "INVT", "LVOLT", "STE_"), "f - -"),
+    **dict.fromkeys(("SR", "AFIB", "STACH", "SARRH", "SBRAD", "BIGU"), "r - -")}
+FORM_OF = {"IMI": "QWAVE", "ASMI": "QWAVE", "ALMI": "QWAVE", "NDT": "LOWT", "ISC_": "STD_", "ISCAL": "INVT",
+           "LVH": "VCLVH"}
+FIRST_CLASS = ("NORM", "MI", "NORM", "CD", "STTC", "NORM", "HYP", "MI", "NORM", "STTC")   # with SECOND_CLASS about
+SECOND_CLASS = ("MI", "STTC", "CD", "CD", "CD", "HYP")                                    # PTB-XL's superclass shares
+MITDB_FS, MITDB_MINUTES = 360, 3
+MITDB_CONDITIONS = {             # names of real records, half of them in DS1 and half in DS2
+    "101": "SARRH PAC", "106": "SR PVC", "109": "SR CLBBB PVC", "114": "SARRH PAC PVC", "118": "SR CRBBB PAC",
+    "203": "AFIB PVC", "207": "SR CLBBB PVC PAC", "208": "SR PVC BIGU", "100": "SARRH PAC", "103": "SR PAC PVC",
+    "111": "SR CLBBB PVC", "200": "SR PVC BIGU", "212": "SR CRBBB PAC", "213": "SARRH LVH PVC PAC", "221": "AFIB PVC",
+    "232": "SBRAD CRBBB PAC"}
+NSTDB_SAMPLES = 650_000          # 30 min 5.6 s at 360 Hz
+NSTDB_NOISE = {                  # as measured: mV RMS per band of noise1 and noise2, correlation below 0.5 Hz
+    "bw": ((.164, .391, .159, .051, .024, .011, .007, .008, .012, .009),
+           (.063, .149, .060, .017, .009, .006, .004, .004, .006, .006), -0.70),
+    "em": ((.100, .409, .207, .305, .312, .283, .186, .098, .042, .019),
+           (.042, .163, .070, .052, .046, .030, .031, .022, .015, .009), -0.75),
+    "ma": ((.085, .119, .092, .062, .032, .017, .011, .029, .051, .014),
+           (.088, .132, .064, .037, .020, .014, .015, .035, .067, .023), 0.14)}
+
+
+# ---- synthetic recordings: one heart, one beat, one rhythm, one recording ------------------------------------------
+
+def lead_rows(lead_names) -> np.ndarray:
+    """(L, 9) weights that form leads from the potentials of SYNTH_ELECTRODES; ValueError for an unknown lead."""
+    ra, la, ll, *chest = np.eye(len(SYNTH_ELECTRODES))
+    terminal = (ra + la + ll) / 3
+    rows = {"I": la - ra, "II": ll - ra, "III": ll - la, "MLII": ll - ra, "AVR": 1.5 * (ra - terminal),
+            "AVL": 1.5 * (la - terminal), "AVF": 1.5 * (ll - terminal),
+            **{name: row - terminal for name, row in zip(SYNTH_ELECTRODES[3:], chest)}}
+    unknown = [name for name in lead_names if name.upper() not in rows]
+    if unknown:
+        raise ValueError(f"cannot synthesise leads {unknown}; choose among {', '.join(rows)}")
+    return np.stack([rows[name.upper()] for name in lead_names])
+
+
+def draw_heart(rng, codes) -> dict:
+    """A person with these statements: lobes and vectors (mV), durations (s), electrode vectors (9, 3)."""
+    heart = {"pr_s": rng.uniform(0.125, 0.195), "p_s": rng.uniform(0.08, 0.11), "qrs_s": rng.uniform(0.074, 0.104),
+             "qtc_s": rng.uniform(0.38, 0.44), "pvc_s": rng.uniform(0.125, 0.165)}
+    qrs, p, squeeze, gain = QRS_LOBES.copy(), P_LOBES.copy(), 1.0, rng.lognormal(0, 0.2)
+    qrs[:, 3:] *= rng.lognormal(0, 0.15, (4, 1))
+    p[:, 3:] *= rng.lognormal(0, 0.25)
+    st = np.abs(rng.normal(0, 0.12)) * T_VECTOR + rng.normal(0, 0.008, 3)          # a little early repolarisation
+    t = (T_VECTOR + rng.normal(0, 0.03, 3)) * rng.lognormal(0, 0.3)
+    for code in codes:
+        effect, severity = EFFECTS.get(code, {}), rng.uniform(*SEVERITY)
+        acute = "STE_" in codes and code in ("IMI", "ASMI", "ALMI")                # ST up, T still upright
+        turn = Rotation.from_euler("z", rng.uniform(*effect.get("axis_deg", (0, 0))), degrees=True)
+        qrs[1:4, 3:] = turn.apply(qrs[1:4, 3:])                                    # the septum keeps its direction
+        qrs[:4, 3:] *= np.power(effect.get("keep", (1, 1, 1, 1)), severity)[:, None]
+        qrs[:, :3] *= effect.get("squeeze", 1)
+        squeeze *= effect.get("squeeze", 1)
+        strength = rng.uniform(0.8, 1.2) if code == "CLBBB" else severity          # here they are the whole QRS
+        qrs = np.vstack([qrs, *[np.multiply(lobe, [1] * 3 + [strength] * 3) for lobe in effect.get("lobes", ())]])
+        st = st + np.multiply(effect.get("st", 0), severity * (3 if acute else 1))
+        t = t * rng.uniform(*effect.get("t_gain", (1, 1)))
+        t = t + np.multiply(effect.get("t", 0), severity * (-0.3 if acute else 1))
+        p[1, 3:] *= effect.get("left_atrium", 1) ** severity
+        gain *= rng.uniform(*effect.get("gain", (1, 1)))
+        heart |= {name: rng.uniform(*effect[name]) for name in ("pr_s", "p_s", "qrs_s", "qtc_s") if name in effect}
+    origin = PVC_ORIGINS[rng.integers(4)] + rng.normal(0, 0.25, 3)
+    pvc = np.array([(0, 0.40, 0.85, *origin), (0.45, 0.75, 1.0, *origin * rng.uniform(0.2, 0.6)),
+                    (0.1, 0.3, 0.6, *rng.normal(0, 0.3, 3))])
+    turn = Rotation.from_euler("zyx", rng.normal(0, (18, 13, 8)), degrees=True)    # every heart lies differently
+    for name, lobes in (("qrs", qrs), ("p", p), ("pvc", pvc)):
+        heart[name] = np.hstack([lobes[:, :3], gain * turn.apply(lobes[:, 3:])])
+    return heart | {"st": gain * turn.apply(st), "t": gain * turn.apply(t),
+                    "pvc_t": -gain * turn.apply(origin) * rng.uniform(0.25, 0.45),
+                    "r_at": 0.5 if "CLBBB" in codes else 0.46 * squeeze,           # R as a share of the QRS
+                    "electrodes": ELECTRODE_VECTORS * rng.lognormal(0, 0.06, (9, 1)) + rng.normal(0, 0.06, (9, 3))}
+
+
+def beat_lobes(heart, symbol, rhythm, rr_s):
+    """-> lobes (n, 6), times in seconds from R; waves [(onset, peak, end, "p"|"N"|"t")] in the same seconds."""
+    if symbol == "F":                                              # fusion: the two fronts meet halfway
+        normal, waves = beat_lobes(heart, "N", rhythm, rr_s)
+        return np.vstack([normal, beat_lobes(heart, "V", rhythm, rr_s)[0]]) * ([1] * 3 + [0.5] * 3), waves
+    wide = symbol == "V"
+    qrs, qrs_s = (heart["pvc"], heart["pvc_s"]) if wide else (heart["qrs"], heart["qrs_s"])
+    onset = -(0.40 if wide else heart["r_at"]) * qrs_s
+    j, rest_s = onset + qrs_s, max(heart["qtc_s"] * rr_s ** (1 / 3) - 0.09, 0.17)   # Fridericia; a wide QRS adds to QT
+    t_times = j + rest_s * np.array(T_TIMES)
+    lobes = [[np.r_[t_times, heart["pvc_t" if wide else "t"]]], np.hstack([onset + qrs_s * qrs[:, :3], qrs[:, 3:]])]
+    waves = [(onset, 0.0, j, "N"), (*t_times, "t")]
+    if not wide:
+        lobes.append([np.r_[j + rest_s * np.array(ST_TIMES), heart["st"]]])
+    if not wide and rhythm != "(AFIB":
+        low = symbol == "A"                                        # from low in the atrium, with a shorter way to go
+        start, p = onset - heart["pr_s"] * (0.85 if low else 1), heart["p"] * ([1] * 3 + [0.9, -0.7, 1.3] if low else 1)
+        lobes.append(np.hstack([start + heart["p_s"] * p[:, :3], p[:, 3:]]))
+        waves.insert(0, (start, start + heart["p_s"] / 2, start + heart["p_s"], "p"))
+    return np.vstack(lobes), waves
+
+
+def draw_beats(rng, codes, duration_s, breath) -> list:
+    """[(seconds of R, symbol, rhythm, seconds of the underlying RR)], a beat before and after the recording too."""
+    base_s = 60 / rng.uniform(*HEART_RATE_BPM[next((c for c in codes if c in HEART_RATE_BPM), "SR")])
+    swing = rng.uniform(0.10, 0.2) if "SARRH" in codes else rng.uniform(0.005, 0.05)
+    usual = "L" if "CLBBB" in codes else "R" if "CRBBB" in codes else "N"
+    ectopic = {symbol: code for symbol, code in (("V", "PVC"), ("A", "PAC")) if code in codes}
+    chance = {symbol: rng.uniform(0.04, 0.14) for symbol in ectopic}
+    owed_at = {symbol: rng.uniform(0.15, 0.75) * duration_s for symbol in ectopic}    # what is stated does occur
+    beats, time_s, symbol, rr_s = [], rng.uniform(-1, 0) * base_s, usual, base_s
+    while time_s < duration_s + base_s:
+        spell = duration_s < 60 or 0.35 < time_s / duration_s < 0.75          # in long recordings it comes and goes
+        rhythm = "(AFIB" if "AFIB" in codes and spell else "(B" if "BIGU" in codes and spell else "(N"
+        beats.append((time_s, symbol, rhythm, rr_s))
+        rr_s = base_s * (1 + swing * breath(time_s) + 0.02 * np.sin(0.2 * np.pi * time_s) + rng.normal(0, 0.008))
+        if rhythm == "(AFIB":
+            rr_s = max(0.33, base_s * rng.gamma(22, 1 / 22))
+        last, symbol, wait_s = symbol, usual, rr_s
+        if last == "A":
+            wait_s = rr_s * rng.uniform(1.0, 1.12)                 # the sinus node was reset: no full compensation
+        elif last == "V" and rhythm != "(AFIB":
+            wait_s = max(2 * rr_s - (beats[-1][0] - beats[-2][0]), 0.8 * rr_s)
+        elif last == usual and len(beats) > 2:
+            due = [s for s in ectopic if rng.random() < chance[s] or time_s > owed_at[s]]
+            due = ["V"] if rhythm == "(B" else [s for s in due if s == "V" or rhythm == "(N"]
+            if due:
+                paid, symbol = owed_at.get(due[0]) == np.inf, due[0]
+                owed_at[symbol] = np.inf
+                symbol = "F" if symbol == "V" and paid and rng.random() < 0.12 else symbol
+                wait_s = rr_s * {"V": rng.uniform(0.52, 0.78), "A": rng.uniform(0.6, 0.85), "F": 0.94}[symbol]
+        time_s += wait_s
+    return beats
+
+
+def shaped_noise(rng, n_samples, fs, rms, channels, coherence=0.0) -> np.ndarray:
+    """(n_samples, channels) Gaussian noise in mV whose RMS in the bands of NOISE_EDGES_HZ is rms.
+
+    rms: (bands,) or (channels, bands). coherence: correlation of channel 2 with 1 below 0.5 Hz. Nothing above fs/2.
+    """
+    freqs = np.fft.rfftfreq(n_samples, 1 / fs)
+    z = rng.standard_normal((channels, len(freqs), 2)).view(complex)[..., 0]
+    if coherence:
+        slow = coherence * (freqs < 0.5)
+        z[1] = slow * z[0] + np.sqrt(1 - slow ** 2) * z[1]
+    band = np.clip(np.searchsorted(NOISE_EDGES_HZ, freqs, side="right") - 1, 0, len(NOISE_EDGES_HZ) - 2)
+    density = (np.atleast_2d(rms) / np.sqrt(np.diff(NOISE_EDGES_HZ)))[:, band] * (freqs > 0)   # mV per root Hz
+    return np.fft.irfft(z * density * np.sqrt(fs * n_samples) / 2, n_samples, axis=1).T
+
+
+def visible_waves(waves, n_samples) -> list:
+    """The waves that lie wholly inside, cut where the next begins; one whose peak another wave covers is dropped."""
+    kept = []
+    for wave in sorted(w for w in waves if w[0] >= 0 and w[2] < n_samples):
+        if kept and wave[0] <= kept[-1][1]:                        # begins before the last one has peaked
+            if wave[3] == "p":
+                continue
+            kept.pop()
+        if kept and wave[0] <= kept[-1][2]:
+            kept[-1] = (*kept[-1][:2], wave[0] - 1, kept[-1][3])
+        kept.append(wave)
+    return kept
+
+
+def synth_recording(rng, condition, fs, duration_s, lead_names, heart=None):
+    """A recording of someone with the SCP statements in `condition`, separated by blanks ("IMI AFIB PVC").
+
+    -> signal (T, L) in mV; beats [(sample of R, symbol N L R A V or F, rhythm "(N", "(AFIB" or "(B")]; waves [(onset,
+    peak, end, "p", "N" or "t")] in samples, in order, without overlap. heart: from draw_heart, to record one person
+    again. ValueError for an unknown statement or lead.
+    """
+    codes, n_samples, rows = condition.split(), round(duration_s * fs), lead_rows(lead_names)
+    if unknown := [code for code in codes if code not in STATEMENTS]:
+        raise ValueError(f"unknown statements {unknown} in the condition; choose among {', '.join(STATEMENTS)}")
+    heart = draw_heart(rng, codes) if heart is None else heart
+    breath_hz, phase, sway = rng.uniform(0.18, 0.32), rng.uniform(0, 2 * np.pi), rng.normal(0, 0.05, 3)
+
+    def breath(time_s):
+        return np.sin(2 * np.pi * breath_hz * time_s + phase)
+
+    beats, waves, dipole = draw_beats(rng, codes, duration_s, breath), [], np.zeros((n_samples, 3))
+    for time_s, symbol, rhythm, rr_s in beats:
+        lobes, borders = beat_lobes(heart, symbol, rhythm, rr_s)
+        extent = np.ceil((time_s + np.r_[lobes[:, 0].min(), lobes[:, 2].max()]) * fs)
+        first, last = np.clip(extent, 0, n_samples).astype(int)
+        t, (onset, peak, end) = np.arange(first, last)[:, None] / fs - time_s, lobes[:, :3].T
+        flank = np.minimum(np.where(t < peak, (peak - t) / (peak - onset), (t - peak) / (end - peak)), 1)
+        vectors = Rotation.from_rotvec(sway * breath(time_s)).apply(lobes[:, 3:])
+        vectors *= 1 + 0.03 * breath(time_s) + rng.normal(0, 0.015)
+        dipole[first:last] += (1 + np.cos(np.pi * flank)) / 2 @ vectors
+        waves += [(*(round((time_s + s) * fs) for s in wave[:3]), wave[3]) for wave in borders]
+    if "AFIB" in codes:
+        beat = np.searchsorted([b[0] for b in beats], np.arange(n_samples) / fs, side="right") - 1
+        turns = np.cumsum(rng.uniform(4.5, 7.5) + 12 * shaped_noise(rng, n_samples, fs, SKIN_NOISE_MV, 1)[:, 0]) / fs
+        waving = np.sin(2 * np.pi * turns) + 0.35 * np.sin(4 * np.pi * turns + 1)  # 4 to 8 Hz, wandering
+        waving *= np.array([b[2] == "(AFIB" for b in beats])[beat] * rng.uniform(0.03, 0.09)
+        dipole += np.outer(waving, rng.normal((-0.1, 0.5, -0.6), 0.15))
+    level = rng.lognormal(0, 0.45) * rng.lognormal(0, 0.25, len(SYNTH_ELECTRODES))
+    potentials = dipole @ heart["electrodes"].T + level * shaped_noise(rng, n_samples, fs, SKIN_NOISE_MV, len(level))
+    inside = [(round(b[0] * fs), *b[1:3]) for b in beats if 0 <= round(b[0] * fs) < n_samples]
+    return potentials @ rows.T, inside, visible_waves(waves, n_samples)
+
+
+# ---- synthetic recordings: files in the publishers' layouts --------------------------------------------------------
+
+def write_record(path, fs, leads, adc, gain) -> None:
+    """path.hea and path.dat from integers adc (T, L): format 16 at PTB-XL's gain of 1000 steps per mV, else 212.
+
+    Written here and not by wfdb.wrsamp, which takes 30 ms per record and refuses NSTDB's gain of 0, "not calibrated".
+    """
+    if gain == 1000:
+        kind, detail, data = 16, "1000.0(0)/mV 16 0", adc.astype("<i2")
+    else:                                                          # 212: two 12-bit samples in three bytes
+        kind, detail, (a, b) = 212, "200 11 1024" if gain else "0 12 0", adc.reshape(-1, 2).T & 0xFFF
+        data = np.stack([a & 0xFF, a >> 8 | b >> 8 << 4, b & 0xFF], axis=1).astype("u1")
+    path.with_suffix(".dat").write_bytes(data.tobytes())
+    lines = [f"{path.name}.dat {kind} {detail} {x[0]} {x.sum() % 65536} 0 {lead}" for lead, x in zip(leads, adc.T)]
+    path.with_suffix(".hea").write_text("\n".join([f"{path.name} {len(leads)} {fs} {len(adc)}", *lines]) + "\n")
+
+
+def write_waves(path, fs, waves) -> None:
+    """path.waves: for every wave `(`, its letter at its peak, `)`."""
+    wfdb.wrann(path.name, "waves", np.array([s for wave in waves for s in wave[:3]]),
+               [s for wave in waves for s in ("(", wave[3], ")")], fs=fs, write_dir=str(path.parent))
+
+
+def draw_statements(rng, first_class) -> list:
+    """SCP statements of one patient: a diagnosis of first_class, perhaps another, the forms that follow, one rhythm."""
+    classes = [first_class]
+    if first_class != "NORM" and rng.random() < 0.4:
+        classes.append(rng.choice([c for c in SECOND_CLASS if c != first_class]))
+    codes = [str(rng.choice([code for code, row in STATEMENTS.items() if row.split()[1] == c])) for c in classes]
+    codes += [FORM_OF[code] for code in codes if code in FORM_OF]
+    chance = {"STE_": 0.3 * ("MI" in classes), "LVOLT": 0.06 * ("HYP" not in classes), "PAC": 0.08,
+              "PVC": 0.1 * (first_class != "NORM")}
+    codes += [code for code, p in chance.items() if rng.random() < p]
+    rhythm = str(rng.choice(list(HEART_RATE_BPM), p=(0.74, 0.06, 0.06, 0.06, 0.08)))
+    if rhythm == "AFIB" and {"NORM", "1AVB", "LAO/LAE", "PAC"} & set(codes):       # they need P waves
+        rhythm = "SR"
+    return [*codes, rhythm]
+
+
+def write_ptbxl(folder, n_records, seed) -> None:
+    """records100/ and the two tables. Every seventh patient has two records; folds keep to patients."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = {code: (*(1.0 if k in row.split()[0] else None for k in "dfr"), *row.replace("-", "").split(" ")[1:])
+             for code, row in STATEMENTS.items()}
+    columns = ["diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass"]
+    pd.DataFrame.from_dict(table, "index", columns=columns).to_csv(folder / "scp_statements.csv")
+    database = []
+    patients = [p for p in range(n_records) for _ in range(2 if p % 7 == 3 else 1)][:n_records]
+    for i, patient in enumerate(patients, start=1):
+        rng = np.random.default_rng([seed, 0, patient])
+        codes = draw_statements(rng, FIRST_CLASS[(patient + patient // 10) % 10])  # every fold gets every class in turn
+        age, sex, heart = float(rng.integers(20, 90)), int(rng.integers(2)), draw_heart(rng, codes)
+        rng = np.random.default_rng([seed, 1, i])
+        signal, _, waves = synth_recording(rng, " ".join(codes), PTBXL_FS, 10, PTBXL_LEADS, heart)
+        low, high = (f"records{fs}/{i // 1000 * 1000:05d}/{i:05d}_{tag}" for fs, tag in ((100, "lr"), (500, "hr")))
+        (folder / low).parent.mkdir(parents=True, exist_ok=True)
+        adc = np.clip(np.round(signal * 1000), -32767, 32767).astype(int)
+        write_record(folder / low, PTBXL_FS, PTBXL_LEADS, adc, gain=1000)
+        write_waves(folder / low, PTBXL_FS, waves)
+        likelihood = {code: 100.0 if "d" in STATEMENTS[code].split()[0] else 0.0 for code in codes}
+        database.append({"ecg_id": i, "patient_id": patient + 1.0, "age": age, "sex": sex, "device": "synthetic",
+                         "scp_codes": str(likelihood), "validated_by_human": True, "strat_fold": patient % 10 + 1,
+                         "filename_lr": low, "filename_hr": high})
+    pd.DataFrame(database, columns=PTBXL_COLUMNS).to_csv(folder / "ptbxl_database.csv", index=False)
+
+
+def write_mitdb(folder, seed) -> None:
+    """Two leads, .atr beat annotations, `+` rhythm changes; as in the original, 114 has its leads reversed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, condition in MITDB_CONDITIONS.items():
+        leads = ("V5", "MLII") if name == "114" else ("MLII", "V1")
+        signal, beats, waves = synth_recording(np.random.default_rng([seed, 2, int(name)]), condition, MITDB_FS,
+                                               60 * MITDB_MINUTES, leads)
+        adc = np.clip(np.round(signal * 200) + 1024, 0, 2047).astype(int)          # 11 bits
+        write_record(folder / name, MITDB_FS, leads, adc, gain=200)
+        write_waves(folder / name, MITDB_FS, waves)
+        notes, previous = [], None
+        for sample, symbol, rhythm in beats:
+            notes += [(max(sample - 36, 0), "+", rhythm)] * (rhythm != previous) + [(sample, symbol, "")]
+            previous = rhythm
+        samples, symbols, texts = zip(*notes)
+        wfdb.wrann(name, "atr", np.array(samples), list(symbols), aux_note=list(texts), fs=MITDB_FS,
+                   write_dir=str(folder))
+    (folder / "RECORDS").write_text("\n".join(sorted(MITDB_CONDITIONS)) + "\n")
+
+
+def write_nstdb(folder, seed) -> None:
+    """bw, em and ma: 30 min of two-channel noise with the spectra of the originals; em also jumps and dies away."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clock_s = np.arange(NSTDB_SAMPLES) / MITDB_FS
+    for i, (name, (first, second, coherence)) in enumerate(NSTDB_NOISE.items()):
+        rng = np.random.default_rng([seed, 3, i])
+        loudness = np.exp(rng.normal(0, 0.35, 130))                # a new one every 15 s
+        noise = shaped_noise(rng, NSTDB_SAMPLES, MITDB_FS, (first, second), 2, coherence)
+        noise *= np.interp(clock_s, 15.0 * np.arange(130), loudness / 1.09)[:, None]
+        if name == "em":                                           # about one jump a second, gone after 0.2 s
+            jumps = rng.standard_t(4, (NSTDB_SAMPLES, 2)) * (rng.random((NSTDB_SAMPLES, 1)) < 1 / MITDB_FS)
+            noise = 0.8 * noise + scipy.signal.lfilter([1], [1, -np.exp(-5 / MITDB_FS)], jumps, axis=0) * (0.85, 0.15)
+        adc = np.clip(np.round(noise * 200), -2047, 2047).astype(int)
+        write_record(folder / name, MITDB_FS, ("noise1", "noise2"), adc, gain=0)
+
+
+def synthesize(raw_dir: Path, n_records: int, seed: int) -> None:
+    """Write raw_dir/ptbxl (n_records of 10 s), raw_dir/mitdb (16 records of 3 min) and raw_dir/nstdb (3 of 30 min).
+
+    The same seed gives the same bytes, and the first records do not depend on n_records.
+    """
+    write_ptbxl(raw_dir / "ptbxl", n_records, seed)
+    write_mitdb(raw_dir / "mitdb", seed)
+    write_nstdb(raw_dir / "nstdb", seed)
 
 
 # ---- command line --------------------------------------------------------------------------------------------------

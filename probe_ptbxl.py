@@ -1,19 +1,18 @@
 """What a frozen encoder knows about whole 12-lead ECGs: linear probes on PTB-XL, beside the same network untrained.
 
     python probe_ptbxl.py --encoder runs/real/encoder.pt --raw data/ptbxl --out runs/real/ptbxl
-    python probe_ptbxl.py --encoder random:tiny --raw data/ptbxl --out runs/random           (untrained control alone)
+    python probe_ptbxl.py --encoder random:tiny --raw data/ptbxl --out runs/random/ptbxl      (untrained control alone)
 
 The protocol is the PTB-XL benchmark's (Strodthoff et al. 2021): six label sets in which a statement that is present
 counts, whatever its likelihood; folds 1-8 train, fold 9 chooses the regularisation, fold 10 is scored; macro AUROC.
-Recordings without any label of a set stay in it as rows of zeros (the benchmark drops them; it moves the score by
-about 0.001). Features are [CLS, mean patch] of all 12 leads over 10 s, each standardised on folds 1-8.
+Recordings without any label of a set stay in it as rows of zeros (the benchmark drops them: about 0.001 of AUROC).
+Features are [CLS, mean patch] of all 12 leads over 10 s. Untrained means the weights that the encoder started from.
 
-Writes OUT/ptbxl.json (scores, intervals, calibration, every label), OUT/predictions.npz (probabilities of fold 10) and
-OUT/ptbxl.png. The untrained control costs a second pass of the encoder over the same recordings. Two cores, size tiny:
-4 minutes for 2,000 records.
+Writes OUT/ptbxl.json (scores, intervals, calibration, every label), OUT/predictions.npz (fold 10) and OUT/ptbxl.png.
+Size tiny on one core: 3 minutes for 2,000 records, nearly all of it for the features.
 
-Shapes: R rows (recordings), L leads, T samples, D width of the encoder, C labels, G values of the regularisation,
-S bootstrap samples.
+Shapes: B batch, L leads, T samples, P patch length, D width; R recordings, F features, C labels, G values of the
+regularisation, S bootstrap samples.
 """
 import argparse
 import ast
@@ -23,11 +22,10 @@ import sys
 from pathlib import Path
 
 import joblib
-import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure  # no pyplot: it draws without a display
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
@@ -36,3 +34,400 @@ from tqdm import tqdm
 
 from model import load_encoder, untrained_like
 from prepare import FS, LEADS, Refused, preprocess, read_wfdb
+
+TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
+TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's own; a patient is in one fold only
+RECORD_S, RECORD_LEADS = 10, 12  # s and leads of every PTB-XL recording
+C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, the inverse strength of the L2 penalty
+MAX_ITER = 2000  # of L-BFGS, which takes up to 300 at the weakest penalty
+MIN_POSITIVES = 10  # positives in fold 10 below which the AUROC of a label is mostly noise
+BOOTSTRAPS = 1000  # resamples of the patients of fold 10
+FEW_PATIENTS = 1000  # in fold 10 (all of PTB-XL has about 1,900), below which this is said:
+FEW_NOTE = "\nfew test patients: the intervals are wide, and labels with few positives move the macro over all"
+ECE_BINS = 15  # equal-width bins of the class-wise expected calibration error
+COLORS = {"untrained": "#c4c4c4", "pre-trained": "#7fb2e5"}
+
+
+# ---- data --------------------------------------------------------------------------------------------------
+
+def read_tables(raw):
+    """PTB-XL's recordings (with `codes` and `path`), its SCP statements, and the rate in Hz of what `path` leads to.
+
+    That is 500 Hz when every listed file is there, else 100 Hz. ValueError if this is not PTB-XL or not all of it.
+    """
+    for name in ("ptbxl_database.csv", "scp_statements.csv"):
+        if not (raw / name).is_file():
+            raise ValueError(f"no {name} in {raw}: expected PTB-XL's own folder, which "
+                             f"`python prepare.py ptbxl --raw {raw} --out DIR --download` fetches")
+    table = pd.read_csv(raw / "ptbxl_database.csv", index_col="ecg_id")
+    table["codes"] = [sorted(ast.literal_eval(codes)) for codes in table.scp_codes]
+    for rows, folds in zip(split_rows(table.strat_fold.to_numpy()), ("1 to 8", VAL_FOLD, TEST_FOLD)):
+        if not rows.any():
+            raise ValueError(f"{raw / 'ptbxl_database.csv'} lists no recording in fold {folds}: expected folds 1-8 to "
+                             "train on, 9 to choose the regularisation and 10 to score")
+    for rate, column in ((500, "filename_hr"), (100, "filename_lr")):
+        table["path"] = [str(raw / name) for name in table[column]]
+        absent = [path for path in table.path if not Path(f"{path}.hea").is_file()]
+        if not absent:
+            return table, pd.read_csv(raw / "scp_statements.csv", index_col=0), rate
+    raise ValueError(f"{len(absent)} of the {len(table)} recordings in {raw / 'ptbxl_database.csv'} are absent, "
+                     f"{absent[0]}.hea for one: a partial copy; fetch the rest, or take their rows out of the table")
+
+
+def split_rows(fold):
+    """Masks (R,) of the rows that train, validate and test, of folds (R,)."""
+    return np.isin(fold, TRAIN_FOLDS), fold == VAL_FOLD, fold == TEST_FOLD
+
+
+def label_sets(codes, statements):
+    """{task: (names, y (R, C) bool)} from the statements present in each of R recordings, as the benchmark does it."""
+    diagnostic = statements[statements.diagnostic == 1]
+    labels = {  # task: {statement: label}
+        "all": {code: code for code in {*statements.index}.union(*codes)},
+        "diagnostic": {code: code for code in diagnostic.index},
+        "subdiagnostic": diagnostic.diagnostic_subclass.dropna().to_dict(),
+        "superdiagnostic": diagnostic.diagnostic_class.dropna().to_dict(),
+        "form": {code: code for code in statements.index[statements.form == 1]},
+        "rhythm": {code: code for code in statements.index[statements.rhythm == 1]}}
+    sets = {}
+    for task in TASKS:
+        names = sorted(set(labels[task].values()))
+        present = [[labels[task][code] for code in row if code in labels[task]] for row in codes]
+        sets[task] = names, MultiLabelBinarizer(classes=names).fit_transform(present).astype(bool)
+    return sets
+
+
+# ---- features ----------------------------------------------------------------------------------------------
+
+def read_record(path, patch_samples):
+    """signal (L, T) mV at FS, up to 10 s in whole patches, and lead ids (L,); None if none of it is usable."""
+    try:
+        signal, fs, leads, _ = read_wfdb(path)
+        signal_mv, lead_ids = preprocess(signal, fs, leads)
+    except Refused as error:
+        if error.reason == "no valid lead":
+            return None
+        raise ValueError(f"{path}: {error}") from None
+    signal_mv = signal_mv[:, :min(signal_mv.shape[1], RECORD_S * FS) // patch_samples * patch_samples]
+    valid = np.isfinite(signal_mv).reshape(len(lead_ids), -1, patch_samples).all(axis=2)
+    return (signal_mv, lead_ids) if valid.any() else None
+
+
+def extract_features(encoders, paths, batch, device):
+    """[CLS, mean patch] of R recordings: (encoders, R, 2D); also how many have gaps and how many are unusable.
+
+    Every recording is read once for all encoders. One with missing samples (or of another shape) goes through
+    encoder.embed by itself, with the mean over its valid patches; one without any valid patch stays NaN.
+    """
+    P, counts = encoders[0].patch_samples, {"with_gaps": 0, "unusable": 0}
+    shape = (RECORD_LEADS, RECORD_S * FS // P * P)
+    features = np.full((len(encoders), len(paths), 2 * encoders[0].width), np.nan, dtype=np.float32)
+    for start in tqdm(range(0, len(paths), batch), desc="features", unit="batch", disable=None):
+        records = {start + i: read_record(path, P) for i, path in enumerate(paths[start:start + batch])}
+        whole = [row for row, r in records.items() if r and r[0].shape == shape and np.isfinite(r[0]).all()]
+        if whole:
+            signal, leads = (torch.from_numpy(np.stack(x)).to(device) for x in zip(*(records[row] for row in whole)))
+            for e, encoder in enumerate(encoders):
+                with torch.inference_mode():
+                    out = encoder(signal, leads)  # signal (B, L, T), leads (B, L)
+                features[e, whole] = torch.cat((out.cls, out.patches.mean(dim=(1, 2))), dim=1).float().cpu()
+        for row in set(records) - set(whole):
+            counts["with_gaps" if records[row] else "unusable"] += 1
+            for e, encoder in enumerate(encoders if records[row] else []):
+                signal, leads = records[row]
+                out = encoder.embed(signal, fs=FS, leads=[LEADS[i] for i in leads], window_s=RECORD_S)
+                features[e, row] = np.concatenate((out.global_feature, np.nanmean(out.local_features, axis=(0, 1))))
+    return features, counts
+
+
+# ---- probe -------------------------------------------------------------------------------------------------
+
+def fit_label(x, y, x_new):
+    """Logits (G, R') of one label's logistic regression at every C; x (R, F), y (R,) bool, x_new (R', F)."""
+    # Along rising C every solution starts the next. At the default tolerance the macro AUROC is within 0.001 of the
+    # exact optimum's for every C up to 0.1 (measured), in a third of the time.
+    model = LogisticRegression(warm_start=True, max_iter=MAX_ITER)
+    return np.array([model.set_params(C=c).fit(x, y).decision_function(x_new) for c in C_GRID])
+
+
+def fit_labels(features, y, train):
+    """Logits (G, R', C) on the rows that are not in train (R,), of labels y (R, C) fitted on those that are.
+
+    features (R, F). A label without both classes in train gets NaN. Labels that are the same column (a statement is
+    in several sets) are fitted once, in parallel threads.
+    """
+    x = StandardScaler().fit(features[train]).transform(features.astype(np.float64))
+    x = np.nan_to_num(x)  # an unusable recording becomes the mean one; the scaler leaves NaN out of its mean
+    columns, where = np.unique(y, axis=1, return_inverse=True)
+    logits = np.full((len(C_GRID), (~train).sum(), columns.shape[1]), np.nan)
+    todo = np.flatnonzero(both_classes(columns[train]))
+    with threadpool_limits(1):  # a thread per label: more inside one small product would only wait for each other
+        fits = joblib.Parallel(n_jobs=-1, prefer="threads", return_as="generator")(
+            joblib.delayed(fit_label)(x[train], columns[train, k], x[~train]) for k in todo)
+        for k, fit in zip(todo, tqdm(fits, total=len(todo), desc="labels", unit="label", disable=None)):
+            logits[:, :, k] = fit
+    return logits[:, :, where.ravel()]
+
+
+def both_classes(y):
+    """Which columns of y (R, C) bool have positives and negatives: (C,)."""
+    return y.any(axis=0) & ~y.all(axis=0)
+
+
+def choose_c(logits, y):
+    """Place in C_GRID of the best macro AUROC of logits (G, R, C) on y (R, C); the middle if nothing can be scored."""
+    usable = np.flatnonzero(both_classes(y) & np.isfinite(logits).all(axis=(0, 1)))
+    once = np.ones((1, len(y)))
+    scores = [[resampled_auroc(y[:, k], z[:, k], once)[0] for k in usable] for z in logits]
+    return int(np.argmax(np.mean(scores, axis=1))) if len(usable) else len(C_GRID) // 2
+
+
+def platt(logit, y, logit_new):
+    """Platt's (1999) sigmoid, fitted on logit (R,) and y (R,) bool: probabilities of logit_new (R',).
+
+    As CalibratedClassifierCV(method="sigmoid"), which wants the classifier itself. The smoothed targets that he asks
+    for are fractions, so every row enters as a positive and as a negative, weighted.
+    """
+    target = np.where(y, (y.sum() + 1) / (y.sum() + 2), 1 / ((~y).sum() + 2))
+    model = LogisticRegression(C=np.inf, tol=1e-6, max_iter=MAX_ITER)
+    model.fit(np.tile(logit, 2)[:, None], np.repeat([1, 0], len(y)), sample_weight=np.r_[target, 1 - target])
+    return model.predict_proba(logit_new[:, None])[:, 1]
+
+
+# ---- scores ------------------------------------------------------------------------------------------------
+
+def resampled_auroc(y, score, counts):
+    """AUROC (S,) of one label in every resample, by ranks: exact, ties count half, NaN where a class is absent.
+
+    y (R,) bool; score (R,); counts (S, R): how often resample s holds row r. A row of ones gives the plain AUROC.
+    """
+    order = np.argsort(score)
+    first = np.unique(score[order], return_index=True)[1]  # where each distinct score begins
+    positives = np.add.reduceat(counts[:, order] * y[order], first, axis=1)  # (S, distinct scores)
+    negatives = np.add.reduceat(counts[:, order] * ~y[order], first, axis=1)
+    won = positives * (np.cumsum(negatives, axis=1) - negatives / 2)
+    with np.errstate(invalid="ignore"):
+        return won.sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
+
+
+def patient_counts(patients, seed):
+    """counts (S, R) of resamples of patients (R,): each is drawn with replacement and brings all of its recordings."""
+    _, patient = np.unique(patients, return_inverse=True)
+    n = patient.max() + 1
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=BOOTSTRAPS)[:, patient]
+
+
+def macro(auroc):
+    """Mean over labels of auroc (S, C) -> (S,); a label that a resample cannot score is left out of its mean."""
+    scored = np.isfinite(auroc)
+    with np.errstate(invalid="ignore"):
+        return np.where(scored, auroc, 0).sum(axis=1) / scored.sum(axis=1)
+
+
+def interval(samples):
+    """95 % percentile interval [low, high] of bootstrap samples (S,)."""
+    return np.nanpercentile(samples, [2.5, 97.5]).tolist() if np.isfinite(samples).any() else [np.nan, np.nan]
+
+
+def calibration(p, y):
+    """Brier score, negative log-likelihood (nats) and class-wise ECE: means over labels of p (R, C), y (R, C)."""
+    if not p.size:
+        return dict(brier=np.nan, nll=np.nan, ece=np.nan)
+    bins = np.minimum((p * ECE_BINS).astype(int), ECE_BINS - 1)
+    gaps = [np.bincount(bins[:, k], weights=p[:, k] - y[:, k]) for k in range(p.shape[1])]
+    likelihood = np.where(y, p, 1 - p).clip(np.finfo(float).tiny)
+    return dict(brier=np.mean((p - y) ** 2), nll=-np.mean(np.log(likelihood)),
+                ece=np.mean([np.abs(gap).sum() / len(p) for gap in gaps]))
+
+
+def score_task(logits, y, fold, scored, counts):
+    """One encoder on one task: its C, AUROC (1 + S, C') plain and per resample, and p raw and calibrated (R', C').
+
+    logits (G, rows of folds 9 and 10, C); y (R, C); scored: places of the C' labels; counts (S, R') over fold 10.
+    """
+    _, val, test = split_rows(fold)
+    is_val = fold[val | test] == VAL_FOLD
+    best = choose_c(logits[:, is_val], y[val])
+    z_val, z, y_val, y_test = logits[best][is_val][:, scored], logits[best][~is_val][:, scored], y[val], y[test]
+    draws = np.concatenate((np.ones((1, len(z)), dtype=counts.dtype), counts))
+    auroc, p, calibrated = np.empty((len(draws), len(scored))), 1 / (1 + np.exp(-z)), np.empty_like(z)
+    for k, label in enumerate(scored):
+        auroc[:, k] = resampled_auroc(y_test[:, label], z[:, k], draws)
+        # Without a positive in fold 9 there is nothing to calibrate with.
+        calibrated[:, k] = platt(z_val[:, k], y_val[:, label], z[:, k]) if y_val[:, label].any() else p[:, k]
+    return dict(c=C_GRID[best], auroc=auroc, raw=p, platt=calibrated)
+
+
+def compare(names, y, fold, logits, counts):
+    """JSON entry of a task, and its arrays for predictions.npz; logits: [encoder's, control's] or the control's."""
+    train, val, test = split_rows(fold)
+    scored = np.flatnonzero(both_classes(y[test]) & both_classes(y[train]))
+    frequent = y[test][:, scored].sum(axis=0) >= MIN_POSITIVES
+    runs = [score_task(z, y, fold, scored, counts) for z in logits]
+    y_test = y[test][:, scored]
+    entry = dict(n_labels=len(scored), n_labels_min10=int(frequent.sum()), n_labels_defined=len(names),
+                 n_test=int(test.sum()), c=runs[0]["c"], untrained_c=runs[-1]["c"])
+    for suffix, chosen in (("", slice(None)), ("_min10", frequent)):
+        encoder, control = (macro(run["auroc"][:, chosen]) for run in (runs[0], runs[-1]))
+        entry |= {f"macro_auroc{suffix}": encoder[0], f"ci95{suffix}": interval(encoder[1:]),
+                  f"untrained{suffix}": control[0], f"untrained_ci95{suffix}": interval(control[1:]),
+                  f"difference{suffix}": encoder[0] - control[0],
+                  f"difference_ci95{suffix}": interval(encoder[1:] - control[1:])}
+    for key, run in (("calibration", runs[0]), ("untrained_calibration", runs[-1])):
+        entry[key] = {kind: calibration(run[kind], y_test) for kind in ("raw", "platt")}
+    entry["labels"] = {names[label]: dict(
+        auroc=runs[0]["auroc"][0, k], untrained=runs[-1]["auroc"][0, k], positives_train=y[train, label].sum(),
+        positives_val=y[val, label].sum(), positives_test=y[test, label].sum()) for k, label in enumerate(scored)}
+    return entry, dict(labels=np.array([names[k] for k in scored], dtype=str), y=y_test, p=runs[0]["raw"],
+                       p_platt=runs[0]["platt"], p_untrained=runs[-1]["raw"])
+
+
+# ---- output ------------------------------------------------------------------------------------------------
+
+def write_whole(path, write):
+    """write(temporary path), then rename: the file appears whole or not at all."""
+    temporary = path.with_name(f"writing-{path.name}")  # keeps the suffix, by which savefig and savez choose the format
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def to_json(value):
+    """Plain types for json.dumps; a number that could not be computed becomes null, because JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if not isinstance(value, float) else round(value, 6) if np.isfinite(value) else None
+
+
+def show(value, ci):
+    """A score with its interval, for people."""
+    return "-" if value is None else f"{value:.3f} [{', '.join('-' if v is None else f'{v:.3f}' for v in ci)}]"
+
+
+def report(result):
+    """The protocol and the scores, as text."""
+    n, rows = result["n"], {}
+    for task, r in result["tasks"].items():
+        rows[task] = dict(labels=f"{r['n_labels']}/{r['n_labels_defined']}", C=r["c"],
+                          untrained=show(r["untrained"], r["untrained_ci95"]))
+        if not result["untrained_only"]:
+            rows[task] |= dict(encoder=show(r["macro_auroc"], r["ci95"]),
+                               difference=show(r["difference"], r["difference_ci95"]))
+        rows[task] |= {"10+": r["n_labels_min10"], "encoder, 10+": show(r["macro_auroc_min10"], r["ci95_min10"])}
+        rows[task] |= dict(Brier=r["calibration"]["raw"]["brier"], ECE=r["calibration"]["raw"]["ece"],
+                           calibrated=r["calibration"]["platt"]["ece"])
+    return "\n".join((
+        f"PTB-XL at {n['rate_hz']} Hz: folds 1-8 train ({n['train']}), fold 9 chooses C and calibrates ({n['val']}), "
+        f"fold 10 is scored ({n['test']} recordings, {n['test_patients']} patients); no refit with fold 9",
+        f"{n['features']} features; {n['with_gaps']} recordings with missing samples (mean over valid patches), "
+        f"{n['unusable']} without a valid patch (taken as the mean recording)",
+        "macro AUROC [95 %] over the labels with both classes in folds 1-8 and in fold 10 (of those defined); 10+: over "
+        f"those with {MIN_POSITIVES} positives or more in fold 10" + FEW_NOTE * (n["test_patients"] < FEW_PATIENTS),
+        pd.DataFrame.from_dict(rows, orient="index").to_string(na_rep="-", float_format="{:.3g}".format)))
+
+
+def draw(path, result, arrays):
+    """Macro AUROC per label set with intervals, and how reliable the calibrated superclass probabilities are."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    bars, curve = figure.subplots(1, 2, width_ratios=(1.7, 1))
+    series = {"untrained": ("untrained", "untrained_ci95"), "pre-trained": ("macro_auroc", "ci95")}
+    if result["untrained_only"]:
+        del series["pre-trained"]
+    width = 0.8 / len(series)
+    for i, (name, keys) in enumerate(series.items()):
+        value, ci = (np.array([result["tasks"][task][key] for task in TASKS], dtype=float) for key in keys)
+        at = np.arange(len(TASKS)) + (i - (len(series) - 1) / 2) * width
+        drawn = bars.bar(at, value - 0.5, 0.94 * width, bottom=0.5, color=COLORS[name], label=name)
+        bars.bar_label(drawn, [f"{v:.3f}" for v in value], label_type="center", fontsize=8)
+        bars.vlines(at, *ci.T, color="#333333", linewidth=1)
+    labels = [f"{task}\n{result['tasks'][task]['n_labels']} labels" for task in TASKS]
+    bars.set(ylim=(0.5, 1), ylabel="macro AUROC, fold 10", xticks=range(len(TASKS)), xticklabels=labels)
+    bars.tick_params(axis="x", labelsize=9)
+    bars.set_title(f"PTB-XL, {result['n']['test']} test recordings; lines: 95 %, patient bootstrap", loc="left")
+    bars.legend(frameon=False, loc="upper left", ncols=2)
+    draw_reliability(curve, **arrays["superdiagnostic"])
+    figure.axes[0].spines[["top", "right"]].set_visible(False)
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def draw_reliability(axis, labels, y, p, p_platt, p_untrained):
+    """Share of positives against calibrated probability; a point holds about 40 recordings or more."""
+    axis.plot((0, 1), (0, 1), color="#999999", linewidth=1, linestyle="--")
+    n_bins = int(np.clip(len(y) // 40, 4, 10))
+    for k, name in enumerate(labels):
+        truth, said = calibration_curve(y[:, k], p_platt[:, k], n_bins=n_bins, strategy="quantile")
+        raw, calibrated = (calibration(x[:, [k]], y[:, [k]])["ece"] for x in (p, p_platt))
+        axis.plot(said, truth, marker="o", markersize=4, label=f"{name}  ECE {raw:.3f}, calibrated {calibrated:.3f}")
+    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="calibrated probability", ylabel="share with the label")
+    axis.set_title("Reliability of the superclasses", loc="left")
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+# ---- main --------------------------------------------------------------------------------------------------
+
+def parser_of(description):
+    """The flags that both probes share."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--encoder", required=True, default=argparse.SUPPRESS,
+                        help="encoder.pt of a run; random:SIZE gives the untrained control alone")
+    parser.add_argument("--raw", type=Path, required=True, default=argparse.SUPPRESS,
+                        help="folder of the raw recordings, in their publisher's layout")
+    parser.add_argument("--out", type=Path, required=True, default=argparse.SUPPRESS,
+                        help="folder for the results; made if absent, earlier results in it are replaced")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
+    return parser
+
+
+def load_encoders(path, device):
+    """The encoder and its untrained control (the control alone for random:SIZE), and the device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    encoder = load_encoder(path, device)
+    return [encoder] if path.startswith("random:") else [encoder, untrained_like(encoder)], device
+
+
+def parse_args(argv=None):
+    parser = parser_of("Linear probes on PTB-XL, of an encoder and of its untrained control.")
+    parser.add_argument("--batch", type=int, default=32, help="recordings per forward pass; less if memory runs out")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    table, statements, rate = read_tables(args.raw)
+    encoders, device = load_encoders(args.encoder, args.device)
+    fold, patients = table.strat_fold.to_numpy(), table.patient_id.to_numpy()
+    train, val, test = split_rows(fold)
+    features, odd = extract_features(encoders, table.path.tolist(), args.batch, device)
+
+    sets = label_sets(table.codes, statements)
+    y = np.concatenate([y for _, y in sets.values()], axis=1)
+    ends = np.cumsum([len(names) for names, _ in sets.values()])[:-1]
+    logits = [np.split(fit_labels(x, y, train), ends, axis=2) for x in features]  # [encoder][task]
+    counts = patient_counts(patients[test], args.seed)
+    tasks, arrays = {}, {}
+    for i, (task, (names, y)) in enumerate(sets.items()):
+        tasks[task], arrays[task] = compare(names, y, fold, [z[i] for z in logits], counts)
+
+    n = dict(rate_hz=rate, train=train.sum(), val=val.sum(), test=test.sum(), features=features.shape[2],
+             test_patients=len(set(patients[test])), **odd)
+    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=len(encoders) == 1,
+                          n=n, tasks=tasks))
+    print(report(result))
+    args.out.mkdir(parents=True, exist_ok=True)
+    stored = {f"{task}_{key}": value for task, group in arrays.items() for key, value in group.items()}
+    stored |= dict(ecg_id=table.index.to_numpy()[test], patient_id=patients[test])
+    write_whole(args.out / "predictions.npz", lambda path: np.savez_compressed(path, **stored))
+    draw(args.out / "ptbxl.png", result, arrays)
+    write_whole(args.out / "ptbxl.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+    print(f"wrote {args.out / 'ptbxl.json'}, predictions.npz and ptbxl.png")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(f"probe_ptbxl.py: {error}")

@@ -25,10 +25,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from matplotlib.collections import LineCollection
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
@@ -40,8 +43,14 @@ from tqdm import tqdm
 from augment import ViewSpec, draw_masks, draw_views, load_noise, make_views, take_rows
 from dino import (build_networks, dino_loss, distributed, gram_loss, ibot_loss, koleo_loss, reduce_, sinkhorn_knopp,
                   update_teacher)
-from model import SIZES, build_encoder, save_encoder
+import prepare
+import probe_mitbih
+import probe_ptbxl
+from model import SIZES, build_encoder, load_encoder, save_encoder
 from prepare import FS, LEADS, MISSING, SPLITS, open_corpus
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
 
 # Views. A recording falls into the first group whose lead count it reaches: (leads of a global view, leads that a batch carries).
 LEAD_GROUPS = ((8, 12), (2, 4), (1, 1))
@@ -71,6 +80,7 @@ ADAM_BETAS = (0.9, 0.99)
 CLIP_NORM = 3.0                                 # for encoder and heads each
 FREEZE_PROTOTYPES_SHARE = 0.01                  # of the steps, with learning rate 0 for the prototypes
 KEEP_CHECKPOINTS = 2
+DEFAULT_STEPS, DEMO_STEPS = 1000, 150
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,11 +223,11 @@ def group_features(student, teacher, gram_teacher, group, noise, patch_samples, 
     batch, leads, masks = (group[k].to(device, non_blocking=True) for k in ("batch", "leads", "masks"))
     B = len(batch)
     cls, views = [], [make_views(batch, leads, draws, spec, patch_samples, noise) for spec, draws in zip(group["specs"], group["draws"])]
-    noisy, clean, view_leads = views[0]
+    _, clean, _, named = views[0]
     with torch.no_grad():
-        target = teacher["encoder"](clean, view_leads)
-        anchor = gram_teacher(clean, view_leads).patches if gram_teacher is not None else None
-    for (signal, _, ids), mask in zip(views, (masks, None, None)):
+        target = teacher["encoder"](clean, named)
+        anchor = gram_teacher(clean, named).patches if gram_teacher is not None else None
+    for (signal, _, ids, _), mask in zip(views, (masks, None, None)):
         out = student["encoder"](signal, ids, mask)
         cls.append(out.cls.unflatten(0, (-1, B)))
         if mask is not None:
@@ -435,9 +445,8 @@ def run_about(args, world_size, device, sampler, student):
                 skipped=sampler.skipped, data=[dict(dir=str(c.dir), **{k: c.manifest[k] for k in ("source", "sha256") if k in c.manifest}) for c in sampler.corpora])
 
 
-def train(args):
-    """Pre-train; returns the folder that it wrote."""
-    rank, world_size, device = setup_processes(args.device)
+def train(args, rank=0, world_size=1, device=torch.device("cpu")):
+    """Pre-train into args.out."""
     corpora = [open_corpus(d) for d in args.data]
     encoder = build_encoder(args.size, args.seed)
     patch = encoder.patch_samples
@@ -523,7 +532,8 @@ def train(args):
                 log.flush()
                 progress.write(f"step {step + 1}: online probe AUROC {auroc:.3f}")
     loader.shutdown(cancel_futures=True)
-    return out
+    if rank == 0:
+        draw_curves(out)
 
 
 def trim_log(path, start):
@@ -545,31 +555,158 @@ def print_header(about, args, start):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+def draw_curves(out):
+    """curves.png: losses, entropy of the targets beside ln K, and the online probe, against the step."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [r for r in rows if "loss" in r]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), constrained_layout=True)
+    for name in ("dino_global", "dino_local", "ibot"):
+        axes[0].plot([r["step"] for r in steps], [r[name] for r in steps], label=name)
+    for name in ("target_entropy", "patch_target_entropy", "prediction_entropy"):
+        axes[1].plot([r["step"] for r in steps], [r[name] for r in steps], label=name)
+    for axis, title in zip(axes, ("losses", "entropy (nats)")):
+        axis.axhline(steps[0]["ln_k"], color="0.6", linestyle=":", label="ln K")
+        axis.set(title=title, xlabel="step")
+        axis.legend(fontsize=8)
+    probed = [r for r in rows if "online_auroc" in r]
+    axes[2].plot([r["step"] for r in probed], [r["online_auroc"] for r in probed], "o-")
+    axes[2].set(title="online probe, macro AUROC", xlabel="step")
+    figure.savefig(out / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def fine_features(encoder, signal_mv, leads, step_samples=5):
+    """Local features every step_samples / FS seconds, by shifting the patches: features (L, M, D) and centres (M,) in seconds."""
+    shifted = [encoder.embed(signal_mv[:, shift:], fs=FS, leads=leads) for shift in range(0, encoder.patch_samples, step_samples)]
+    times_s = np.concatenate([e.times_s + i * step_samples / FS for i, e in enumerate(shifted)])
+    order = np.argsort(times_s)
+    return np.concatenate([e.local_features for e in shifted], axis=1)[:, order], times_s[order]
+
+
+def draw_features(encoder, corpus, row, path, show=("I", "II", "V1", "V3", "V5"), seconds=5.0):
+    """features.png: an ECG whose colour is its local feature: the first three principal components as red, green and blue."""
+    ids = corpus.index["leads"][row][:corpus.index["n_leads"][row]]
+    names = [LEADS[i] for i in ids]
+    signal = np.where(corpus.read(row) == MISSING, np.nan, corpus.read(row) * np.float32(1e-3))
+    features, times_s = fine_features(encoder, signal, names)
+    shown = [names.index(n) for n in show if n in names] or [0]
+    x = features[shown] - np.nanmean(features[shown], axis=1, keepdims=True)          # a lead's own mean would only colour the lead
+    L, M, D = x.shape
+    components = PCA(3, svd_solver="full").fit_transform(np.nan_to_num(x.reshape(L * M, D)))
+    low, high = np.percentile(components, (2, 98), axis=0)
+    colour = np.clip((components - low) / (high - low), 0, 1).reshape(L, M, 3)
+    figure, axes = plt.subplots(L, 1, figsize=(12, 1.5 * L), sharex=True, constrained_layout=True, squeeze=False)
+    for axis, lead, rgb in zip(axes[:, 0], shown, colour):
+        t = np.arange(round(seconds * FS)) / FS
+        y = signal[lead, :len(t)]
+        nearest = np.abs(times_s[None] - t[:, None]).argmin(axis=1)
+        axis.add_collection(LineCollection(np.stack([np.stack([t[:-1], y[:-1]], 1), np.stack([t[1:], y[1:]], 1)], 1), colors=rgb[nearest[:-1]], linewidths=2.2))
+        axis.set(xlim=(0, seconds), ylim=(np.nanmin(y) - 0.15, np.nanmax(y) + 0.15), ylabel=f"{names[lead]} (mV)")
+    axes[-1, 0].set_xlabel("seconds; colour: first three principal components of the local features")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nothing prepared: the whole way on synthetic recordings
+
+def prepare_demo(args, rank):
+    """Write and prepare synthetic recordings under args.out (once), and point args at them."""
+    data = args.out / "data"
+    if rank == 0 and not data.exists():
+        print(f"no --data given: making synthetic recordings in {args.out}\n")
+        prepare.main(prepare.parse_args(["synth", "--raw", str(args.out / "raw"), "--out", str(data), "--seed", str(args.seed)]))
+    barrier()
+    args.data, args.noise = [data / "ptbxl", data / "mitdb"], data / "nstdb"
+
+
+def show_demo(args):
+    """Probe the demo's encoder beside its untrained control, draw its features, and say what was seen."""
+    out, encoder = args.out, str(args.out / "encoder.pt")
+    shutil.rmtree(out / "ptbxl", ignore_errors=True)
+    shutil.rmtree(out / "mitbih", ignore_errors=True)
+    probe_ptbxl.main(probe_ptbxl.parse_args(["--encoder", encoder, "--raw", str(out / "raw/ptbxl"), "--out", str(out / "ptbxl")]))
+    probe_mitbih.main(probe_mitbih.parse_args(["--encoder", encoder, "--raw", str(out / "raw/mitdb"), "--out", str(out / "mitbih")]))
+    corpus = open_corpus(args.data[0])
+    draw_features(load_encoder(encoder), corpus, int(np.flatnonzero(corpus.index["split"] == SPLITS.index("test"))[0]), out / "features.png")
+    ptbxl = json.loads((out / "ptbxl/ptbxl.json").read_text())["tasks"]["superdiagnostic"]
+    mitbih = json.loads((out / "mitbih/mitbih.json").read_text())["features"]["neighbourhood"]
+    print("\nsynthetic recordings, frozen features, AUROC [95 % interval]      pre-trained   untrained   difference")
+    for name, r, value in (("12-lead recordings, superdiagnostic", ptbxl, ptbxl["macro_auroc"]), ("heartbeats, macro N, S, V", mitbih, mitbih["macro_nsv"])):
+        print(f"  {name:60s} {value:9.3f} {r['untrained']:11.3f}   {r['difference']:+.3f} [{r['difference_ci95'][0]:+.3f}, {r['difference_ci95'][1]:+.3f}]")
+    print(f"""
+wrote {out}/encoder.pt, log.jsonl, curves.png, features.png (an ECG coloured by its local features), ptbxl/, mitbih/
+These recordings are synthetic: the table shows that the machine runs, not how good it is on patients. Next, with real ones:
+  python prepare.py ptbxl --raw raw/ptbxl --out data/ptbxl --download
+  python prepare.py mitdb --raw raw/mitdb --out data/mitdb --download
+  python prepare.py nstdb --raw raw/nstdb --out data/nstdb --download
+  torchrun train.py --data data/ptbxl data/mitdb --noise data/nstdb --out runs/real""")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--data", nargs="+", type=Path, default=[])
-    p.add_argument("--noise", type=Path)
-    p.add_argument("--out", type=Path, default=Path("runs/demo"))
-    p.add_argument("--size", choices=SIZES, default="tiny")
-    p.add_argument("--steps", type=int, default=600)
-    p.add_argument("--batch", type=int, default=64)
-    p.add_argument("--lr", type=float, default=2e-3)
-    p.add_argument("--prototypes", type=int, default=512)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--resume", action="store_true")
-    p.add_argument("--gram-from", type=int, default=-1)
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--log-every", type=int, default=1)
-    p.add_argument("--checkpoint-every", type=int, default=200)
-    p.add_argument("--probe-every", type=int, default=50)
-    return p.parse_args(argv)
+    data = p.add_argument_group("data")
+    data.add_argument("--data", nargs="+", type=Path, default=[], metavar="DIR",
+                      help="corpora that prepare.py wrote; only their train split is used. Without: synthetic recordings are made, trained on and probed")
+    data.add_argument("--noise", type=Path, metavar="DIR", help="noise corpus (prepare.py nstdb); without it the student's views carry no noise")
+    data.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of this run (default: %(default)s)")
+    data.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out, exactly; starts from nothing if there is none")
+    science = p.add_argument_group("model and optimisation (everything else is a constant at the top of a file)")
+    science.add_argument("--size", choices=SIZES, default="tiny", help="tiny trains on a laptop, the others want GPUs (default: %(default)s)")
+    science.add_argument("--steps", type=int, help=f"length of the schedules (default: {DEFAULT_STEPS}; without --data {DEMO_STEPS})")
+    science.add_argument("--batch", type=int, default=64, help="recordings per step over all processes; never depends on their number (default: %(default)s)")
+    science.add_argument("--lr", type=float, default=2e-3, help="peak learning rate; halve it if the loss rises or turns NaN (default: %(default)s)")
+    science.add_argument("--prototypes", type=int, default=512,
+                         help="K of both heads; at most 16 to 32 times the batch, or targets cannot become sharp (default: %(default)s)")
+    science.add_argument("--gram-from", type=int, default=-1, metavar="STEP",
+                         help="anchor patch similarities to the teacher of this step; for long runs whose local features decay (default: never)")
+    science.add_argument("--seed", type=int, default=0, help="of initial weights, batches and views (default: %(default)s)")
+    system = p.add_argument_group("system")
+    system.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    system.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile each block: slow first steps, faster later")
+    system.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default: %(default)s)")
+    system.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="(default: %(default)s)")
+    system.add_argument("--probe-every", type=int, default=100, metavar="STEPS", help="online probe, 0 for never (default: %(default)s)")
+    args = p.parse_args(argv)
+    if args.steps is None:
+        args.steps = DEFAULT_STEPS if args.data else DEMO_STEPS
+    return args
+
+
+def check_args(args):
+    """Everything that can be wrong with the flags, before anything slow."""
+    for name in ("steps", "batch", "prototypes", "log_every", "checkpoint_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if not 0 < args.lr < 1:
+        raise ValueError(f"--lr {args.lr} is no learning rate; expected something like 0.002")
+    if args.noise and not args.data:
+        raise ValueError("--noise without --data: the synthetic run makes its own noise; give both or neither")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but this PyTorch sees no GPU; use --device cpu, or install a CUDA build")
 
 
 def main(args):
-    train(args)
+    check_args(args)
+    rank, world_size, device = setup_processes(args.device)
+    try:
+        demo = not args.data
+        if demo:
+            prepare_demo(args, rank)
+        train(args, rank, world_size, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if demo and rank == 0:
+        show_demo(args)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -39,11 +39,6 @@ def draw_ecg(fs, seconds, leads=("II",), rr_s=RR_S):
 
 
 @pytest.fixture(scope="session")
-def ecg():
-    return draw_ecg
-
-
-@pytest.fixture(scope="session")
 def shared_data():
     """The folder of real recordings (ptbxl, mitdb, nstdb, ...)."""
     folder = Path(os.environ.get("ECG_DATA") or ROOT.parent / "shared" / "data")

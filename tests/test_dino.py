@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dino import (DINOHead, STUDENT_TEMPERATURE, build_networks, dino_loss, gram_loss, ibot_loss, koleo_loss,
+from dino import (DINOHead, PROTOTYPE_NORM, STUDENT_TEMPERATURE, build_networks, dino_loss, gram_loss, ibot_loss, koleo_loss,
                   sinkhorn_knopp, update_teacher)
 
 LARGEST = torch.finfo(torch.float32).max
@@ -58,7 +58,7 @@ def plain_koleo(x):
     total = 0.0
     for i, row in enumerate(unit):
         others = [other for j, other in enumerate(unit) if j != i]
-        nearest = others[int(np.argmax([float(row @ other) for other in others]))]
+        nearest = others[int(np.argmax([(row @ other).item() for other in others]))]
         total = total - torch.log(torch.sqrt(((row - nearest + 1e-8) ** 2).sum()) + 1e-8)
     return total / len(unit)
 
@@ -246,7 +246,7 @@ def test_losses_of_huge_logits_are_finite(name, logits):
 @pytest.fixture(scope="module")
 def networks():
     from model import build_encoder  # here, so that the processes that import this file for one function need not read it
-    return build_networks(build_encoder("tiny"), hidden_dim=64, bottleneck_dim=32, cls_prototypes=256, patch_prototypes=128)
+    return build_networks(build_encoder("tiny"), hidden_dim=64, bottleneck_dim=128, cls_prototypes=256, patch_prototypes=128)
 
 
 def test_head_shapes_and_parameters():
@@ -272,12 +272,14 @@ def test_head_puts_the_bottleneck_on_the_unit_sphere_and_leaves_prototypes_free(
 
 def test_head_init():
     head = DINOHead(256, 256, 256, 512)
-    for name, p in head.named_parameters():
+    for name, p in head.mlp.named_parameters():
         if p.ndim == 1:
             assert torch.equal(p, torch.zeros_like(p)), name
         else:
             assert p.abs().max() <= 0.04, name
             assert p.std().item() == pytest.approx(0.0176, rel=0.02), name       # normal 0.02, cut at two deviations
+    assert head.prototypes.weight.norm(dim=1).mean().item() == pytest.approx(PROTOTYPE_NORM, rel=0.02)
+    assert abs(head.prototypes.weight.mean().item()) < 0.01 * PROTOTYPE_NORM
 
 
 def test_heads_differ_from_each_other(networks):
@@ -292,7 +294,7 @@ def test_loss_starts_at_ln_k(networks):
     probs = sinkhorn_knopp(teacher["dino_head"](features), 0.04)
     loss = dino_loss(student["dino_head"](features)[None], probs[None])
     assert 0.5 * math.log(256) < -(probs * probs.clamp(min=1e-30).log()).sum(dim=1).mean()       # targets that mean something
-    assert loss.item() == pytest.approx(math.log(256), rel=0.03)
+    assert loss.item() == pytest.approx(math.log(256), rel=0.1)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.996, 1.0])

@@ -1,0 +1,375 @@
+"""augment.py: noise that obeys the lead definitions at an exact level, views that are the recording, masks of a fixed total."""
+
+import numpy as np
+import pytest
+import torch
+import wfdb
+
+import augment
+import prepare
+from augment import (ELECTRODES, GAIN, MASK_SPAN_PATCHES, NOISE_TYPES, NOISY_SHARE, SNR_DB, UNKNOWN_SHARE, ViewSpec, add_noise,
+                     draw_masks, draw_views, lead_electrode_matrix, load_noise, make_views, mask_counts, take_rows)
+from conftest import draw_ecg
+from prepare import FS, LEADS, lead_id
+
+TWELVE = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+LIMB = TWELVE[:6]
+PATCH = 50                       # samples
+WINDOW = 6 * FS                  # samples of a recording that views are cut from
+
+
+def ids(*names):
+    return torch.tensor([lead_id(name) for name in names])
+
+
+@pytest.fixture(scope="module")
+def noise():
+    """(types, 2, samples) of unit deviation: slow, in steps, and fast, as the three types of the database are."""
+    rng = np.random.default_rng(0)
+    walk = np.cumsum(rng.normal(size=(2, 20 * FS)), axis=1)
+    steps = np.repeat(rng.normal(size=(2, 20 * FS // 100)), 100, axis=1) + 0.1 * rng.normal(size=(2, 20 * FS))
+    x = np.stack((walk, steps, rng.normal(size=(2, 20 * FS))))
+    return torch.from_numpy((x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)).float()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Six recordings of 12 leads: int16 uV (6, 12, WINDOW) of different size, rate and offset, and the lead ids (6, 12)."""
+    signal = [(0.5 + 0.2 * i) * draw_ecg(FS, WINDOW / FS, TWELVE, rr_s=0.6 + 0.1 * i) + 0.3 * i for i in range(6)]
+    return torch.from_numpy((1000 * np.stack(signal)).round().astype(np.int16)), ids(*TWELVE).expand(6, -1)
+
+
+def views_of(batch, spec, noise=None, seed=0, rows=slice(None), available=None, **changed):
+    """Draws and the resulting (noisy, clean, leads) of `rows` of a batch; `changed` replaces drawn numbers."""
+    signal, leads = batch
+    draws = draw_views(np.random.default_rng(seed), spec, *leads.shape, signal.shape[2], 20 * FS, PATCH) | changed
+    available = np.full(len(leads), leads.shape[1]) if available is None else available
+    draws = take_rows(draws, rows, spec, available[rows])
+    return draws, make_views(signal[rows], leads[rows], draws, spec, PATCH, noise)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lead definitions
+
+def assert_limb_laws(leads, **tolerance):
+    """leads: name -> values. Einthoven's law and Goldberger's definitions."""
+    I, II = leads["I"], leads["II"]
+    for name, expected in (("III", II - I), ("aVR", -(I + II) / 2), ("aVL", I - II / 2), ("aVF", II - I / 2)):
+        if name in leads:
+            torch.testing.assert_close(leads[name], expected, **tolerance)
+
+
+def test_leads_follow_from_electrodes():
+    potentials = torch.randn(len(ELECTRODES), 100, generator=torch.Generator().manual_seed(0))
+    at = dict(zip(ELECTRODES, potentials))
+    leads = dict(zip(LEADS, lead_electrode_matrix() @ potentials))
+    assert_limb_laws(leads, rtol=0, atol=1e-5)
+    torch.testing.assert_close(leads["I"], at["LA"] - at["RA"])
+    torch.testing.assert_close(leads["II"], at["LL"] - at["RA"])
+    terminal = (at["RA"] + at["LA"] + at["LL"]) / 3
+    for name in ("V1", "V6", "V9", "V4R"):
+        torch.testing.assert_close(leads[name], at[name] - terminal)
+    # What all electrodes share is in no lead.
+    torch.testing.assert_close(lead_electrode_matrix().sum(dim=1), torch.zeros(len(LEADS)), rtol=0, atol=1e-6)
+    assert len({tuple(row.tolist()) for row in lead_electrode_matrix()}) == len(LEADS)
+
+
+@pytest.mark.parametrize("names", [TWELVE, ("III", "V3", "II", "aVF", "I"), ("aVL", "aVR", "I", "II")])
+def test_noise_obeys_the_lead_definitions(batch, noise, names):
+    slots = [TWELVE.index(name) for name in names]
+    spec = ViewSpec(views=3, leads=len(names), patches=10, independent=True)
+    # Hidden names must not matter: the electrodes are where they are.
+    _, (noisy, clean, leads) = views_of((batch[0][:, slots], batch[1][:, slots]), spec, noise, snr_db=np.zeros((3, 6), np.float32),
+                                        hidden=np.ones((3, 6, len(names)), bool))
+    assert (leads == 0).all()
+    added = dict(zip(names, (noisy - clean).double().transpose(0, 1)))
+    assert min(x.std(dim=-1).min() for x in added.values()) > 0.01
+    assert_limb_laws(added, rtol=0, atol=2e-6)
+
+
+def test_noise_of_chest_leads_is_their_own(batch, noise):
+    _, (noisy, clean, _) = views_of(batch, ViewSpec(2, 12, 20, True), noise, snr_db=np.zeros((2, 6), np.float32))
+    for row in (noisy - clean).double():
+        assert torch.linalg.matrix_rank(row, rtol=1e-4) == 8            # 12 leads, of which 8 are independent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# signal-to-noise ratio
+
+def measured_snr_db(noisy, clean):
+    """Median over leads of 10 log10 of the ratio of mean squares, each without its mean: (B,)."""
+    added, clean = (noisy.double() - clean.double()).numpy(), clean.double().numpy()
+    return np.array([np.median([10 * np.log10(s.var() / n.var()) for s, n in zip(signal, extra) if s.var() > 0])
+                     for signal, extra in zip(clean, added)])
+
+
+@pytest.mark.parametrize("names", [TWELVE, ("II",), ("MLII", "V1"), ("I", "II", "V2"), ("ECG", "V5")])
+def test_snr_is_exact(batch, noise, names):
+    slots = [TWELVE.index(name) if name in TWELVE else 1 for name in names]
+    spec = ViewSpec(views=4, leads=len(names), patches=25, independent=True)
+    for snr_db in (SNR_DB[0], 0.0, 7.3, SNR_DB[1], np.random.default_rng(1).uniform(*SNR_DB, (4, 6))):
+        _, (noisy, clean, _) = views_of((batch[0][:, slots], ids(*names).expand(6, -1)), spec, noise,
+                                        snr_db=np.broadcast_to(snr_db, (4, 6)).astype(np.float32))
+        np.testing.assert_allclose(measured_snr_db(noisy, clean), np.broadcast_to(snr_db, (4, 6)).ravel(), atol=0.05)
+
+
+def test_flat_leads_do_not_count_for_the_snr(batch, noise):
+    signal = batch[0].clone()
+    signal[:, 3:8] = 120                                                # an offset is no signal
+    draws, (noisy, clean, _) = views_of((signal, batch[1]), ViewSpec(1, 12, 25, True), noise, snr_db=np.full((1, 6), 3, np.float32))
+    np.testing.assert_allclose(measured_snr_db(noisy, clean), 3, atol=0.05)
+    signal[:] = 120
+    _, (noisy, clean, _) = views_of((signal, batch[1]), ViewSpec(1, 12, 25, True), noise, snr_db=np.full((1, 6), 3, np.float32))
+    assert torch.equal(noisy, clean)                                    # nothing to relate the noise to
+
+
+def test_infinite_snr_is_clean_to_the_bit(batch, noise):
+    draws, (noisy, clean, _) = views_of(batch, ViewSpec(8, 12, 10, True), noise)
+    is_clean = draws["snr_db"].flatten().isinf()
+    assert 0 < is_clean.sum() < len(is_clean)
+    assert torch.equal(noisy[is_clean], clean[is_clean])
+    assert (noisy != clean)[~is_clean].any(dim=(1, 2)).all()
+    _, (noisy, clean, _) = views_of(batch, ViewSpec(8, 12, 10, True), None)
+    assert torch.equal(noisy, clean)
+
+
+def test_noise_is_a_sum_over_electrodes_and_types(batch, noise):
+    """add_noise against loops: before scaling, each electrode has sign * amplitude * a stretch of a channel of each type."""
+    draws, (noisy, clean, _) = views_of(batch, ViewSpec(1, 12, 5, True), noise, snr_db=np.full((1, 6), 2, np.float32))
+    d = {name: values[0].numpy() for name, values in draws.items()}
+    for b in range(6):
+        at = np.zeros((len(ELECTRODES), 250))
+        for e in range(len(ELECTRODES)):
+            for t in range(len(NOISE_TYPES)):
+                start = d["offset"][b, e, t]
+                at[e] += d["sign"][b, e, t] * d["amplitude"][b, t] * noise[t, d["channel"][b, e, t], start:start + 250].numpy()
+        expected = lead_electrode_matrix()[ids(*TWELVE)].numpy() @ at
+        expected -= expected.mean(axis=1, keepdims=True)
+        added = (noisy - clean)[b].numpy()
+        np.testing.assert_allclose(added / added.std(), expected / expected.std(), atol=1e-4)
+
+
+def test_autocast_does_not_lower_the_precision(batch, noise):
+    spec = ViewSpec(2, 12, 10, True)
+    _, expected = views_of(batch, spec, noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, views = views_of(batch, spec, noise)
+    for a, b in zip(views, expected):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# windows, leads, gain
+
+@pytest.mark.parametrize("spec", [ViewSpec(2, 8, 15, True), ViewSpec(3, 3, 10, False), ViewSpec(2, 12, 30, False), ViewSpec(1, 1, 1, False)])
+def test_views_are_stretches_of_the_recording(batch, spec):
+    draws, (_, clean, leads) = views_of(batch, spec)
+    T = spec.patches * PATCH
+    assert clean.shape == (spec.views * 6, spec.leads, T) and clean.dtype == torch.float32 and leads.shape == clean.shape[:2]
+    for v in range(spec.views):
+        for b in range(6):
+            start, gain, slots = int(draws["start"][v, b]), float(draws["gain"][v, b]), draws["slots"][v, b]
+            expected = batch[0][b, slots, start:start + T] / 1000 * gain
+            torch.testing.assert_close(clean[v * 6 + b], expected, rtol=1e-6, atol=1e-7)
+            names = torch.where(draws["hidden"][v, b], 0, batch[1][b, slots])
+            assert torch.equal(leads[v * 6 + b], names)
+            assert len(set(slots.tolist())) == spec.leads
+            if spec.independent:
+                assert slots.tolist() == list(range(spec.leads))
+
+
+def test_random_leads_are_those_that_there_are(batch):
+    """Slots beyond `available` repeat other leads; all that a recording has are taken, about equally often."""
+    available = np.array([12, 8, 3, 2, 2, 5])
+    draws, _ = views_of(batch, ViewSpec(600, 2, 1, False), available=available)
+    slots = draws["slots"].numpy()                                      # (600, 6, 2)
+    assert (slots[..., 0] < slots[..., 1]).all()
+    for b, n in enumerate(available):
+        times = np.bincount(slots[:, b].ravel(), minlength=12)
+        assert (times[n:] == 0).all()
+        np.testing.assert_allclose(times[:n], 1200 / n, rtol=0.35)
+
+
+def test_draws_stay_in_their_ranges():
+    spec = ViewSpec(50, 4, 10, False)
+    draws = draw_views(np.random.default_rng(0), spec, 100, 12, WINDOW, 20 * FS, PATCH)
+    finite = draws["snr_db"][np.isfinite(draws["snr_db"])]
+    assert len(finite) / 5000 == pytest.approx(NOISY_SHARE, abs=0.05)
+    assert SNR_DB[0] <= finite.min() < SNR_DB[0] + 1 and SNR_DB[1] - 1 < finite.max() <= SNR_DB[1]
+    assert finite.mean() == pytest.approx(np.mean(SNR_DB), abs=1)
+    assert GAIN[0] <= draws["gain"].min() < 1.02 * GAIN[0] and 0.98 * GAIN[1] < draws["gain"].max() <= 1.0001 * GAIN[1]
+    assert np.log(draws["gain"]).mean() == pytest.approx(np.log(GAIN).mean(), abs=0.01)
+    assert draws["start"].min() == 0 and draws["start"].max() == WINDOW - 10 * PATCH
+    assert draws["offset"].min() >= 0 and draws["offset"].max() <= 20 * FS - 10 * PATCH
+    assert draws["hidden"].mean() == pytest.approx(UNKNOWN_SHARE, abs=0.01)
+    assert (draws["amplitude"].max(axis=-1) > 0).all() and ((draws["amplitude"] == 0).mean(axis=(0, 1)) > 0.1).all()
+    assert set(np.unique(draws["sign"])) == {-1, 1} and set(np.unique(draws["channel"])) == {0, 1}
+
+
+def test_a_view_as_long_as_the_window_starts_with_it(batch):
+    draws, _ = views_of(batch, ViewSpec(2, 3, WINDOW // PATCH, False))
+    assert (draws["start"] == 0).all()
+
+
+def test_same_seed_same_views(batch, noise):
+    spec = ViewSpec(2, 3, 10, False)
+    first, again, other = (views_of(batch, spec, noise, seed=seed)[1] for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("independent", [True, False])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_make_the_views_of_one_process(batch, noise, independent, world_size):
+    spec = ViewSpec(3, 4, 10, independent)
+    _, whole = views_of(batch, spec, noise)
+    for rank in range(world_size):
+        rows = slice(rank, 6, world_size)
+        _, part = views_of(batch, spec, noise, rows=rows)
+        for a, b in zip(part, whole):
+            torch.testing.assert_close(a.unflatten(0, (3, -1)), b.unflatten(0, (3, 6))[:, rows], rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# noise from a corpus
+
+@pytest.fixture(scope="module")
+def noise_corpus(tmp_path_factory):
+    """make(types): a corpus prepared from one minute of noise per type, two channels at 360 Hz, slow plus fast."""
+    def make(types):
+        folder = tmp_path_factory.mktemp("noise")
+        rng = np.random.default_rng(0)
+        t = np.arange(60 * 360) / 360
+        for name in types:
+            x = np.stack((np.sin(2 * np.pi * 0.2 * t), np.cos(2 * np.pi * 0.2 * t)), axis=1) + 0.3 * rng.normal(size=(len(t), 2)) + 0.4
+            wfdb.wrsamp(name, 360, ["mV", "mV"], ["noise1", "noise2"], x, fmt=["212", "212"], adc_gain=[200, 200], baseline=[0, 0],
+                        write_dir=str(folder))
+        prepare.main(prepare.parse_args(["nstdb", "--raw", str(folder), "--out", str(folder / "out"), "--workers", "1"]))
+        return prepare.open_corpus(folder / "out")
+    return make
+
+
+def test_load_noise(noise_corpus):
+    corpus = noise_corpus(NOISE_TYPES)
+    noise = load_noise(corpus)
+    assert noise.shape == (3, 2, 40 * FS) and noise.dtype == torch.float32        # 40 s of 60 are for training
+    torch.testing.assert_close(noise.mean(-1), torch.zeros(3, 2), rtol=0, atol=0.01)
+    torch.testing.assert_close(noise.std(-1), torch.ones(3, 2), rtol=1e-3, atol=0)
+    slow = np.exp(-2j * np.pi * 0.2 * np.arange(40 * FS) / FS)                   # the 0.2 Hz that was put in
+    share = 2 * np.abs(noise.numpy() @ slow / noise.shape[-1]) ** 2
+    for t, name in enumerate(NOISE_TYPES):
+        assert (share[t] < 0.05).all() if name == "ma" else (share[t] > 0.8).all(), name
+    raw = corpus.read([row["record"] for row in corpus.index].index(b"em")).astype(float)
+    assert min(np.corrcoef(a, b)[0, 1] for a, b in zip(raw, noise[NOISE_TYPES.index("em")])) > 0.9999
+    held_out = load_noise(corpus, "test")
+    assert held_out.shape == (3, 2, 20 * FS) and not torch.equal(held_out, noise[..., :20 * FS])
+
+
+def test_absent_noise_is_refused(noise_corpus):
+    corpus = noise_corpus(("bw", "em"))
+    with pytest.raises(ValueError, match="no ma noise in split 'train'.*prepare.py nstdb"):
+        load_noise(corpus)
+
+
+def test_missing_samples_of_noise_are_no_noise():
+    """A gap must come out as the mean of its channel, not as a jump to 0 uV."""
+    x = np.tile(1000 + 50 * np.sin(np.arange(2500)), (2, 1)).astype(np.int16)
+    x[:, 500:600] = prepare.MISSING
+    index = np.zeros(3, prepare.INDEX_DTYPE)
+    index["record"], index["length"], index["n_leads"] = NOISE_TYPES, 2500, 2       # all three lie at offset 0
+    noise = load_noise(prepare.Corpus("noise", {}, index, x.ravel()))
+    assert noise.isfinite().all() and noise[:, :, 510:590].abs().max() < 2
+
+
+def test_real_noise(shared_data, tmp_path, batch):
+    """Noise of the database at its worst level, on all leads: the level is exact and the laws hold."""
+    prepare.main(prepare.parse_args(["nstdb", "--raw", str(shared_data / "nstdb"), "--out", str(tmp_path / "nstdb"), "--workers", "1"]))
+    noise = load_noise(prepare.open_corpus(tmp_path / "nstdb"))
+    assert noise.shape == (3, 2, 20 * 60 * FS)
+    _, (noisy, clean, _) = views_of(batch, ViewSpec(4, 12, 25, True), noise, snr_db=np.full((4, 6), SNR_DB[0], np.float32))
+    np.testing.assert_allclose(measured_snr_db(noisy, clean), SNR_DB[0], atol=0.05)
+    assert_limb_laws(dict(zip(TWELVE, (noisy - clean).double().transpose(0, 1))), rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# masks
+
+CROPS, N = 64, 25
+
+
+def masks_of(monkeypatch, kind=None, crops=CROPS, leads=8, patches=N, seed=0):
+    """Masks (crops, L, N) as a NumPy array, all of one kind if `kind` is given; crops without a mask are left out then."""
+    if kind:
+        monkeypatch.setattr(augment, "MASK_KINDS", {name: float(name == kind) for name in augment.MASK_KINDS})
+    masks = np.asarray(draw_masks(np.random.default_rng(seed), crops, leads, patches))
+    assert masks.shape == (crops, leads, patches) and masks.dtype == bool
+    return masks[masks.any(axis=(1, 2))] if kind else masks
+
+
+def runs(row):
+    """Lengths of the runs of True in a 1-D array."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], row.astype(int), [0]))))
+    return edges[1::2] - edges[::2]
+
+
+@pytest.mark.parametrize("crops, leads, patches", [(64, 8, 25), (7, 12, 30), (10, 1, 25), (6, 2, 3), (4, 1, 1), (2, 3, 10), (1, 8, 25)])
+def test_the_number_of_masked_patches_is_fixed(monkeypatch, crops, leads, patches):
+    masked = crops // 2
+    ratios = [0.1 + 0.4 * (i + 1) / masked for i in range(masked)] if masked > 1 else [0.3] * masked
+    expected = [0] * (crops - masked) + [max(1, int(leads * patches * ratio + 1e-9)) for ratio in ratios]
+    np.testing.assert_allclose(np.sort(mask_counts(crops, leads * patches)), expected, atol=1)       # 1: rounding of the grid
+    for seed in range(5):
+        counts = masks_of(monkeypatch, None, crops, leads, patches, seed).sum(axis=(1, 2))
+        assert np.sort(counts).tolist() == np.sort(mask_counts(crops, leads * patches)).tolist()
+        assert (counts == 0).sum() == crops - masked
+
+
+def test_which_crops_are_masked_changes(monkeypatch):
+    a, b, c = (masks_of(monkeypatch, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(a, b) and not np.array_equal(a.any(axis=(1, 2)), c.any(axis=(1, 2)))
+
+
+@pytest.mark.parametrize("leads", [1, 3, 12])
+def test_time_masks_are_spans_over_all_leads(monkeypatch, leads):
+    masks = masks_of(monkeypatch, "time", leads=leads)
+    lengths, shuffled = [], []
+    for mask in masks:
+        whole, some = mask.all(axis=0), mask.any(axis=0)
+        cut = np.flatnonzero(some & ~whole)                             # at most one span is cut, to reach the exact count
+        assert len(cut) <= MASK_SPAN_PATCHES[1] and (len(cut) < 2 or cut[-1] - cut[0] < MASK_SPAN_PATCHES[1])
+        lengths.extend(runs(some))
+        shuffled.extend(runs(np.random.default_rng(0).permutation(some)))
+    assert np.mean(lengths) > 1.7 * np.mean(shuffled) and np.mean(lengths) > 2.5
+    assert masks.any(axis=1).mean(axis=0).min() > 0.1                   # every place in time gets its turn
+
+
+def test_lead_masks_are_whole_leads(monkeypatch):
+    masks = masks_of(monkeypatch, "lead")
+    for mask in masks:
+        assert ((mask.any(axis=1) & ~mask.all(axis=1)).sum() <= 1)      # at most one is cut
+        assert mask.any(axis=1).sum() == -(-mask.sum() // N)
+        assert all(len(runs(row)) <= 6 for row in mask)                 # and that one in spans
+    assert masks.any(axis=2).mean(axis=0).min() > 0.1
+
+
+def test_mixed_masks_have_whole_leads_and_spans(monkeypatch):
+    masks = masks_of(monkeypatch, "mixed")
+    assert masks.all(axis=2).any(axis=1).mean() > 0.8
+    for mask in masks:
+        whole = mask.all(axis=1)
+        assert whole.sum() <= 2                                         # a quarter of eight
+        rest = mask[~whole]
+        if whole.sum() == 2:
+            cut = np.flatnonzero(rest.any(axis=0) & ~rest.all(axis=0))
+            assert len(cut) < 2 or cut[-1] - cut[0] < MASK_SPAN_PATCHES[1]
+        else:                                                           # too few for the quarter: only leads
+            assert rest.any(axis=1).sum() <= 1
+
+
+def test_shares_of_the_kinds(monkeypatch):
+    masks = masks_of(monkeypatch, crops=4000, leads=12)
+    masks = masks[masks.any(axis=(1, 2))]
+    share = masks.all(axis=2).any(axis=1).mean()                        # a whole lead is masked: lead or mixed
+    assert share == pytest.approx(augment.MASK_KINDS["lead"] + augment.MASK_KINDS["mixed"], abs=0.04)
+    single = masks_of(monkeypatch, crops=200, leads=1)
+    assert not single.all(axis=2).any()                                 # one lead is never masked as a whole
