@@ -21,12 +21,12 @@ from prepare import FS, LEADS, MISSING, SPLITS, lead_id
 NOISE_TYPES = ("bw", "em", "ma")     # baseline wander, electrode motion, muscle artefact: the records of the noise corpus
 NOISE_TYPE_SHARE = 0.7               # chance of each type in a noisy view
 NOISY_SHARE = 0.5                    # of the student's views; the others stay clean
-SNR_DB = (-5.0, 20.0)                # uniform; mean-square definition, see add_noise
+SNR_DB = (0.0, 24.0)                 # uniform; mean-square definition, see add_noise
 MUSCLE_HIGHPASS_HZ = 1.0             # below that `ma` is mostly wander, and its power would say nothing about muscle
-GAIN = (0.8, 1.25)                   # log-uniform, one for all leads of a view: voltage is diagnostic, ratios of leads more so
-UNKNOWN_SHARE = 0.1                  # of the leads of a view, whose name is hidden behind "unknown"
-MASKED_CROPS = 0.5                   # of the global views get a mask
-MASK_RATIO = (0.1, 0.5)              # of a masked view's patches, on an even grid, so that the total is fixed
+GAIN = (0.9, 1.1)                    # log-uniform, one for all leads of a view: voltage is diagnostic, ratios of leads more so
+UNKNOWN_SHARE = 0.02                 # of the leads of a view, whose name is hidden behind "unknown"
+MASKED_CROPS = 1.0                   # of the global views get a mask (DINOv3: half of them; a short run needs every one)
+MASK_RATIO = (0.2, 0.6)              # of a masked view's patches, on an even grid, so that the total is fixed
 MASK_KINDS = dict(time=0.6, lead=0.2, mixed=0.2)
 MASK_SPAN_PATCHES = (2, 5)           # length of masked spans in time
 
@@ -190,7 +190,7 @@ def add_noise(signal, leads, noise, snr_db, amplitude, sign, channel, offset):
 # masks
 
 def mask_counts(crops, tokens):
-    """Masked patches of each crop: half of the crops none, the others on an even grid of ratios; the sum never changes."""
+    """Masked patches of each crop: a fixed share of the crops, on an even grid of ratios, the others none; the sum never changes."""
     masked = int(crops * MASKED_CROPS)
     ratios = np.linspace(*MASK_RATIO, masked + 1)[1:] if masked > 1 else np.full(masked, np.mean(MASK_RATIO))
     counts = np.maximum(1, np.floor(tokens * ratios)).astype(np.int64)

@@ -26,14 +26,15 @@ from prepare import FS, LEADS, preprocess
 PATCH_S = 0.2                    # s; a QRS complex is about half of it
 REGISTERS = 4                    # extra tokens that hold global scratch values (Darcet et al. 2024)
 ROPE_PERIODS_S = (0.4, 40.0)     # s; from two patches to a few windows, geometric over the frequency pairs of a head
-INPUT_STD_MV = 0.25              # mV; typical deviation of a lead: the patch embedding sees about unit variance
+BASELINE_PATCHES = 7             # the mean over this many patches (1.4 s, more than a beat) around a sample is its baseline, which is taken off
+COMPRESS_MV = 0.1                # mV; linear below, logarithmic above: P and ST count beside an R ten times as high, and higher is still more
 NORM_EPS = 1e-5
 MAX_EMBED_BATCH = 32             # windows that embed() runs at once: bounds its memory for long recordings
 FORMAT = "ecg-dino encoder 1"
 
 # LayerScale starts near 1 in shallow networks (else a short run trains little more than the patch embedding), and tiny in deep ones.
 SIZES = {
-    "tiny": dict(width=128, depth=4, heads=2, layer_scale=1.0),
+    "tiny": dict(width=128, depth=3, heads=2, layer_scale=1.0),
     "small": dict(width=384, depth=12, heads=6, layer_scale=0.1),
     "base": dict(width=768, depth=12, heads=12, layer_scale=1e-2),
     "large": dict(width=1024, depth=24, heads=16, layer_scale=1e-5),
@@ -104,14 +105,19 @@ class Block(nn.Module):
 # the encoder
 
 class Encoder(nn.Module):
-    """ViT over (lead, time) patches. `config` holds all that is needed to build it again, `init_seed` its first weights."""
+    """ViT over (lead, time) patches.
 
-    def __init__(self, width, depth, heads, layer_scale, init_seed=0, patch_samples=round(PATCH_S * FS), registers=REGISTERS):
+    `config` holds all that is needed to build it again: `init_seed` its first weights, `window_patches` the length of the windows that
+    it was trained on, through which longer recordings go.
+    """
+
+    def __init__(self, width, depth, heads, layer_scale, init_seed=0, window_patches=50,
+                 patch_samples=round(PATCH_S * FS), registers=REGISTERS):
         super().__init__()
         if width % (2 * heads):
             raise ValueError(f"width {width} is not a multiple of 2 x heads ({heads}): rotary position needs even heads; choose another width")
         self.config = dict(width=width, depth=depth, heads=heads, layer_scale=layer_scale, init_seed=init_seed,
-                           patch_samples=patch_samples, registers=registers)
+                           window_patches=window_patches, patch_samples=patch_samples, registers=registers)
         self.width, self.patch_samples, self.num_registers = width, patch_samples, registers
         self.head_width = width // heads
         self.patch_embedding = nn.Linear(patch_samples, width)
@@ -169,19 +175,29 @@ class Encoder(nn.Module):
         return Features(x[:, 0], x[:, 1:1 + R], patches.unflatten(1, (L, N)))
 
     def tokens(self, signal, mask=None):
-        """Patch embedding (B, L, N, D). The mean of each lead in the window is taken off: an electrode's DC offset says nothing."""
-        signal = (signal - signal.mean(dim=-1, keepdim=True)) / INPUT_STD_MV
-        x = self.patch_embedding(signal.unflatten(-1, (-1, self.patch_samples)).to(self.patch_embedding.weight.dtype))
+        """Patch embedding (B, L, N, D), or the mask token where mask (B, L, N)."""
+        x = self.patch_embedding(self.front_end(signal).to(self.patch_embedding.weight.dtype))
         if mask is None:
             return x
         return torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
 
+    def front_end(self, signal):
+        """Patches (B, L, N, P) without wander and compressed, of about unit variance; signal (B, L, T) mV.
+
+        Wander has most of the variance of a raw ECG and says least; what the teacher finds different between recordings at first
+        is what training then amplifies. ST levels survive, since the baseline is a mean over more than a beat.
+        """
+        patches = signal.float().unflatten(-1, (-1, self.patch_samples))
+        baseline = F.avg_pool1d(patches.mean(dim=-1), BASELINE_PATCHES, stride=1, padding=BASELINE_PATCHES // 2, count_include_pad=False)
+        baseline = F.interpolate(baseline, size=signal.shape[-1], mode="linear").view_as(patches)
+        return ((patches - baseline) / COMPRESS_MV).asinh()
+
     @torch.inference_mode()
-    def embed(self, signal, *, fs, leads, units="mV", window_s=10.0, stride_s=5.0):
+    def embed(self, signal, *, fs, leads, units="mV", window_s=None, stride_s=None):
         """Features of one recording as it is: any leads, rate, duration; see prepare.preprocess for what it accepts.
 
-        signal (L, T) or (T, L), `leads` a name per lead, `units` mV, uV or V. A recording longer than window_s goes through
-        windows every stride_s; each patch is taken from the window in which it lies most centrally, and the global
+        signal (L, T) or (T, L), `leads` a name per lead, `units` mV, uV or V. A recording longer than window_s (the length
+        of the global views in training) goes through windows every stride_s (half of that); each patch is taken from the window in which it lies most centrally, and the global
         feature is the mean of the windows' CLS. A rest shorter than a patch at the end is left out. Returns Embedding.
         """
         signal_mv, lead_ids = preprocess(signal, fs, leads, units)
@@ -189,9 +205,7 @@ class Encoder(nn.Module):
         N = signal_mv.shape[1] // P
         if N == 0:
             raise ValueError(f"the recording lasts {signal_mv.shape[1] / FS:.3f} s; at least one patch of {P / FS:.1f} s is needed")
-        window, stride = (max(1, round(s * FS / P)) for s in (window_s, stride_s))
-        if stride > window:
-            raise ValueError(f"stride_s {stride_s} is longer than window_s {window_s}: patches between windows would be lost")
+        window, stride = self.window_and_stride(window_s, stride_s)
         patches = torch.from_numpy(signal_mv[:, :N * P]).unflatten(1, (N, P))           # (L, N, P)
         starts = window_starts(N, window, stride)
         window = min(window, N)
@@ -209,6 +223,14 @@ class Encoder(nn.Module):
             raise ValueError("every patch of the recording has missing samples (NaN, or a flat or saturated signal); nothing is left to embed")
         times_s = (np.arange(N) + 0.5) * P / FS
         return Embedding(torch.cat(cls).mean(dim=0).numpy(), local.numpy(), times_s)
+
+    def window_and_stride(self, window_s=None, stride_s=None):
+        """Length and step of the windows of a long recording, in patches; None: as trained, and half of that."""
+        window = self.config["window_patches"] if window_s is None else max(1, round(window_s * FS / self.patch_samples))
+        stride = max(1, window // 2) if stride_s is None else max(1, round(stride_s * FS / self.patch_samples))
+        if stride > window:
+            raise ValueError(f"stride_s {stride_s} is longer than window_s {window_s}: patches between windows would be lost")
+        return window, stride
 
     def _embed_windows(self, patches, starts, window, lead_ids):
         """Features of the windows (in patches) at `starts`, all of which miss the same patches."""
@@ -253,14 +275,14 @@ def window_batches(patches, starts, window):
 def save_encoder(encoder, path, state_dict=None, **about):
     """Write one self-describing file: architecture, weights and preprocessing, with `about` (plain types) for people."""
     torch.save(dict(format=FORMAT, config=encoder.config, state_dict=state_dict or encoder.state_dict(),
-                    preprocessing=dict(fs_hz=FS, units="mV", leads=list(LEADS), input_std_mv=INPUT_STD_MV), about=about), path)
+                    preprocessing=dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES, compress_mv=COMPRESS_MV), about=about), path)
 
 
-def build_encoder(size, seed=0):
-    """An untrained encoder of a named size."""
+def build_encoder(size, seed=0, **more):
+    """An untrained encoder of a named size; `more` of its config."""
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; there are {', '.join(SIZES)}")
-    return Encoder(**SIZES[size], init_seed=seed)
+    return Encoder(**SIZES[size], init_seed=seed, **more)
 
 
 def untrained_like(encoder):

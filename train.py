@@ -55,8 +55,8 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend th
 # Views. A recording falls into the first group whose lead count it reaches: (leads of a global view, leads that a batch carries).
 LEAD_GROUPS = ((8, 12), (2, 4), (1, 1))
 WINDOW_S = 8.0                   # s; the stretch of a recording from which its views are cut
-GLOBAL_PATCHES, LOCAL_PATCHES = 25, 10          # 5 s and 2 s at 0.2 s
-GLOBAL_VIEWS, LOCAL_FULL_VIEWS, LOCAL_FEW_VIEWS = 2, 2, 4
+GLOBAL_PATCHES, LOCAL_PATCHES = 15, 8           # 3 s and 1.6 s at 0.2 s: three or four beats, and at least one; longer costs as much more
+GLOBAL_VIEWS, LOCAL_FULL_VIEWS, LOCAL_FEW_VIEWS = 2, 3, 1
 FEW_LEADS = (1, 2, 3)            # lead count of the last list, drawn per step
 # I, II and the chest leads come first: every other limb lead follows from I and II.
 LEAD_PRIORITY = np.array([50 if n == "unknown" else {"I": 0, "II": 1}.get(n, 2 + i if n in ("V1", "V2", "V3", "V4", "V5", "V6") else 20 + i)
@@ -68,8 +68,8 @@ WINDOW_TRIES = 8                 # random starts before a window with missing sa
 KOLEO_WEIGHT = 0.1
 IBOT_WEIGHT = 1.0
 GRAM_WEIGHT = 2.0
-TEACHER_TEMPERATURE = (0.03, 0.03, 0.3)         # start, end, share of the steps until the end is reached
-TEACHER_MOMENTUM = (0.99, 1.0)                  # cosine
+TEACHER_TEMPERATURE = (0.015, 0.015, 0.3)       # start, end, share of the steps until the end is reached
+TEACHER_MOMENTUM = (0.98, 0.998)                 # cosine
 HEAD_HIDDEN, HEAD_BOTTLENECK = 512, 128
 
 # Optimisation.
@@ -80,7 +80,7 @@ ADAM_BETAS = (0.9, 0.99)
 CLIP_NORM = 3.0                                 # for encoder and heads each
 FREEZE_PROTOTYPES_SHARE = 0.01                  # of the steps, with learning rate 0 for the prototypes
 KEEP_CHECKPOINTS = 2
-DEFAULT_STEPS, DEMO_STEPS = 1000, 150
+DEFAULT_STEPS, DEMO_STEPS = 1500, 150
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +89,8 @@ DEFAULT_STEPS, DEMO_STEPS = 1000, 150
 class Sampler:
     """Draws windows of recordings from several corpora, at most one per patient in a batch.
 
-    A corpus weighs the square root of its patients, and its patients weigh the same. Recordings are grouped by lead count, and each
+    A corpus weighs (patients x hours) ** 0.25, the square root of what lies between the two: neither many short recordings nor a few
+    long ones crowd the others out. Its patients weigh the same. Recordings are grouped by lead count, and each
     group has a fixed share of the batch, so that shapes never change.
     """
 
@@ -97,7 +98,7 @@ class Sampler:
         self.corpora, self.seed, self.window, self.batch = corpora, seed, window, batch
         self.skipped = {"not in split train": 0, f"shorter than {window / FS:g} s": 0}
         pools = [self._pools(c, corpus) for c, corpus in enumerate(corpora)]
-        weights = [math.sqrt(sum(len(p["first"]) for p in pool.values())) / max(1, sum(len(p["first"]) for p in pool.values())) for pool in pools]
+        weights = [self._weight(corpus, pool) for corpus, pool in zip(corpora, pools)]
         self.groups = []
         for g in range(len(LEAD_GROUPS)):
             members = [dict(pool[g], corpus=c, weight=weights[c] * len(pool[g]["first"])) for c, pool in enumerate(pools) if g in pool]
@@ -123,6 +124,13 @@ class Sampler:
             _, first = np.unique(index["patient"][members], return_index=True)
             pools[int(g)] = dict(rows=members, first=first, count=np.diff(np.append(first, len(members))))
         return pools
+
+    @staticmethod
+    def _weight(corpus, pool):
+        """Weight of one patient of a corpus."""
+        patients = sum(len(p["first"]) for p in pool.values())
+        hours = sum(float(corpus.index["length"][p["rows"]].sum()) for p in pool.values()) / FS / 3600
+        return (patients * hours) ** 0.25 / max(1, patients)
 
     def _share_batch(self):
         """Split the batch among the groups by weight, in grains, at least one grain each."""
@@ -448,7 +456,7 @@ def run_about(args, world_size, device, sampler, student):
 def train(args, rank=0, world_size=1, device=torch.device("cpu")):
     """Pre-train into args.out."""
     corpora = [open_corpus(d) for d in args.data]
-    encoder = build_encoder(args.size, args.seed)
+    encoder = build_encoder(args.size, args.seed, window_patches=GLOBAL_PATCHES)
     patch = encoder.patch_samples
     sampler = Sampler(corpora, args.batch, args.seed, round(WINDOW_S * FS))
     for g in sampler.groups:
@@ -658,7 +666,7 @@ def parse_args(argv=None):
     science = p.add_argument_group("model and optimisation (everything else is a constant at the top of a file)")
     science.add_argument("--size", choices=SIZES, default="tiny", help="tiny trains on a laptop, the others want GPUs (default: %(default)s)")
     science.add_argument("--steps", type=int, help=f"length of the schedules (default: {DEFAULT_STEPS}; without --data {DEMO_STEPS})")
-    science.add_argument("--batch", type=int, default=64, help="recordings per step over all processes; never depends on their number (default: %(default)s)")
+    science.add_argument("--batch", type=int, default=32, help="recordings per step over all processes; never depends on their number (default: %(default)s)")
     science.add_argument("--lr", type=float, default=2e-3, help="peak learning rate; halve it if the loss rises or turns NaN (default: %(default)s)")
     science.add_argument("--prototypes", type=int, default=512,
                          help="K of both heads; at most 16 to 32 times the batch, or targets cannot become sharp (default: %(default)s)")
