@@ -224,6 +224,15 @@ class Encoder(nn.Module):
         times_s = (np.arange(N) + 0.5) * P / FS
         return Embedding(torch.cat(cls).mean(dim=0).numpy(), local.numpy(), times_s)
 
+    @torch.inference_mode()
+    def pool(self, signal, leads):
+        """The feature for a linear probe: [CLS, mean patch] (B, 2D), mean over windows as long as in training; arguments as in forward."""
+        P = self.patch_samples
+        N = signal.shape[-1] // P
+        window, stride = self.window_and_stride()
+        out = [self(signal[..., s * P:(s + window) * P], leads) for s in window_starts(N, window, stride)]
+        return torch.cat((torch.stack([o.cls for o in out]).mean(0), torch.stack([o.patches.mean((1, 2)) for o in out]).mean(0)), dim=1).float()
+
     def window_and_stride(self, window_s=None, stride_s=None):
         """Length and step of the windows of a long recording, in patches; None: as trained, and half of that."""
         window = self.config["window_patches"] if window_s is None else max(1, round(window_s * FS / self.patch_samples))

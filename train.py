@@ -327,7 +327,8 @@ def setup_processes(device_flag):
 def shard(network, device):
     """FSDP2 over all ranks. Wrapper order: checkpointing, compile, shard. The roots reshard after forward too, or the EMA
     would meet unsharded teacher parameters."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    # Inputs keep their dtype: a signal in bf16 would have lost its small waves before the encoder takes the baseline off.
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if device.type == "cuda" else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in network.values():
         for block in getattr(part, "blocks", ()):
             fully_shard(block, mp_policy=policy, reshard_after_forward=True)
@@ -351,7 +352,7 @@ def save_checkpoint(folder, step, state, about, rank):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     barrier()
-    dcp.save(state, checkpoint_id=part)
+    dcp.save(state, checkpoint_id=part, no_dist=not dist.is_initialized())
     if rank == 0:
         (part / "meta.json").write_text(json.dumps(dict(about, step=step), indent=1))
         shutil.rmtree(final, ignore_errors=True)
@@ -366,9 +367,19 @@ def checkpoints(folder):
     return sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp" and (p / "meta.json").is_file())
 
 
+SAME_ON_RESUME = ("size", "batch", "prototypes", "seed", "gram_from")
+
+
+def check_resume(meta, args):
+    """A resumed run must be the same run: what a checkpoint was made with against the flags of now."""
+    differ = [f"--{k.replace('_', '-')} {meta['args'][k]} (now {getattr(args, k)})" for k in SAME_ON_RESUME if meta["args"][k] != getattr(args, k)]
+    if differ:
+        raise ValueError(f"{args.out} was started with {', '.join(differ)}; resume with the same flags, or choose another --out")
+
+
 def load_checkpoint(path, student, teacher, gram_teacher, optimizer):
     state = training_state(student, teacher, gram_teacher, optimizer)
-    dcp.load(state, checkpoint_id=path)
+    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     set_model_state_dict(student, state["student"])
     set_model_state_dict(teacher, state["teacher"])
     set_optimizer_state_dict(student, optimizer, state["optimizer"])
@@ -396,7 +407,7 @@ def barrier():
 @torch.no_grad()
 def health(cls, logits, parts):
     """Signs that the loss does not show. cls (2, B, D) teacher features, logits (V, B, K) of the student."""
-    x = (cls[0] - cls[0].mean(0)).float()
+    x = torch.nan_to_num(cls[0] - cls[0].mean(0)).float()
     spectrum = torch.linalg.svdvals(x)
     share = spectrum / spectrum.sum().clamp(min=1e-12)
     mean_prediction = (logits.float() / 0.1).softmax(-1).mean((0, 1))
@@ -484,7 +495,9 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
     folder = out / "checkpoints"
     found = checkpoints(folder)
     if args.resume and found:
-        start = json.loads((found[-1] / "meta.json").read_text())["step"]
+        meta = json.loads((found[-1] / "meta.json").read_text())
+        check_resume(meta, args)
+        start = meta["step"]
         load_checkpoint(found[-1], student, teacher, gram_teacher, optimizer)
     elif found or (out / "log.jsonl").exists():
         raise ValueError(f"{out} already holds a run; continue it with --resume, or choose another --out")
@@ -517,6 +530,7 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
         update_teacher(teacher, student, s["momentum"])
 
         last = step + 1 == args.steps
+        save = last or (step + 1) % args.checkpoint_every == 0
         if step % args.log_every == 0 or last:
             values = dict(loss=loss.detach(), **health(cls, logits.detach(), parts))
             means = reduce_(torch.stack([v.detach().float() for v in values.values()])) / world_size
@@ -528,9 +542,10 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
                 log.flush()
                 progress.set_postfix_str(f"loss {row['loss']:.3f} dino {row['dino_local']:.3f} ibot {row['ibot']:.3f} targets {row['target_entropy']:.2f}"
                                          f" of {row['ln_k']:.2f} rank {row['cls_rank']:.1f}")
-            if not math.isfinite(row["loss"]):
-                raise ValueError(f"the loss is {row['loss']} at step {step}; resume from the last checkpoint with a smaller --lr (now {args.lr})")
-        if last or (step + 1) % args.checkpoint_every == 0:
+        if save:
+            total = float(reduce_(loss.detach().clone()))
+            if not math.isfinite(total):
+                raise ValueError(f"the loss is {total} at step {step}; the last good checkpoint is kept: --resume with a smaller --lr (now {args.lr})")
             save_checkpoint(folder, step + 1, training_state(student, teacher, gram_teacher, optimizer), about, rank)
             export_encoder(out / "encoder.pt", teacher, rank, command=about["command"], commit=about["commit"], step=step + 1)
         if probe.usable and args.probe_every and (step == 0 or last or (step + 1) % args.probe_every == 0):

@@ -7,8 +7,8 @@ import wfdb
 
 import augment
 import prepare
-from augment import (ELECTRODES, GAIN, MASK_SPAN_PATCHES, NOISE_TYPES, NOISY_SHARE, SNR_DB, UNKNOWN_SHARE, ViewSpec, add_noise,
-                     draw_masks, draw_views, lead_electrode_matrix, load_noise, make_views, mask_counts, take_rows)
+from augment import (ELECTRODES, GAIN, MASK_RATIO, MASK_SPAN_PATCHES, MASKED_CROPS, NOISE_TYPES, NOISY_SHARE, SNR_DB, UNKNOWN_SHARE,
+                     ViewSpec, draw_masks, draw_views, lead_electrode_matrix, load_noise, make_views, mask_counts, take_rows)
 from conftest import draw_ecg
 from prepare import FS, LEADS, lead_id
 
@@ -40,7 +40,7 @@ def batch():
 
 
 def views_of(batch, spec, noise=None, seed=0, rows=slice(None), available=None, **changed):
-    """Draws and the resulting (noisy, clean, leads) of `rows` of a batch; `changed` replaces drawn numbers."""
+    """Draws and the resulting (noisy, clean, leads, all_leads) of `rows` of a batch; `changed` replaces drawn numbers."""
     signal, leads = batch
     draws = draw_views(np.random.default_rng(seed), spec, *leads.shape, signal.shape[2], 20 * FS, PATCH) | changed
     available = np.full(len(leads), leads.shape[1]) if available is None else available
@@ -79,7 +79,7 @@ def test_noise_obeys_the_lead_definitions(batch, noise, names):
     slots = [TWELVE.index(name) for name in names]
     spec = ViewSpec(views=3, leads=len(names), patches=10, independent=True)
     # Hidden names must not matter: the electrodes are where they are.
-    _, (noisy, clean, leads) = views_of((batch[0][:, slots], batch[1][:, slots]), spec, noise, snr_db=np.zeros((3, 6), np.float32),
+    _, (noisy, clean, leads, _) = views_of((batch[0][:, slots], batch[1][:, slots]), spec, noise, snr_db=np.zeros((3, 6), np.float32),
                                         hidden=np.ones((3, 6, len(names)), bool))
     assert (leads == 0).all()
     added = dict(zip(names, (noisy - clean).double().transpose(0, 1)))
@@ -88,7 +88,7 @@ def test_noise_obeys_the_lead_definitions(batch, noise, names):
 
 
 def test_noise_of_chest_leads_is_their_own(batch, noise):
-    _, (noisy, clean, _) = views_of(batch, ViewSpec(2, 12, 20, True), noise, snr_db=np.zeros((2, 6), np.float32))
+    _, (noisy, clean, *_) = views_of(batch, ViewSpec(2, 12, 20, True), noise, snr_db=np.zeros((2, 6), np.float32))
     for row in (noisy - clean).double():
         assert torch.linalg.matrix_rank(row, rtol=1e-4) == 8            # 12 leads, of which 8 are independent
 
@@ -108,7 +108,7 @@ def test_snr_is_exact(batch, noise, names):
     slots = [TWELVE.index(name) if name in TWELVE else 1 for name in names]
     spec = ViewSpec(views=4, leads=len(names), patches=25, independent=True)
     for snr_db in (SNR_DB[0], 0.0, 7.3, SNR_DB[1], np.random.default_rng(1).uniform(*SNR_DB, (4, 6))):
-        _, (noisy, clean, _) = views_of((batch[0][:, slots], ids(*names).expand(6, -1)), spec, noise,
+        _, (noisy, clean, *_) = views_of((batch[0][:, slots], ids(*names).expand(6, -1)), spec, noise,
                                         snr_db=np.broadcast_to(snr_db, (4, 6)).astype(np.float32))
         np.testing.assert_allclose(measured_snr_db(noisy, clean), np.broadcast_to(snr_db, (4, 6)).ravel(), atol=0.05)
 
@@ -116,26 +116,26 @@ def test_snr_is_exact(batch, noise, names):
 def test_flat_leads_do_not_count_for_the_snr(batch, noise):
     signal = batch[0].clone()
     signal[:, 3:8] = 120                                                # an offset is no signal
-    draws, (noisy, clean, _) = views_of((signal, batch[1]), ViewSpec(1, 12, 25, True), noise, snr_db=np.full((1, 6), 3, np.float32))
+    draws, (noisy, clean, *_) = views_of((signal, batch[1]), ViewSpec(1, 12, 25, True), noise, snr_db=np.full((1, 6), 3, np.float32))
     np.testing.assert_allclose(measured_snr_db(noisy, clean), 3, atol=0.05)
     signal[:] = 120
-    _, (noisy, clean, _) = views_of((signal, batch[1]), ViewSpec(1, 12, 25, True), noise, snr_db=np.full((1, 6), 3, np.float32))
+    _, (noisy, clean, *_) = views_of((signal, batch[1]), ViewSpec(1, 12, 25, True), noise, snr_db=np.full((1, 6), 3, np.float32))
     assert torch.equal(noisy, clean)                                    # nothing to relate the noise to
 
 
 def test_infinite_snr_is_clean_to_the_bit(batch, noise):
-    draws, (noisy, clean, _) = views_of(batch, ViewSpec(8, 12, 10, True), noise)
+    draws, (noisy, clean, *_) = views_of(batch, ViewSpec(8, 12, 10, True), noise)
     is_clean = draws["snr_db"].flatten().isinf()
     assert 0 < is_clean.sum() < len(is_clean)
     assert torch.equal(noisy[is_clean], clean[is_clean])
     assert (noisy != clean)[~is_clean].any(dim=(1, 2)).all()
-    _, (noisy, clean, _) = views_of(batch, ViewSpec(8, 12, 10, True), None)
+    _, (noisy, clean, *_) = views_of(batch, ViewSpec(8, 12, 10, True), None)
     assert torch.equal(noisy, clean)
 
 
 def test_noise_is_a_sum_over_electrodes_and_types(batch, noise):
     """add_noise against loops: before scaling, each electrode has sign * amplitude * a stretch of a channel of each type."""
-    draws, (noisy, clean, _) = views_of(batch, ViewSpec(1, 12, 5, True), noise, snr_db=np.full((1, 6), 2, np.float32))
+    draws, (noisy, clean, *_) = views_of(batch, ViewSpec(1, 12, 5, True), noise, snr_db=np.full((1, 6), 2, np.float32))
     d = {name: values[0].numpy() for name, values in draws.items()}
     for b in range(6):
         at = np.zeros((len(ELECTRODES), 250))
@@ -163,7 +163,7 @@ def test_autocast_does_not_lower_the_precision(batch, noise):
 
 @pytest.mark.parametrize("spec", [ViewSpec(2, 8, 15, True), ViewSpec(3, 3, 10, False), ViewSpec(2, 12, 30, False), ViewSpec(1, 1, 1, False)])
 def test_views_are_stretches_of_the_recording(batch, spec):
-    draws, (_, clean, leads) = views_of(batch, spec)
+    draws, (_, clean, leads, all_leads) = views_of(batch, spec)
     T = spec.patches * PATCH
     assert clean.shape == (spec.views * 6, spec.leads, T) and clean.dtype == torch.float32 and leads.shape == clean.shape[:2]
     for v in range(spec.views):
@@ -172,7 +172,7 @@ def test_views_are_stretches_of_the_recording(batch, spec):
             expected = batch[0][b, slots, start:start + T] / 1000 * gain
             torch.testing.assert_close(clean[v * 6 + b], expected, rtol=1e-6, atol=1e-7)
             names = torch.where(draws["hidden"][v, b], 0, batch[1][b, slots])
-            assert torch.equal(leads[v * 6 + b], names)
+            assert torch.equal(leads[v * 6 + b], names) and torch.equal(all_leads[v * 6 + b], batch[1][b, slots])
             assert len(set(slots.tolist())) == spec.leads
             if spec.independent:
                 assert slots.tolist() == list(range(spec.leads))
@@ -286,7 +286,7 @@ def test_real_noise(shared_data, tmp_path, batch):
     prepare.main(prepare.parse_args(["nstdb", "--raw", str(shared_data / "nstdb"), "--out", str(tmp_path / "nstdb"), "--workers", "1"]))
     noise = load_noise(prepare.open_corpus(tmp_path / "nstdb"))
     assert noise.shape == (3, 2, 20 * 60 * FS)
-    _, (noisy, clean, _) = views_of(batch, ViewSpec(4, 12, 25, True), noise, snr_db=np.full((4, 6), SNR_DB[0], np.float32))
+    _, (noisy, clean, *_) = views_of(batch, ViewSpec(4, 12, 25, True), noise, snr_db=np.full((4, 6), SNR_DB[0], np.float32))
     np.testing.assert_allclose(measured_snr_db(noisy, clean), SNR_DB[0], atol=0.05)
     assert_limb_laws(dict(zip(TWELVE, (noisy - clean).double().transpose(0, 1))), rtol=0, atol=1e-5)
 
@@ -314,8 +314,8 @@ def runs(row):
 
 @pytest.mark.parametrize("crops, leads, patches", [(64, 8, 25), (7, 12, 30), (10, 1, 25), (6, 2, 3), (4, 1, 1), (2, 3, 10), (1, 8, 25)])
 def test_the_number_of_masked_patches_is_fixed(monkeypatch, crops, leads, patches):
-    masked = crops // 2
-    ratios = [0.1 + 0.4 * (i + 1) / masked for i in range(masked)] if masked > 1 else [0.3] * masked
+    (low, high), masked = MASK_RATIO, int(crops * MASKED_CROPS)
+    ratios = [low + (high - low) * (i + 1) / masked for i in range(masked)] if masked > 1 else [(low + high) / 2] * masked
     expected = [0] * (crops - masked) + [max(1, int(leads * patches * ratio + 1e-9)) for ratio in ratios]
     np.testing.assert_allclose(np.sort(mask_counts(crops, leads * patches)), expected, atol=1)       # 1: rounding of the grid
     for seed in range(5):
@@ -326,7 +326,7 @@ def test_the_number_of_masked_patches_is_fixed(monkeypatch, crops, leads, patche
 
 def test_which_crops_are_masked_changes(monkeypatch):
     a, b, c = (masks_of(monkeypatch, seed=seed) for seed in (1, 1, 2))
-    assert np.array_equal(a, b) and not np.array_equal(a.any(axis=(1, 2)), c.any(axis=(1, 2)))
+    assert np.array_equal(a, b) and not np.array_equal(a.sum(axis=(1, 2)), c.sum(axis=(1, 2)))
 
 
 @pytest.mark.parametrize("leads", [1, 3, 12])

@@ -6,9 +6,10 @@ import pytest
 import torch
 import wfdb
 
+import model
 from conftest import draw_ecg
-from model import (FORMAT, INPUT_STD_MV, PATCH_S, REGISTERS, ROPE_PERIODS_S, SIZES, Attention, Encoder, build_encoder,
-                   load_encoder, rope_table, rotate, save_encoder, untrained_like)
+from model import (BASELINE_PATCHES, COMPRESS_MV, FORMAT, PATCH_S, REGISTERS, ROPE_PERIODS_S, SIZES, Attention, Encoder,
+                   build_encoder, load_encoder, rope_table, rotate, save_encoder, untrained_like)
 from prepare import FS, LEADS, lead_id
 
 TWELVE = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
@@ -83,13 +84,25 @@ def below(p, prefix):
     return {name.removeprefix(prefix): value for name, value in p.items() if name.startswith(prefix)}
 
 
+def plain_front_end(lead):
+    """Patches (N, P) of one lead (T,): asinh of what is above the baseline, a line through means over BASELINE_PATCHES."""
+    means = lead.view(-1, P).mean(dim=1)
+    half = BASELINE_PATCHES // 2
+    baseline = [means[max(0, n - half):n + half + 1].mean() for n in range(len(means))]
+    out = torch.empty_like(lead)
+    for i in range(len(lead)):
+        place = min(max((i + 0.5) / P - 0.5, 0), len(means) - 1)        # in patches, from the centre of the first
+        left, right = baseline[math.floor(place)], baseline[math.ceil(place)]
+        out[i] = torch.asinh((lead[i] - left - (place % 1) * (right - left)) / COMPRESS_MV)
+    return out.view(-1, P)
+
+
 def plain_encoder(encoder, signal, leads):
     """All tokens (M, D) after the last norm, of one recording: signal (L, T) mV, leads (L,)."""
     p = {name: value.double() for name, value in encoder.state_dict().items()}
     tokens, times_s = [p["cls_token"][0, 0], *p["register_tokens"][0]], [None] * (1 + encoder.num_registers)
     for lead, i in zip(signal.double(), leads):
-        for n in range(len(lead) // P):
-            patch = (lead[n * P:(n + 1) * P] - lead.mean()) / INPUT_STD_MV
+        for n, patch in enumerate(plain_front_end(lead)):
             tokens.append(p["patch_embedding.weight"] @ patch + p["patch_embedding.bias"] + p["lead_embedding.weight"][i])
             times_s.append((n + 0.5) * P / FS)
     x = torch.stack(tokens)
@@ -104,14 +117,15 @@ def plain_encoder(encoder, signal, leads):
 
 
 def test_encoder_equals_plain_code(encoder):
-    signal, leads = 0.3 * randn(2, 3, 4 * P), torch.stack([ids("I", "V2", "ECG"), ids("V5", "aVR", "II")])
+    signal, leads = 0.3 * randn(2, 3, 9 * P), torch.stack([ids("I", "V2", "ECG"), ids("V5", "aVR", "II")])
+    signal += torch.linspace(0, 2, 9 * P) ** 2                          # wander
     out = encoder(signal, leads)
     for b in range(2):
         expected = plain_encoder(encoder, signal[b], leads[b]).float()
         assert expected.std(dim=0).min() > 0.1                          # tokens differ: nothing is equal for being zero
         assert_close(out.cls[b], expected[0])
         assert_close(out.registers[b], expected[1:1 + REGISTERS])
-        assert_close(out.patches[b], expected[1 + REGISTERS:].view(3, 4, -1))
+        assert_close(out.patches[b], expected[1 + REGISTERS:].view(3, 9, -1))
 
 
 def test_attention_equals_plain_code():
@@ -194,7 +208,7 @@ def test_amplitude_matters(encoder):
 
 
 def test_masked_patches_are_hidden_altogether(encoder):
-    """Not even their mean may show: it would reach the other patches through the mean of the lead."""
+    """Not even their mean may show: it would reach the other patches through the baseline."""
     signal, leads = 0.3 * randn(2, 3, 6 * P), ids("I", "V1", "V3").expand(2, -1)
     mask = randn(2, 3, 6, seed=1) > 0.3
     mask[0, 1] = True                                                   # a whole lead
@@ -212,7 +226,7 @@ def test_mask_token_stands_in_for_masked_patches(encoder):
     mask[0, 1, 2] = True
     tokens, masked = encoder.tokens(signal), encoder.tokens(signal, mask)
     assert torch.equal(masked[0, 1, 2], encoder.mask_token)
-    assert torch.equal(masked[0, 0], tokens[0, 0])                      # no masked patch in that lead
+    assert_close(masked[0, 0], tokens[0, 0])                            # no masked patch in that lead
     assert (encoder(signal, leads, mask=mask).cls - clear.cls).abs().max() > 0.01
 
 
@@ -226,15 +240,25 @@ def test_dropped_leads_are_as_if_not_given(encoder):
     assert out.patches[:, ~keep].isnan().all()
 
 
-def test_dropped_patches_at_an_end_are_as_if_not_recorded(encoder):
+def test_dropped_patches_have_no_token(encoder):
+    """Patches of zero mean have a zero baseline, so that only the tokens that there are can matter."""
     signal, leads = 0.3 * randn(2, 2, 6 * P), ids("I", "V1").expand(2, -1)
-    # What is dropped has the mean of the rest, so this holds whichever of the two the mean of a lead is taken over.
-    signal[..., 4 * P:] = signal[..., :4 * P].mean(dim=-1, keepdim=True)
+    signal -= signal.unflatten(-1, (6, P)).mean(-1).repeat_interleave(P, dim=-1)
     out = encoder(signal, leads, keep=(torch.arange(6) < 4).expand(2, -1))
     short = encoder(signal[..., :4 * P], leads)
     assert_close(out.cls, short.cls)
     assert_close(out.patches[:, :, :4], short.patches)
     assert out.patches[:, :, 4:].isnan().all()
+    late = encoder(signal, leads, keep=(torch.arange(6) >= 2).expand(2, -1))
+    assert (late.cls - encoder(signal[..., 2 * P:], leads).cls).abs().max() > 1e-3     # later in time is not the same
+
+
+def test_dropped_patches_are_hidden_altogether(encoder):
+    signal, leads = 0.3 * randn(2, 3, 6 * P), ids("I", "V1", "V3").expand(2, -1)
+    keep = randn(3, 6, seed=1) > 0
+    other = torch.where(keep.repeat_interleave(P, dim=1), signal, 2 + randn(2, 3, 6 * P, seed=2))
+    for a, b in zip(encoder(signal, leads, keep=keep), encoder(other, leads, keep=keep)):
+        assert_close(a, b)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,8 +280,8 @@ def test_weights_depend_on_the_seed_alone():
 
 def test_initial_statistics():
     encoder = build_encoder("tiny")
-    tokens = encoder.tokens(INPUT_STD_MV * randn(64, 1, 10 * P))
-    assert tokens.std().item() == pytest.approx(0.88, rel=0.1)          # about 1: lead vectors (0.02) do not drown the signal
+    signal = torch.tensor(draw_ecg(FS, 10, TWELVE)[None]).float()
+    assert 0.3 < encoder.tokens(signal).std() < 3                       # about 1: lead vectors (0.02) do not drown the signal
     qkv = encoder.blocks[0].attention.qkv.weight
     assert qkv.std().item() == pytest.approx(0.0176, rel=0.03) and qkv.abs().max() <= 0.04
     assert encoder.lead_embedding.weight.shape == (len(LEADS), encoder.width)
@@ -294,7 +318,8 @@ def test_file_gives_the_same_encoder(encoder, saved):
 def test_file_describes_itself(saved):
     content = torch.load(saved, weights_only=True)
     assert content["format"] == FORMAT and content["about"] == {"step": 7}
-    assert content["preprocessing"] == dict(fs_hz=250, units="mV", leads=list(LEADS), input_std_mv=INPUT_STD_MV)
+    stated = dict(fs_hz=250, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES, compress_mv=COMPRESS_MV)
+    assert content["preprocessing"] == stated and content["config"]["patch_samples"] == P
 
 
 def test_other_weights_can_be_saved(encoder, tmp_path):
@@ -334,13 +359,19 @@ def write_bad_file(path, kind, saved):
         torch.save(content | {"preprocessing": content["preprocessing"] | {"fs_hz": 500}}, path)
     elif kind == "other leads":
         torch.save(content | {"preprocessing": content["preprocessing"] | {"leads": ["I"]}}, path)
+    elif kind == "other baseline":
+        torch.save(content | {"preprocessing": content["preprocessing"] | {"baseline_patches": BASELINE_PATCHES + 2}}, path)
+    elif kind == "other compression":
+        torch.save(content | {"preprocessing": content["preprocessing"] | {"compress_mv": 2 * COMPRESS_MV}}, path)
 
 
 @pytest.mark.parametrize("kind, text", [
     ("text", "not an encoder.*train.py"), ("empty", "not an encoder.*train.py"), ("truncated", "not an encoder.*train.py"),
     ("foreign", "not an encoder.*train.py"), ("a tensor", "not an encoder.*train.py"), ("code inside", "not an encoder.*train.py"),
     ("other format", "expected format 'ecg-dino encoder 1'.*ecg-dino encoder 99"),
-    ("other rate", "500 Hz.*250 Hz"), ("other leads", "1 leads.*21"), ("absent", "no encoder at .*train.py writes.*random:tiny")])
+    ("other rate", "500 Hz.*250 Hz"), ("other leads", "1 leads.*21"),
+    ("other baseline", "the commit that wrote it"), ("other compression", "the commit that wrote it"),
+    ("absent", "no encoder at .*train.py writes.*random:tiny")])
 def test_bad_files_are_refused(saved, tmp_path, kind, text):
     write_bad_file(tmp_path / "encoder.pt", kind, saved)
     with pytest.raises(ValueError, match=text):
@@ -425,7 +456,9 @@ def test_a_beat_lies_in_the_patch_of_its_time():
             assert np.abs(a - b).sum(axis=1).argmax() == int(r * 250 / 50), (fs, r)
 
 
-def test_patches_come_from_the_most_central_window(encoder):
+@pytest.mark.parametrize("at_once", [32, 4])
+def test_patches_come_from_the_most_central_window(encoder, monkeypatch, at_once):
+    monkeypatch.setattr(model, "MAX_EMBED_BATCH", at_once)
     signal = draw_ecg(250, 27.5, ("II", "V1")).astype(np.float32)            # 137 patches and a rest that is left out
     out = encoder.embed(signal, fs=250, leads=("II", "V1"), window_s=10, stride_s=4)
     starts = [0, 20, 40, 60, 80, 87]                                    # the last window ends with the recording
@@ -437,6 +470,25 @@ def test_patches_come_from_the_most_central_window(encoder):
         assert min(np.abs(out.local_features[:, n] - features.numpy()).max() for features in nearest) < 2e-5, n
     whole = encoder.embed(signal, fs=250, leads=("II", "V1"), window_s=60, stride_s=60)
     assert np.abs(whole.local_features - out.local_features).max() > 0.01         # windows do differ
+
+
+def test_windows_are_as_long_as_in_training():
+    encoder = Encoder(width=32, depth=1, heads=2, layer_scale=1.0, window_patches=20).eval()
+    signal = draw_ecg(250, 13, ("II", "V1"))
+    a, b = (encoder.embed(signal, fs=250, leads=("II", "V1"), **windows) for windows in ({}, dict(window_s=4, stride_s=2)))
+    assert np.array_equal(a.local_features, b.local_features) and np.array_equal(a.global_feature, b.global_feature)
+    assert np.abs(a.global_feature - encoder.embed(signal, fs=250, leads=("II", "V1"), window_s=13).global_feature).max() > 1e-3
+
+
+@pytest.mark.parametrize("samples, starts", [(65 * P, (0, 10, 20, 30, 40, 45)), (20 * P, (0,)), (12 * P, (0,))])
+def test_pool_is_the_mean_over_windows(samples, starts):
+    """[CLS, mean patch], mean over the windows that embed() would take."""
+    encoder = Encoder(width=32, depth=1, heads=2, layer_scale=1.0, window_patches=20).eval()
+    signal, leads = 0.3 * randn(3, 2, samples), ids("I", "V1").expand(3, -1)
+    n = min(20, samples // P)
+    windows = [encoder(signal[..., s * P:(s + n) * P], leads) for s in starts]
+    expected = sum(torch.cat((w.cls, w.patches.mean(dim=(1, 2))), dim=1) for w in windows) / len(windows)
+    assert_close(encoder.pool(signal, leads), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,6 +528,13 @@ def test_the_rest_of_a_patch_with_a_gap_has_no_influence(encoder):
     a, b = (encoder.embed(x, fs=250, leads=["II"]) for x in (signal, other))
     assert_close(a.local_features, b.local_features)
     assert_close(a.global_feature, b.global_feature)
+
+
+def test_dc_offset_does_not_matter_beside_a_gap(encoder):
+    signal = draw_ecg(250, 8)
+    signal[0, 10 * P + 3] = np.nan
+    a, b = (encoder.embed(x, fs=250, leads=["II"]) for x in (signal, signal + 3))
+    assert_close(a.local_features, b.local_features, atol=1e-4)
 
 
 def test_windows_without_signal_do_not_count(encoder):

@@ -1,0 +1,1046 @@
+"""prepare.py: preprocessing against plain definitions, every source on small raw folders, damaged input, interrupted
+runs, the synthetic heart, and real recordings where they are.
+
+    pytest -q tests/test_prepare.py
+"""
+import ast
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.signal
+import wfdb
+
+import prepare
+from conftest import draw_ecg
+from prepare import FS, INDEX_DTYPE, LEADS, MISSING, SPLITS, lead_id, open_corpus, preprocess, synth_recording
+
+ROOT = Path(__file__).parents[1]
+TWELVE = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
+RECORDS, SEED = 40, 9            # of the synthetic data set that the tests read
+MINUTE = 60 * FS
+
+
+def run(source, raw, out, *flags):
+    """What the command line does, in this process; the corpus that it made."""
+    prepare.main(prepare.parse_args([source, "--raw", str(raw), "--out", str(out), "--workers", "1", *flags]))
+    return None if source == "synth" else open_corpus(out)
+
+
+def names_of(corpus, split=None):
+    rows = corpus.index if split is None else corpus.index[corpus.index["split"] == SPLITS.index(split)]
+    return [name.decode() for name in rows["record"]]
+
+
+def rows_of(corpus):
+    """{record: place in the index}"""
+    return {name: i for i, name in enumerate(names_of(corpus))}
+
+
+def rejects_of(folder):
+    table = pd.read_csv(folder / "rejects.csv", dtype=str)
+    assert list(table) == ["record", "reason", "detail"]
+    return dict(zip(table.record, table.reason))
+
+
+def files_of(folder):
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def label_of(row):
+    return {name for bit, name in enumerate(("NORM", "MI", "STTC", "CD", "HYP")) if row["label"] >> bit & 1}
+
+
+def read_raw(path):
+    """wfdb's own view of a record, preprocessed: float32 (L, T) mV at FS and lead ids."""
+    record = wfdb.rdrecord(str(path))
+    return preprocess(record.p_signal, record.fs, record.sig_name, units="mV")
+
+
+def assert_stored(steps, signal_mv):
+    """int16 (L, T) holds signal_mv to half a step of 1 uV, and MISSING exactly where that is NaN."""
+    assert steps.shape == signal_mv.shape and steps.dtype == np.int16
+    np.testing.assert_array_equal(steps == MISSING, np.isnan(signal_mv))
+    np.testing.assert_allclose(np.where(steps == MISSING, np.nan, steps / 1000), signal_mv, rtol=1e-6, atol=0.5e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# preprocessing
+
+@pytest.mark.parametrize("name, lead", [
+    *((spelling, name) for name in LEADS for spelling in (name, name.lower(), name.upper())),
+    ("DI", "I"), ("DII", "II"), ("diii", "III"), ("D2", "II"), ("lead II", "II"), (" Lead aVF ", "aVF"), ("MLI", "I"),
+    ("MLII", "II"), ("mliii", "III"), ("MV1", "V1"), ("ML V1", "V1"), ("MV6", "V6"), ("v 3", "V3"), ("vx", "X"),
+    ("VY", "Y"), ("VZ", "Z"),
+    *((name, "unknown") for name in ("ECG", "ecg", "noise1", "V10", "IV", "", None, "lead", "ECG1", "V", "MV7"))])
+def test_lead_id_knows_a_lead_by_any_spelling(name, lead):
+    assert lead_id(name) == LEADS.index(lead)
+
+
+def test_lead_ids_are_never_renumbered():
+    """They are stored in every corpus and every encoder."""
+    assert LEADS == ("unknown", *TWELVE, "V7", "V8", "V9", "V3R", "V4R", "X", "Y", "Z")
+
+
+def test_250_hz_passes_bit_for_bit():
+    x = draw_ecg(FS, 5, TWELVE).astype(np.float32)
+    x[3, 200:240], x[5, 10] = np.nan, np.inf
+    y, ids = preprocess(x, FS, TWELVE)
+    np.testing.assert_array_equal(y, np.where(np.isinf(x), np.nan, x))
+    assert y.dtype == np.float32 and ids.dtype == np.int64 and ids.tolist() == [lead_id(name) for name in TWELVE]
+    assert x[5, 10] == np.inf                                      # the caller's array is left alone
+
+
+@pytest.mark.parametrize("fs", [100, 128.5, 257, 300, 360, 400, 500, 1000, 4000])
+@pytest.mark.parametrize("frequency", [0.5, 5, 17, 40])
+def test_sines_keep_amplitude_and_phase(fs, frequency):
+    """To 0.4 %: a lag of a tenth of a sample would move the 17 Hz sine by 4 %."""
+    t = np.arange(round(4 * fs)) / fs
+    y, _ = preprocess(np.sin(2 * np.pi * frequency * t + 0.7), fs, "II")
+    assert y.shape == (1, int(np.ceil(len(t) * Fraction(FS) / Fraction(fs))))
+    expected = np.sin(2 * np.pi * frequency * np.arange(y.shape[1]) / FS + 0.7)
+    np.testing.assert_allclose(y[0, FS // 2:-FS // 2], expected[FS // 2:-FS // 2], atol=4e-3)
+
+
+@pytest.mark.parametrize("frequency", [150, 200, 450])
+def test_nothing_folds_back_from_above_half_the_rate(frequency):
+    y, _ = preprocess(np.sin(2 * np.pi * frequency * np.arange(4000) / 1000), 1000, ["II"])
+    assert np.abs(y[0, FS // 2:-FS // 2]).max() < 3e-3
+
+
+def test_an_ecg_is_the_same_from_any_rate():
+    """The generator can draw it at 250 Hz as well: R peaks stay where they are, to a share of a sample."""
+    expected = draw_ecg(FS, 6, TWELVE)
+    for fs in (300, 360, 500, 1000):
+        y, _ = preprocess(draw_ecg(fs, 6, TWELVE), fs, TWELVE)
+        np.testing.assert_allclose(y[:, 50:-50], expected[:, 50:-50], atol=0.005)
+        np.testing.assert_array_equal(y[1:2, 50:-50].argmax(), expected[1:2, 50:-50].argmax())
+
+
+@pytest.mark.parametrize("fs", [50, 100, 257, 360, 500, 1000])
+def test_gaps_come_back_where_they_were_and_only_there(fs):
+    """Output sample n is missing if one of the inputs beside it is, or one within half an output step of it."""
+    x = draw_ecg(fs, 3, ("I", "II", "V1"))
+    whole, _ = preprocess(x, fs, ("I", "II", "V1"))
+    rng = np.random.default_rng(fs)
+    missing = np.zeros(x.shape, bool)
+    missing[0, fs:fs + fs // 5] = True
+    missing[1, rng.choice(x.shape[1], 5, replace=False)] = True
+    y, _ = preprocess(np.where(missing, np.nan, x), fs, ("I", "II", "V1"))
+    step = Fraction(fs, FS)                                        # input samples per output sample
+    for lead, gaps in zip(np.isnan(y), missing):
+        for n, is_missing in enumerate(lead):
+            at = n * step
+            near = {math.floor(at), math.ceil(at)}
+            near |= {k for k in range(int(at - step), int(at + step) + 2) if abs(k - at) <= step / 2}
+            assert is_missing == any(gaps[k] for k in near if 0 <= k < len(gaps)), f"output sample {n}"
+    np.testing.assert_array_equal(y[2], whole[2])                  # leads are separate
+    far = np.abs(np.arange(y.shape[1]) / FS - 1.1) > 0.3           # 0.2 s from the long gap: no ringing
+    np.testing.assert_allclose(y[0, far], whole[0, far], atol=2e-3)
+
+
+def test_units_orientation_and_single_leads():
+    x = draw_ecg(500, 4, ("I", "II"))
+    expected, _ = preprocess(x, 500, ("I", "II"))
+    for other, units in ((x * 1000, "uV"), (x * 1000, "µV"), (x / 1000, "V"), (x, "MV"), (x.T, "mV")):
+        np.testing.assert_allclose(preprocess(other, 500, ["I", "II"], units)[0], expected, atol=1e-6)
+    np.testing.assert_allclose(preprocess(x[1], np.int64(500), "MLII")[0], expected[1:], atol=1e-7)
+    np.testing.assert_array_equal(preprocess(x[1], 500, ["MLII"])[1], [lead_id("II")])
+    steps = np.round(x * 1000).astype(np.int16)                    # integers, as files hold them
+    np.testing.assert_allclose(preprocess(steps, 500.0, ("I", "II"), "uV")[0], expected, atol=2e-3)
+
+
+def test_what_is_no_signal_is_missing():
+    x = draw_ecg(FS, 10, ["II"] * 8)
+    x[0, :FS], x[0, -200:] = 0, 0                                  # padding at both ends
+    x[1, 500:500 + FS] = 1.234                                     # held for 1 s
+    x[2, 500:500 + FS - 1] = 1.234                                 # held for less
+    x[3] = 0.7                                                     # disconnected
+    x[4] *= 1e-5                                                   # less than any amplifier's noise
+    x[5, 700], x[5, 900] = 32.768, -40                             # beyond int16
+    x[6, :100], x[6, 300:400] = 0, 0                               # zeros for less than 0.5 s, or inside
+    expected = np.where(np.isin(np.arange(8), (3, 4))[:, None], np.nan, x)
+    expected[0, :FS], expected[0, -200:], expected[1, 500:500 + FS], expected[5, [700, 900]] = [np.nan] * 4
+    np.testing.assert_array_equal(preprocess(x, FS, ["II"] * 8)[0], expected.astype(np.float32))
+
+
+ECG = draw_ecg(FS, 3, ("I", "II"))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ((ECG, 49.9, ("I", "II")), "fs is 49.9: expected the sampling rate in Hz, a number from 50 to 4000"),
+    ((ECG, 4001, ("I", "II")), "fs is 4001"), ((ECG, float("nan"), ("I", "II")), "fs is nan"),
+    ((ECG, "250", ("I", "II")), "fs is '250'"), ((ECG, None, ("I", "II")), "fs is None"),
+    ((ECG, FS, ("I", "II", "III")), "shape (2, 750) and leads names 3: expected (leads, samples)"),
+    ((ECG[0], FS, ("I", "II")), "shape (750,) and leads names 2"), ((ECG[None], FS, ("I", "II")), "shape (1, 2, 750)"),
+    ((ECG[:, :0], FS, ("I", "II")), "empty"), ((ECG[:0], FS, ()), "empty"),
+    ((ECG, FS, ("I", "II"), "mmHg"), "units is 'mmHg': expected mV, uV or V"),
+    ((ECG, FS, ("I", "II"), None), "units is None"),
+    ((ECG * 0, FS, ("I", "II")), "check the units (now 'mV') and the gain"),
+    ((ECG * np.nan, FS, ("I", "II")), "no sample of this recording is usable"),
+    ((ECG + 2000, FS, ("I", "II")), "beyond +-32.767 mV")])
+def test_what_preprocess_refuses_and_says(arguments, words):
+    with pytest.raises(ValueError) as error:
+        preprocess(*arguments)
+    assert words in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the sources, on synthetic recordings in the publishers' layouts
+
+@pytest.fixture(scope="session")
+def synth(tmp_path_factory):
+    """A folder with raw/ and data/, each with ptbxl, mitdb and nstdb, made by `prepare.py synth`."""
+    folder = tmp_path_factory.mktemp("prepare")
+    run("synth", folder / "raw", folder / "data", "--records", str(RECORDS), "--seed", str(SEED))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ptbxl_table(synth):
+    return pd.read_csv(synth / "raw" / "ptbxl" / "ptbxl_database.csv", index_col="ecg_id")
+
+
+@pytest.mark.parametrize("source", ["ptbxl", "mitdb", "nstdb"])
+def test_corpus_on_disk_is_what_its_manifest_says(synth, source):
+    corpus = open_corpus(synth / "data" / source)
+    index, manifest = corpus.index, corpus.manifest
+    assert set(os.listdir(corpus.dir)) == {"index.npy", "manifest.json", "rejects.csv", "signal.i16"}
+    assert index.dtype == INDEX_DTYPE and set(index["source"]) == {source.encode()} == {manifest["source"].encode()}
+    sizes = index["n_leads"].astype(int) * index["length"]
+    np.testing.assert_array_equal(index["offset"], np.cumsum(sizes) - sizes)  # one after the other, no gaps
+    assert os.path.getsize(corpus.dir / "signal.i16") == 2 * sizes.sum()
+    for name, digest in manifest["sha256"].items():
+        assert hashlib.sha256((corpus.dir / name).read_bytes()).hexdigest() == digest
+    assert manifest["fs_hz"] == 250 and manifest["leads"] == list(LEADS) and "1 uV" in manifest["units"]
+    assert manifest["recordings"] == len(index) and manifest["rejected"] == {} == rejects_of(corpus.dir)
+    assert manifest["command"].startswith("python prepare.py synth --raw")
+    assert manifest["leak_note"] == prepare.LEAK_NOTES[source]
+    patients = {}
+    for number, split in enumerate(SPLITS):
+        rows = index[index["split"] == number]
+        patients[split] = set(rows["patient"])
+        assert manifest["recordings_per_split"][split] == len(rows)
+        assert manifest["patients_per_split"][split] == len(patients[split])
+        assert manifest["hours_per_split"][split] == pytest.approx(rows["length"].sum() / FS / 3600, abs=1e-3)
+    assert sum(map(len, patients.values())) == len(set.union(*patients.values()))     # no patient in two splits
+    assert manifest["patients_in_two_splits"] == 0
+
+
+def test_ptbxl_splits_by_fold_and_labels_by_statement(synth, ptbxl_table):
+    corpus = open_corpus(synth / "data" / "ptbxl")
+    assert names_of(corpus) == [f"{ecg_id:05d}" for ecg_id in range(1, RECORDS + 1)]
+    for row, (ecg_id, known) in zip(corpus.index, ptbxl_table.iterrows()):
+        assert SPLITS[row["split"]] == {9: "val", 10: "test"}.get(known.strat_fold, "train")
+        assert row["patient"] == f"ptbxl/{known.patient_id:.0f}".encode()
+        assert row["n_leads"] == 12 and row["length"] == 2500 and [LEADS[i] for i in row["leads"][:12]] == list(TWELVE)
+        classes = {prepare.STATEMENTS[code].split()[1] for code in ast.literal_eval(known.scp_codes)} - {"-"}
+        assert label_of(row) == classes
+    assert {1, 9, 10} <= set(ptbxl_table.strat_fold) and ptbxl_table.patient_id.nunique() < RECORDS
+
+
+def test_mitdb_keeps_ds2_and_201_out_and_finds_leads_by_name(synth):
+    corpus = open_corpus(synth / "data" / "mitdb")
+    rows = rows_of(corpus)
+    assert set(rows) == set(prepare.MITDB_CONDITIONS) and len(rows) == 16
+    assert set(names_of(corpus, "test")) == set(rows) & set(DS2) and not names_of(corpus, "val")
+    assert set(corpus.index["length"]) == {3 * MINUTE}
+    for name, i in rows.items():
+        assert [LEADS[k] for k in corpus.index["leads"][i][:2]] == (["V5", "II"] if name == "114" else ["II", "V1"])
+
+
+def test_all_of_mitdb_is_listed_and_201_goes_with_202(synth, tmp_path):
+    """Without RECORDS all 48 are looked for; those that are not there are counted, not passed over."""
+    raw = tmp_path / "mitdb"
+    raw.mkdir()
+    for path in (synth / "raw" / "mitdb").iterdir():
+        if path.suffix in (".hea", ".dat"):
+            os.symlink(path, raw / path.name)
+    corpus = run("mitdb", raw, tmp_path / "out")
+    assert corpus.manifest["recordings"] == 16 and corpus.manifest["rejected"] == {"absent file": 32}
+    assert set(rejects_of(tmp_path / "out").values()) == {"absent file"}
+    jobs = {job.record: job for job in prepare.list_mitdb(raw, "auto")}
+    assert len(jobs) == 48
+    assert {name for name, job in jobs.items() if job.split == "test"} == {*DS2, "201"}
+    assert jobs["201"].patient == jobs["202"].patient and len({job.patient for job in jobs.values()}) == 47
+    assert {job.split for job in jobs.values()} == {"train", "test"}
+
+
+def test_nstdb_parts_are_minutes_0_to_20_and_20_to_30(synth, tmp_path):
+    corpus = open_corpus(synth / "data" / "nstdb")
+    assert names_of(corpus, "train") == names_of(corpus, "test") == ["bw", "em", "ma"]
+    for i, name in enumerate(names_of(corpus)):
+        whole, ids = read_raw(synth / "raw" / "nstdb" / name)
+        test = corpus.index["split"][i] == SPLITS.index("test")
+        assert_stored(corpus.read(i), whole[:, 20 * MINUTE:30 * MINUTE] if test else whole[:, :20 * MINUTE])
+        assert corpus.index["leads"][i][:2].tolist() == ids.tolist() == [0, 0]
+    for name in ("bw", "em", "ma"):                                # a shorter record is parted likewise
+        adc = np.random.default_rng(0).integers(-500, 500, (90 * 360, 2))
+        prepare.write_record(tmp_path / name, 360, ("noise1", "noise2"), adc, gain=0)
+    assert run("nstdb", tmp_path, tmp_path / "out").index["length"].tolist() == [60 * FS, 30 * FS] * 3
+
+
+@pytest.mark.parametrize("source", ["ptbxl", "mitdb"])
+def test_samples_are_those_that_wfdb_reads(synth, ptbxl_table, source):
+    corpus = open_corpus(synth / "data" / source)
+    for i, name in enumerate(names_of(corpus)):
+        path = ptbxl_table.filename_lr[int(name)] if source == "ptbxl" else name
+        expected, ids = read_raw(synth / "raw" / source / path)
+        assert_stored(corpus.read(i), expected)
+        assert corpus.index["leads"][i][:len(ids)].tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("source", ["ptbxl", "mitdb", "nstdb"])
+def test_output_does_not_depend_on_the_number_of_workers(synth, source, tmp_path):
+    run(source, synth / "raw" / source, tmp_path / "two", "--workers", "2")
+    two, one = files_of(tmp_path / "two"), files_of(synth / "data" / source)
+    assert two.keys() == one.keys()
+    for name in ("signal.i16", "index.npy", "rejects.csv"):
+        assert two[name] == one[name]
+    two, one = (json.loads(files["manifest.json"]) for files in (two, one))
+    assert {key for key in one if one[key] != two[key]} == {"command", "created"}
+
+
+def test_read_gives_windows_without_copying(synth):
+    corpus = open_corpus(synth / "data" / "mitdb")
+    whole = corpus.read(3)
+    for start, length in ((0, 100), (777, 2500), (len(whole[0]) - 1, 1), (40000, None), (5, 0)):
+        part = corpus.read(3, start, length)
+        np.testing.assert_array_equal(part, whole[:, start:None if length is None else start + length])
+        assert part.base is not None and np.shares_memory(part, corpus.signal) or length == 0
+    for start, length in ((-1, 5), (0, len(whole[0]) + 1), (len(whole[0]), 1)):
+        with pytest.raises(AssertionError, match="of a recording of 45000"):
+            corpus.read(3, start, length)
+
+
+def ptbxl_copy(synth, raw, rows):
+    """PTB-XL's layout with only these rows of the table, records by link."""
+    raw.mkdir()
+    for name in ("records100", "scp_statements.csv"):
+        os.symlink(synth / "raw" / "ptbxl" / name, raw / name)
+    rows.to_csv(raw / "ptbxl_database.csv")
+    return raw
+
+
+def test_ptbxl_counts_what_it_cannot_read(synth, ptbxl_table, tmp_path):
+    rows = ptbxl_table[:4].copy()
+    raw = ptbxl_copy(synth, tmp_path / "raw", rows)
+    (raw / "mine").mkdir()
+    for ecg_id, leads in ((2, TWELVE[:11]), (3, TWELVE)):
+        rows.loc[ecg_id, "filename_lr"] = f"mine/{ecg_id}"
+        write(raw, f"mine/{ecg_id}", noise(ecg_id, 1000, len(leads)), leads, fs=100)
+    os.truncate(raw / "mine" / "3.dat", 5000)
+    rows.loc[4, "filename_lr"] = "mine/4"
+    rows.to_csv(raw / "ptbxl_database.csv")
+    corpus = run("ptbxl", raw, tmp_path / "out", "--rate", "100")
+    assert names_of(corpus) == ["00001"]
+    reasons = {"00002": "channel count", "00003": "unreadable or truncated file", "00004": "absent file"}
+    assert rejects_of(tmp_path / "out") == reasons and corpus.manifest["rejected"] == Counter(reasons.values())
+
+
+def test_a_patient_in_two_splits_makes_no_corpus(synth, ptbxl_table, tmp_path):
+    rows = ptbxl_table[:6].copy()
+    assert rows.patient_id[4] == rows.patient_id[5]                # one patient, two records
+    rows.loc[5, "strat_fold"] = 10
+    raw = ptbxl_copy(synth, tmp_path / "raw", rows)
+    with pytest.raises(AssertionError, match="1 patients are in more than one split"):
+        run("ptbxl", raw, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# any folder of WFDB records, with everything in it that people have
+
+def write(raw, name, adc, leads=("II", "V1"), fs=FS, units="mV", gain=200, baseline=1024):
+    """A record by wfdb's own writer, from integers (T, L) that stand for (adc - baseline) / gain."""
+    path, n = raw / name, len(leads)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    units = [units] * n if isinstance(units, str) else list(units)
+    wfdb.wrsamp(path.name, fs, units, [f"s{i}" for i in range(n)], d_signal=np.asarray(adc, np.int64), fmt=["16"] * n,
+                adc_gain=[float(gain)] * n, baseline=[baseline] * n, write_dir=str(path.parent))
+    header = path.with_suffix(".hea")
+    for i, lead in enumerate(leads):                               # wfdb would refuse two leads of one name
+        header.write_text(header.read_text().replace(f" s{i}\n", f" {lead}\n"))
+
+
+def edit_header(raw, name, old, new):
+    header = raw / f"{name}.hea"
+    assert old in header.read_text()
+    header.write_text(header.read_text().replace(old, new, 1))
+
+
+def noise(seed, n=2500, channels=2):
+    return np.random.default_rng(seed).integers(224, 1824, (n, channels))
+
+
+LONG_NAME = "ward_7/" + "x" * 70
+
+
+def write_good_records(raw):
+    """-> {record: what the corpus must hold, int16 (L, T)}; 200 steps per mV from 1024, so 5 uV per step."""
+    expected = {}
+    names = ("plain", "ward_1/plain", "ward_1/swapped_date", "HR00001", "ward_1/00017_lr", "ward_1/00018_hr", "100",
+             "JS00001", "same_names", LONG_NAME)
+    for seed, name in enumerate(names):
+        write(raw, name, noise(seed), leads=("II", "lead II") if name == "same_names" else ("II", "V1"))
+        expected[name] = 5 * (noise(seed).T - 1024)
+    edit_header(raw, "ward_1/swapped_date", "2500\n", "2500 2014-05-08 05:05:15\n")
+    adc = noise(10)
+    adc[:100], adc[1500:1510, 0] = -32768, -32768                  # what format 16 writes for "no sample"
+    write(raw, "few_missing", adc)
+    expected["few_missing"] = np.where(adc.T == -32768, MISSING, 5 * (adc.T - 1024))
+    adc = noise(20)
+    adc[:, 1] = 1100
+    write(raw, "one_flat_lead", adc)
+    expected["one_flat_lead"] = 5 * (adc.T[:1] - 1024)
+    adc = noise(21)
+    adc[:300], adc[-200:] = 1024, 1024
+    write(raw, "zero_padded", adc)
+    expected["zero_padded"] = 5 * (adc.T[:, 300:-200] - 1024)
+    write(raw, "microvolt", noise(22), units="uV", gain=1)
+    expected["microvolt"] = noise(22).T - 1024
+    write(raw, "with_breathing", noise(23), leads=("II", "RESP"), units=("mV", "pm"))
+    expected["with_breathing"] = 5 * (noise(23).T[:1] - 1024)
+    write(raw, "seventeen_leads", noise(24, channels=17), leads=[*TWELVE, "V7", "V8", "V9", "X", "Y"])
+    expected["seventeen_leads"] = 5 * (noise(24, channels=17).T[:16] - 1024)
+    for name in ("part_1", "part_2"):
+        write(raw, name, noise(ord(name[-1])))
+    (raw / "in_parts.hea").write_text("in_parts/2 2 250 5000\npart_1 2500\npart_2 2500\n")
+    expected["in_parts"] = np.hstack([5 * (noise(ord(digit)).T - 1024) for digit in "12"])
+    return expected
+
+
+def write_bad_records(raw):
+    """-> {record: reason}"""
+    unreadable = ["truncated", "cut_within_a_sample", "empty_signal_file", "lines_missing", "unknown_format"]
+    for name in (*unreadable, "no_signal_file"):
+        write(raw, name, noise(30))
+    os.truncate(raw / "truncated.dat", 3000)
+    os.truncate(raw / "cut_within_a_sample.dat", 9999)
+    os.truncate(raw / "empty_signal_file.dat", 0)
+    (raw / "no_signal_file.dat").unlink()
+    header = (raw / "lines_missing.hea").read_text()
+    (raw / "lines_missing.hea").write_text(header[:header.rindex("lines_missing.dat")])
+    edit_header(raw, "unknown_format", ".dat 16 ", ".dat 999 ")
+    (raw / "garbage.hea").write_bytes(np.random.default_rng(1).bytes(3000))
+    (raw / "empty_header.hea").touch()
+    (raw / "no_channels.hea").write_text("no_channels 0 250 2500\n")
+    write(raw, "all_flat", np.full((2500, 2), 1100))
+    write(raw, "all_invalid", np.full((2500, 2), -32768))
+    write(raw, "at_the_rails", noise(31), gain=0.02)               # 40 V: the header's gain is wrong
+    write(raw, "below_2_s", noise(32, n=499))
+    adc = noise(33)
+    adc[300:] = 1024
+    write(raw, "mostly_padding", adc)
+    write(raw, "twenty_hz", noise(34), fs=20)
+    write(raw, "pressure", noise(35), units="mmHg")
+    unreadable += ["garbage", "empty_header"]
+    names = {"unreadable or truncated file": unreadable, "absent file": ["no_signal_file"],
+             "no valid lead": ["all_flat", "all_invalid", "at_the_rails"], "too short": ["below_2_s", "mostly_padding"],
+             "sampling rate": ["twenty_hz"], "no voltage channel": ["pressure", "no_channels"]}
+    return {name: reason for reason, some in names.items() for name in some}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """-> corpus, {kept record: samples}, {rejected record: reason}"""
+    folder = tmp_path_factory.mktemp("wfdb")
+    good, bad = write_good_records(folder / "raw"), write_bad_records(folder / "raw")
+    return run("wfdb", folder / "raw", folder / "out"), good, bad
+
+
+def stored_name(name):
+    return prepare.shorten(name, 64)
+
+
+def test_every_record_is_kept_or_rejected_with_its_reason(folder):
+    corpus, good, bad = folder
+    assert set(names_of(corpus)) == {stored_name(name) for name in good} and len(corpus.index) == len(good)
+    assert rejects_of(corpus.dir) == bad
+    assert corpus.manifest["rejected"] == Counter(bad.values())
+    headers = len(list((corpus.dir.parent / "raw").rglob("*.hea"))) - 2    # two are parts, read with their whole
+    assert corpus.manifest["recordings"] + sum(corpus.manifest["rejected"].values()) == headers == len(good) + len(bad)
+    assert all(pd.read_csv(corpus.dir / "rejects.csv").detail.str.len() > 10)         # each says more than its reason
+
+
+def test_kept_records_are_stored_exactly(folder):
+    corpus, good, _ = folder
+    rows = rows_of(corpus)
+    for name, expected in good.items():
+        np.testing.assert_array_equal(corpus.read(rows[stored_name(name)]), expected, err_msg=name)
+
+
+def test_leads_are_named_once_and_changes_are_counted(folder):
+    corpus, _, _ = folder
+    rows = rows_of(corpus)
+    leads = {name: [LEADS[k] for k in row["leads"][:row["n_leads"]]] for name, row in zip(rows, corpus.index)}
+    assert leads["plain"] == ["II", "V1"] and leads["same_names"] == ["II", "unknown"]
+    assert leads["one_flat_lead"] == leads["with_breathing"] == ["II"]
+    assert leads["seventeen_leads"] == [*TWELVE, "V7", "V8", "V9", "X"]
+    assert corpus.manifest["changed"] == {
+        "channels left out: not a voltage": 1, "leads dropped: flat, empty or below 2 s of signal": 1,
+        "leads dropped: more than 16": 1, "leads renamed unknown: a second one of the name": 1, "recordings trimmed": 1,
+        "samples missing": 210}
+
+
+def test_copies_of_test_sets_are_held_out_by_name(folder):
+    corpus, good, _ = folder
+    assert sorted(names_of(corpus, "test")) == sorted(["HR00001", "ward_1/00017_lr", "ward_1/00018_hr", "100"])
+    assert len(set(corpus.index["patient"])) == len(corpus.index)  # none is known: one per record
+    assert all(map(prepare.HELD_OUT_COPY.fullmatch, (*DS2, "201", "HR21837")))
+    assert not any(map(prepare.HELD_OUT_COPY.fullmatch, ("101", "102", "JS10001", "HR1", "1000", "x100")))
+
+
+def test_long_names_stay_apart():
+    names = [f"ward_{i}/" + "x" * 70 for i in range(50)]
+    for n_bytes in (32, 64):
+        short = [prepare.shorten(name, n_bytes) for name in names]
+        assert len(set(short)) == 50 and max(len(name.encode()) for name in short) == n_bytes
+    assert prepare.shorten("ä" * 40, 64).isascii() and prepare.shorten("x" * 64, 64) == "x" * 64
+
+
+def test_workers_agree_on_damaged_folders_too(folder, tmp_path):
+    corpus, _, _ = folder
+    run("wfdb", corpus.dir.parent / "raw", tmp_path / "two", "--workers", "2")
+    for name in ("signal.i16", "index.npy", "rejects.csv"):
+        assert (tmp_path / "two" / name).read_bytes() == (corpus.dir / name).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole or not at all, and what users see
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda d: shutil.rmtree(d), "holds no corpus"),
+    (lambda d: (d / "manifest.json").write_text("{"), "holds no corpus"),
+    (lambda d: rewrite(d, magic="cat pictures"), "format 1 of 'cat pictures', expected format 1 of 'ecg-dino corpus'"),
+    (lambda d: rewrite(d, format_version=0), "is format 0 of"),
+    (lambda d: rewrite(d, recordings=99), "the manifest says 99"),
+    (lambda d: os.truncate(d / "signal.i16", 10000), "is damaged: 3 index rows and 5000 samples"),
+    (lambda d: os.truncate(d / "signal.i16", 9999), "is damaged"),
+    (lambda d: os.truncate(d / "signal.i16", 0), "is damaged"),
+    (lambda d: os.truncate(d / "index.npy", 300), "is damaged"),
+    (lambda d: np.save(d / "index.npy", np.zeros(3)), "is damaged"),
+    (lambda d: (d / "index.npy").unlink(), "is damaged"),
+    (lambda d: (d / "signal.i16").unlink(), "is damaged")])
+def test_open_corpus_refuses_damage_and_names_the_command(small_corpus, tmp_path, damage, words):
+    copy = Path(shutil.copytree(small_corpus, tmp_path / "corpus"))
+    open_corpus(copy)
+    damage(copy)
+    with pytest.raises(ValueError) as error:
+        open_corpus(copy)
+    assert words in str(error.value) and str(copy) in str(error.value) and "`python prepare.py " in str(error.value)
+
+
+def rewrite(folder, **changes):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+@pytest.fixture(scope="module")
+def small_raw(tmp_path_factory):
+    raw = tmp_path_factory.mktemp("small") / "raw"
+    for seed in range(3):
+        write(raw, f"r{seed}", noise(seed))
+    return raw
+
+
+@pytest.fixture(scope="module")
+def small_corpus(small_raw):
+    return run("wfdb", small_raw, small_raw.parent / "out").dir
+
+
+def test_an_existing_folder_is_never_written_into(small_raw, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("data")
+    (tmp_path / "file").write_text("data")
+    for name in ("out", "file"):
+        with pytest.raises(ValueError, match=f"{name} is already there: to make it anew, delete it"):
+            run("wfdb", small_raw, tmp_path / name)
+    with pytest.raises(ValueError, match="already there"):         # synth writes its raw folder too
+        run("synth", tmp_path / "out", tmp_path / "new", "--records", "1")
+    assert files_of(tmp_path) == {"file": b"data", "out/precious": b"data"}
+    (tmp_path / "empty").mkdir()
+    assert len(run("wfdb", small_raw, tmp_path / "empty").index) == 3
+
+
+def test_nothing_usable_leaves_nothing(tmp_path):
+    raw = tmp_path / "raw"
+    write(raw, "short", noise(0, n=100))
+    (raw / "garbage.hea").write_text("?")
+    with pytest.raises(ValueError, match="none of the 2 recordings in .* could be used: .*'too short': 1"):
+        run("wfdb", raw, tmp_path / "out")
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="no wfdb recordings under .*: expected WFDB headers"):
+        run("wfdb", tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(ValueError, match="no ptbxl_database.csv in .*: expected PTB-XL's own folder, or add --down"):
+        run("ptbxl", tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(OSError), prepare.whole_or_nothing(tmp_path / "out") as part:
+        (part / "half").write_text("half")
+        raise OSError("disk full")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nothing", "raw"]
+
+
+def until(condition, what, limit_s=60):
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {limit_s} s for {what}"
+        time.sleep(0.02)
+
+
+def processes_of(session):
+    """Ids of the processes of a session, its leader included."""
+    ids = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            ids += [int(name)] * (os.getsid(int(name)) == session)
+    return ids
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker processes in /proc")
+@pytest.mark.parametrize("end", ["SIGINT", "SIGKILL", "a worker is killed"])
+def test_an_interrupted_run_leaves_no_corpus(end, tmp_path):
+    """One record's signal file is a pipe that nobody writes to, so the run stands in the middle until it is ended."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    for i in range(6):
+        write(raw, f"r{i}", noise(i))
+    shutil.move(raw / "r4.dat", tmp_path / "r4.dat")
+    os.mkfifo(raw / "r4.dat")
+    command = [sys.executable, str(ROOT / "prepare.py"), "wfdb", "--raw", str(raw), "--out", str(out)]
+    process = subprocess.Popen([*command, "--workers", "1" if end == "SIGINT" else "2"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        until(lambda: list(tmp_path.glob("out.tmp-*/signal.i16")), "the first samples")
+        if end == "a worker is killed":
+            until(lambda: len(processes_of(process.pid)) >= 3, "two workers")
+            for pid in set(processes_of(process.pid)) - {process.pid}:
+                os.kill(pid, signal.SIGKILL)
+        else:
+            (os.killpg if end == "SIGINT" else os.kill)(process.pid, signal.Signals[end])   # Ctrl-C goes to all of them
+        code, errors = process.wait(60), "" if end == "SIGKILL" else process.stderr.read()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)                 # what a killed parent leaves behind
+    assert code == (-signal.SIGKILL if end == "SIGKILL" else 1)
+    assert not out.exists()
+    if end == "SIGINT":
+        assert errors.strip().endswith("interrupted, nothing was written") and "Traceback" not in errors
+    if end != "SIGKILL":
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["r4.dat", "raw"]
+    os.replace(tmp_path / "r4.dat", raw / "r4.dat")
+    assert len(run("wfdb", raw, out).index) == 6                   # and the next run is not in its way
+
+
+def test_mistakes_are_told_in_one_line(small_raw, tmp_path):
+    command = [sys.executable, str(ROOT / "prepare.py"), "wfdb", "--raw", str(small_raw), "--out", str(small_raw)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines() == [f"prepare.py: {small_raw} is already there: to make it anew, delete it "
+                                        f"(rm -r {small_raw}); else name another folder"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("heedb", "invalid choice: 'heedb'"), ("wfdb --download", "--download: wfdb is no PhysioNet database"),
+    ("mitdb --rate 500", "--rate is for ptbxl"), ("ptbxl --records 5", "--records and --seed are for synth"),
+    ("nstdb --seed 1", "--records and --seed are for synth"), ("synth --records 0", "--records must be at least 1"),
+    ("wfdb --workers -1", "--workers and --seed at least 0"), ("wfdb --work 2", "unrecognized arguments: --work 2"),
+    ("wfdb --raw nowhere/at/all", "--raw nowhere/at/all is no folder")])
+def test_flags_that_do_not_go_together(flags, words, tmp_path, capsys):
+    source, *rest = flags.split()
+    with pytest.raises(SystemExit) as end:
+        prepare.parse_args([source, "--raw", str(tmp_path), "--out", str(tmp_path / "out"), *rest])
+    assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_the_command_in_the_manifest_makes_the_corpus_again(small_raw, small_corpus, tmp_path):
+    words = json.loads((small_corpus / "manifest.json").read_text())["command"].split()
+    args = prepare.parse_args(words[2:])
+    assert words[:2] == ["python", "prepare.py"]
+    assert (args.source, args.raw, args.out) == ("wfdb", small_raw, small_corpus)
+    args = prepare.parse_args(["synth", "--raw", "a b", "--out", "c", "--records", "7", "--seed", "9"])
+    assert prepare.command_of(args) == "python prepare.py synth --raw 'a b' --out c --records 7 --seed 9"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checksums of a download
+
+def test_checksums_pass_and_damaged_files_are_named(tmp_path):
+    (tmp_path / "records100").mkdir()
+    contents = {"RECORDS": b"100\n", "records100/1.dat": b"\x00\x01", "records100/1.hea": b"1 1 100\n", "a.txt": b""}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="no SHA256SUMS.txt in .*: the publisher's is fetched by --download"):
+        prepare.verify_checksums(tmp_path)
+    lines = [f"{hashlib.sha256(content).hexdigest()} {name}\n" for name, content in contents.items()]
+    (tmp_path / "SHA256SUMS.txt").write_text("".join(lines))
+    prepare.verify_checksums(tmp_path)
+    (tmp_path / "records100" / "1.dat").write_bytes(b"\x00\x03")
+    (tmp_path / "RECORDS").unlink()
+    assert prepare.damaged_files(tmp_path) == ["RECORDS", "records100/1.dat"]
+    assert prepare.damaged_files(tmp_path, r"records100/.*") == ["records100/1.dat"]
+    prepare.verify_checksums(tmp_path, r".*\.(hea|txt)")           # only what is asked for
+    with pytest.raises(ValueError, match="2 files in .* differ .*: RECORDS, records100/1.dat; run again"):
+        prepare.verify_checksums(tmp_path)
+    with pytest.raises(ValueError, match="lists no file like .*: is it another database's"):
+        prepare.verify_checksums(tmp_path, r".*\.mat")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the synthetic heart
+
+def clean_recording(condition, seed, fs=500, duration_s=20):
+    """-> signal (T, 12) mV without noise, beats, waves.
+
+    Two recordings from the same draws, one of them with all waves doubled, differ by the waves alone.
+    """
+    heart = prepare.draw_heart(np.random.default_rng([seed, 1]), condition.split())
+    doubled = dict(heart)
+    for name in ("qrs", "p", "pvc"):
+        doubled[name] = heart[name] * ([1] * 3 + [2] * 3)
+    for name in ("st", "t", "pvc_t"):
+        doubled[name] = 2 * heart[name]
+    once, twice = (synth_recording(np.random.default_rng([seed, 2]), condition, fs, duration_s, TWELVE, one)
+                   for one in (heart, doubled))
+    assert once[1:] == twice[1:]
+    return twice[0] - once[0], *once[1:]
+
+
+def steepness(x, fs):
+    """Energy of x (T, ...) between 5 and 40 Hz, where the QRS is."""
+    return scipy.signal.sosfiltfilt(scipy.signal.butter(2, (5, 40), "band", fs=fs, output="sos"), x, axis=0) ** 2
+
+
+def seconds(waves, kind, fs=500):
+    return np.array([(end - onset) / fs for onset, _, end, letter in waves if letter == kind])
+
+
+def assert_einthoven_and_goldberger(lead, atol):
+    np.testing.assert_allclose(lead["III"], lead["II"] - lead["I"], rtol=0, atol=3 * atol)
+    np.testing.assert_allclose(lead["aVR"], -(lead["I"] + lead["II"]) / 2, rtol=0, atol=2 * atol)
+    np.testing.assert_allclose(lead["aVL"], (lead["I"] - lead["III"]) / 2, rtol=0, atol=2 * atol)
+    np.testing.assert_allclose(lead["aVF"], (lead["II"] + lead["III"]) / 2, rtol=0, atol=2 * atol)
+
+
+def test_limb_leads_obey_einthoven_and_goldberger(synth, ptbxl_table):
+    """Exactly as computed, noise included; to the rounding of each lead in the files; to a few uV when resampled."""
+    signal_mv, _, _ = synth_recording(np.random.default_rng(0), "AFIB PVC", 250, 10, TWELVE)
+    assert_einthoven_and_goldberger(dict(zip(TWELVE, signal_mv.T)), atol=1e-12)
+    corpus = open_corpus(synth / "data" / "ptbxl")
+    for i, path in enumerate(ptbxl_table.filename_lr):
+        adc = wfdb.rdrecord(str(synth / "raw" / "ptbxl" / path), physical=False).d_signal.astype(float)
+        assert_einthoven_and_goldberger(dict(zip(TWELVE, adc.T)), atol=0.5)
+        assert_einthoven_and_goldberger(dict(zip(TWELVE, corpus.read(i).astype(float))), atol=1.5)
+
+
+def test_seed_decides_every_byte_and_the_number_of_records_none(synth, tmp_path):
+    prepare.synthesize(tmp_path / "again", 3, SEED)
+    prepare.write_ptbxl(tmp_path / "other", 3, SEED + 1)
+    first, again, other = files_of(synth / "raw"), files_of(tmp_path / "again"), files_of(tmp_path / "other")
+    tables = {name for name in again if name.endswith("ptbxl_database.csv")}
+    assert {name for name in again if again[name] != first[name]} == tables
+    assert first[tables.pop()].startswith(again["ptbxl/ptbxl_database.csv"])
+    signals = [name for name in other if name.endswith(".dat")]
+    assert len(signals) == 3 and all(other[name] != again[f"ptbxl/{name}"] for name in signals)
+
+
+def test_written_records_read_back_through_wfdb(tmp_path):
+    rng = np.random.default_rng(0)
+    for gain, largest, baseline in ((1000, 32767, 0), (200, 2047, 1024), (0, 2047, 0)):
+        adc = rng.integers(-largest, largest + 1, (1000, 2))
+        adc[:4] = [(-largest, largest), (0, -1), (-1, 0), (1, -largest)]
+        prepare.write_record(tmp_path / f"gain{gain}", 360, ("II", "V1"), adc, gain)
+        record = wfdb.rdrecord(str(tmp_path / f"gain{gain}"), physical=False)
+        np.testing.assert_array_equal(record.d_signal, adc)
+        assert record.checksum == record.calc_checksum() and record.init_value == adc[0].tolist()
+        assert record.baseline == [baseline] * 2 and record.adc_gain == [gain or 200] * 2 and record.units == ["mV"] * 2
+        assert record.fs == 360 and record.sig_len == 1000 and record.sig_name == ["II", "V1"]
+
+
+@pytest.mark.parametrize("condition", ["SR NORM", "SARRH PAC", "SR CLBBB PVC", "SR CRBBB PAC", "AFIB PVC",
+                                       "STACH IMI QWAVE STE_", "SBRAD 1AVB", "SR PVC BIGU"])
+def test_waves_are_in_order_and_beats_lie_on_qrs_peaks(condition):
+    for seed in range(3):
+        x, beats, waves = clean_recording(condition, seed)
+        borders = np.array([wave[:3] for wave in waves])
+        assert borders.min() >= 0 and borders.max() < len(x)
+        assert (np.diff(borders, axis=1) >= 0).all() and (borders[1:, 0] > borders[:-1, 2]).all()
+        samples = np.array([beat[0] for beat in beats])
+        assert (np.diff(samples) > 0.25 * 500).all()
+        peaks = [wave[1] for wave in waves if wave[3] == "N"]
+        assert set(peaks) <= set(samples) and len(peaks) >= len(samples) - 2    # the ends may cut two
+        energy = steepness(x, 500).sum(1)
+        for peak in peaks:
+            near = slice(max(peak - 30, 0), peak + 31)
+            assert abs(near.start + energy[near].argmax() - peak) <= 12               # 24 ms
+            lead = x[near][:, np.ptp(x[near], axis=0).argmax()]
+            extrema = np.r_[scipy.signal.argrelmax(lead)[0], scipy.signal.argrelmin(lead)[0]]
+            assert np.abs(near.start + extrema - peak).min() <= 12                    # of the largest lead
+
+
+def test_wave_borders_are_where_the_waves_begin_and_end():
+    """Between P and QRS and after T there is nothing at all; inside there is something from the first samples on."""
+    for seed in range(5):
+        x, _, waves = clean_recording("SBRAD NORM", seed)
+        inside = np.zeros(len(x), bool)
+        order = [wave[3] for wave in waves]
+        first, last = order.index("p"), len(order) - order[::-1].index("t")
+        assert order[first:last] == ["p", "N", "t"] * ((last - first) // 3)
+        for (p, _, p_end, _), (qrs, _, j, _), (_, _, t_end, _) in zip(*(waves[first + k:last:3] for k in range(3))):
+            inside[p - 1:p_end + 2], inside[qrs - 1:t_end + 2] = True, True
+            for onset, end, floor_mv in ((p, p_end, 0.02), (qrs, j, 0.2), (j, t_end, 0.03)):
+                assert np.abs(x[onset:end]).max() > floor_mv
+                assert np.abs(x[onset + 3]).max() > 0 < np.abs(x[end - 3]).max()
+        span = slice(waves[first][0], waves[last - 1][2])
+        assert np.abs(x[span][~inside[span]]).max() < 1e-12 and (~inside[span]).mean() > 0.2
+
+
+def test_normal_intervals_and_the_statements_that_change_them():
+    def draw(condition):
+        recordings = [clean_recording(condition, seed) for seed in range(4)]
+        waves = [wave for _, _, waves in recordings for wave in waves]
+        pairs = [pair for _, _, waves in recordings for pair in zip(waves, waves[1:])]
+        pr = [(b[0] - a[0]) / 500 for a, b in pairs if a[3] + b[3] == "pN"]
+        qt = [(b[2] - a[0]) / 500 for a, b in pairs if a[3] + b[3] == "Nt"]
+        rr = np.concatenate([np.diff([beat[0] for beat in beats]) / 500 for _, beats, _ in recordings])
+        return seconds(waves, "N"), np.array(pr), np.array(qt), rr, seconds(waves, "p")
+
+    qrs, pr, qt, rr, p = draw("SR NORM")
+    for values, low, high in ((qrs, 0.07, 0.11), (pr, 0.12, 0.2), (p, 0.075, 0.115), (qt, 0.3, 0.46), (rr, 0.5, 1.2)):
+        assert len(values) > 60 and low <= values.min() and values.max() <= high
+    assert draw("SR CLBBB")[0].min() > 0.12 and draw("SR CRBBB")[0].min() > 0.12
+    assert draw("SR 1AVB")[1].min() > 0.2 and draw("SR LAO/LAE")[4].min() > 0.115
+    assert np.median(draw("SR LNGQT")[2]) > np.median(qt) + 0.03
+    assert np.median(draw("SBRAD NORM")[3]) > 1.0 and np.median(draw("STACH NORM")[3]) < 0.61
+
+
+def test_atrial_fibrillation_has_no_p_waves_and_no_rhythm():
+    for seed in range(4):
+        _, beats, waves = clean_recording("AFIB", seed)
+        assert {wave[3] for wave in waves} == {"N", "t"} and {beat[2] for beat in beats} == {"(AFIB"}
+        rr = np.diff([beat[0] for beat in beats])
+        assert rr.std() / rr.mean() > 0.1
+        rr = np.diff([beat[0] for beat in clean_recording("SR NORM", seed)[1]])
+        assert rr.std() / rr.mean() < 0.07
+    _, beats, waves = synth_recording(np.random.default_rng(0), "AFIB", 250, 120, TWELVE)   # long: it comes and goes
+    assert {beat[2] for beat in beats} == {"(AFIB", "(N"}
+    p = [wave[1] for wave in waves if wave[3] == "p"]
+    fibrillating = [beat[0] for beat in beats if beat[2] == "(AFIB"]
+    assert len(p) > 20 and not any(fibrillating[0] < sample < fibrillating[-1] for sample in p)
+
+
+@pytest.mark.parametrize("symbol, condition", [("V", "SR PVC"), ("A", "SR PAC")])
+def test_ectopic_beats_come_early_and_ventricular_ones_are_wide_without_p(symbol, condition):
+    for seed in range(6):
+        x, beats, waves = clean_recording(condition, seed)
+        samples = np.array([beat[0] for beat in beats])
+        places = [i for i, beat in enumerate(beats) if beat[1] == symbol]
+        assert places and {beat[1] for beat in beats} <= {"N", symbol, "F"}        # what is stated does occur
+        usual = np.median(np.diff(samples))
+        rows = {wave[1]: k for k, wave in enumerate(waves) if wave[3] == "N"}
+        normal = [waves[rows[s]][2] - waves[rows[s]][0] for s, sign, _ in beats if sign == "N" and s in rows]
+        for i in (i for i in places if samples[i] in rows):
+            k = rows[samples[i]]
+            width, before = waves[k][2] - waves[k][0], waves[k - 1]
+            assert i and samples[i] - samples[i - 1] < 0.9 * usual
+            assert i + 1 == len(samples) or samples[i + 1] - samples[i] > (1.05 if symbol == "V" else 0.9) * usual
+            if symbol == "V":
+                assert width > 0.12 * 500 > 1.1 * max(normal) and before[3] == "t"
+            else:
+                assert abs(width - max(normal)) <= 2 and before[3] == "p"
+
+
+def deflection(condition, leads, at, seeds=8):
+    """Mean over people of the largest mV ("R"), the lowest ("S"), or the level 60 ms after J ("ST") in some leads."""
+    values = []
+    for seed in range(seeds):
+        x, beats, waves = clean_recording(condition, seed, duration_s=3)
+        onset, _, j, _ = next(wave for wave in waves if wave[3] == "N")
+        cut = x[:, [TWELVE.index(lead) for lead in leads]]
+        values.append({"R": cut[onset:j].max(0), "S": cut[onset:j].min(0), "ST": cut[j + 30]}[at].mean())
+    return np.mean(values)
+
+
+def test_statements_look_like_themselves():
+    limbs, inferior, lateral = TWELVE[:6], ("II", "III", "aVF"), ("I", "V5", "V6")
+    assert deflection("SR LVOLT", limbs, "R") < 0.7 * deflection("SR NORM", limbs, "R")
+    assert deflection("SR LVH", ("V5",), "R") - deflection("SR LVH", ("V1",), "S") > \
+        1.4 * (deflection("SR NORM", ("V5",), "R") - deflection("SR NORM", ("V1",), "S"))
+    assert deflection("SR IMI STE_", inferior, "ST") > 0.1 > abs(deflection("SR NORM", inferior, "ST"))
+    assert deflection("SR ISC_", lateral, "ST") < deflection("SR NORM", lateral, "ST") - 0.04
+    assert deflection("SR CRBBB", ("V1",), "R") > 0.2 + deflection("SR NORM", ("V1",), "R")     # the second R in V1
+    assert deflection("SR CLBBB", ("V1",), "S") < -0.8 and deflection("SR CLBBB", ("V6",), "S") > -0.2
+    assert deflection("SR IMI", ("III", "aVF"), "S") < deflection("SR NORM", ("III", "aVF"), "S") - 0.1   # Q waves
+
+
+def test_annotations_in_the_files_are_true_and_fit_the_corpus(synth, ptbxl_table):
+    raw, corpus = synth / "raw", open_corpus(synth / "data" / "mitdb")
+    for name, i in rows_of(corpus).items():
+        notes, codes = wfdb.rdann(str(raw / "mitdb" / name), "atr"), prepare.MITDB_CONDITIONS[name].split()
+        symbols, rhythms = Counter(notes.symbol), {note.rstrip("\0") for note in notes.aux_note if note}
+        assert ("V" in symbols) == ("PVC" in codes) and ("A" in symbols) == ("PAC" in codes)
+        assert ("L" in symbols) == ("CLBBB" in codes) and ("R" in symbols) == ("CRBBB" in codes)
+        assert "(N" in rhythms <= {"(N", "(AFIB", "(B"}
+        assert ("(AFIB" in rhythms) == ("AFIB" in codes) and ("(B" in rhythms) == ("BIGU" in codes)
+        lead = corpus.read(i)[corpus.index["leads"][i][:2].tolist().index(lead_id("II"))] / 1000
+        steep = steepness(lead, FS)
+        usual = [s for s, symbol in zip(notes.sample, notes.symbol) if symbol in "NLR" and 360 < s < 64000]
+        peaks = [int(s * FS / 360) for s in usual]
+        assert np.mean([steep[r - 12:r + 13].max() > 20 * np.median(steep) for r in peaks]) > 0.98
+        assert abs(np.median([steep[r - 12:r + 13].argmax() - 12 for r in peaks])) <= 5        # 20 ms
+    fibrillating = ptbxl_table.scp_codes.str.contains("AFIB")
+    assert fibrillating.any()
+    for ecg_id in [1, 2, 3, *ptbxl_table.index[fibrillating]]:
+        path, scp_codes = ptbxl_table.filename_lr[ecg_id], ptbxl_table.scp_codes[ecg_id]
+        letters = wfdb.rdann(str(raw / "ptbxl" / path), "waves").symbol
+        assert letters[::3] == ["("] * (len(letters) // 3) and letters[2::3] == [")"] * (len(letters) // 3)
+        assert ("p" in letters) == ("AFIB" not in ast.literal_eval(scp_codes))
+
+
+def test_noise_has_the_stated_power_in_every_band():
+    for kind, (first, second, coherence) in prepare.NSTDB_NOISE.items():
+        x = prepare.shaped_noise(np.random.default_rng(0), 360 * 600, 360, (first, second), 2, coherence)
+        power = np.abs(np.fft.rfft(x, axis=0)) ** 2 * 2 / len(x) ** 2
+        freqs = np.fft.rfftfreq(len(x), 1 / 360)
+        for band, (low, high) in enumerate(zip(prepare.NOISE_EDGES_HZ, prepare.NOISE_EDGES_HZ[1:])):
+            rms = np.sqrt(power[(freqs >= low) & (freqs < high)].sum(0))
+            np.testing.assert_allclose(rms, (first[band], second[band]), rtol=0.25 if high <= 1 else 0.08)
+        slow = scipy.signal.sosfiltfilt(scipy.signal.butter(4, 0.4, fs=360, output="sos"), x, axis=0)
+        assert np.corrcoef(slow.T)[0, 1] == pytest.approx(coherence, abs=0.15)
+
+
+def test_unknown_statements_and_leads_are_refused():
+    with pytest.raises(ValueError, match=r"unknown statements \['FLU'\] in the condition; choose among"):
+        synth_recording(np.random.default_rng(0), "SR FLU", 250, 10, TWELVE)
+    with pytest.raises(ValueError, match=r"cannot synthesise leads \['V9'\]; choose among"):
+        synth_recording(np.random.default_rng(0), "SR", 250, 10, ("II", "V9"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# real recordings
+
+def link(source, target, names):
+    target.mkdir()
+    for name in names:
+        os.symlink(source / name, target / name)
+    return target
+
+
+def real_ptbxl(shared_data, folder, places):
+    raw = link(shared_data / "ptbxl", folder, ("records100", "records500", "scp_statements.csv"))
+    table = pd.read_csv(shared_data / "ptbxl" / "ptbxl_database.csv", index_col="ecg_id").iloc[places]
+    table.to_csv(raw / "ptbxl_database.csv")
+    return raw, table
+
+
+def test_real_ptbxl(shared_data, tmp_path):
+    """60 records; not all of them are there at 500 Hz, so 100 Hz are read."""
+    raw, table = real_ptbxl(shared_data, tmp_path / "raw", [*range(20), *range(110, 1900, 45)])
+    corpus = run("ptbxl", raw, tmp_path / "out")
+    assert len(corpus.index) == len(table) == 60 and not corpus.manifest["rejected"]
+    statements = pd.read_csv(raw / "scp_statements.csv", index_col=0)
+    for row, (ecg_id, known) in zip(corpus.index, table.iterrows()):
+        assert row["record"] == f"{ecg_id:05d}".encode() and row["patient"] == f"ptbxl/{known.patient_id:.0f}".encode()
+        assert SPLITS[row["split"]] == {9: "val", 10: "test"}.get(known.strat_fold, "train")
+        found = statements.loc[list(ast.literal_eval(known.scp_codes))]
+        classes = set(found.diagnostic_class[found.diagnostic == 1])
+        assert label_of(row) == classes
+    assert {1, 2, 4} <= set(corpus.index["label"]) and set(corpus.index["split"]) == {0, 1, 2}
+    for i in range(0, 60, 7):
+        assert_stored(corpus.read(i), read_raw(raw / table.filename_lr.iloc[i])[0])
+        assert [LEADS[k] for k in corpus.index["leads"][i][:12]] == list(TWELVE)
+
+
+def test_real_ptbxl_is_the_same_from_either_rate(shared_data, tmp_path):
+    """No lag, and below 40 Hz no more difference than the publisher's own decimation to 100 Hz makes."""
+    raw, table = real_ptbxl(shared_data, tmp_path / "raw", slice(20))
+    high, low = run("ptbxl", raw, tmp_path / "high"), run("ptbxl", raw, tmp_path / "low", "--rate", "100")
+    assert_stored(high.read(0), read_raw(raw / table.filename_hr.iloc[0])[0])   # auto takes 500 Hz if all is there
+    low_pass, differences = scipy.signal.butter(4, 40, fs=FS, output="sos"), []
+    for i in range(20):
+        a, b = (np.where(c.read(i) == MISSING, 0, c.read(i) / 1000) for c in (low, high))
+        a, b = (scipy.signal.sosfiltfilt(low_pass, x, axis=1)[:, 25:-25] for x in (a, b))
+        assert a.shape == b.shape == (12, 2450)
+        lags = range(-5, 6)
+        agreement = [((a[:, 5 + k:2445 + k] - b[:, 5:-5]) ** 2).sum() for k in lags]
+        assert lags[np.argmin(agreement)] == 0
+        differences.append(np.sqrt(((a - b) ** 2).sum() / (b ** 2).sum()))
+    assert max(differences) <= 0.12 and np.median(differences) <= 0.095
+
+
+def test_real_mitdb(shared_data, tmp_path):
+    names = ("100", "102", "114", "201", "202")
+    raw = link(shared_data / "mitdb", tmp_path / "raw", [f"{name}.{kind}" for name in names for kind in ("hea", "dat")])
+    (raw / "RECORDS").write_text("\n".join(names) + "\n")
+    corpus = run("mitdb", raw, tmp_path / "out")
+    assert names_of(corpus) == list(names) and names_of(corpus, "train") == ["102", "114"]
+    assert not corpus.manifest["rejected"]
+    leads = [[LEADS[k] for k in row["leads"][:2]] for row in corpus.index]
+    assert leads == [["II", "V5"], ["V5", "V2"], ["V5", "II"], ["II", "V1"], ["II", "V1"]]
+    assert corpus.index["patient"][3] == corpus.index["patient"][4] and len(set(corpus.index["patient"])) == 4
+    assert set(corpus.index["length"]) == {-(-650_000 * 25 // 36)}
+    for i in (0, 2):
+        assert_stored(corpus.read(i), read_raw(raw / names[i])[0])
+    beats = wfdb.rdann(str(shared_data / "mitdb" / "100"), "atr")
+    peaks = [int(s * FS / 360) for s, symbol in zip(beats.sample, beats.symbol) if symbol == "N"][5:-5]
+    offsets = [corpus.read(0)[0, r - 10:r + 11].argmax() - 10 for r in peaks]
+    assert len(peaks) > 2000 and np.abs(np.median(offsets)) <= 1   # R of lead II stays under its annotation
+
+
+def test_real_nstdb(shared_data, tmp_path):
+    corpus = run("nstdb", shared_data / "nstdb", tmp_path / "out")
+    assert names_of(corpus, "train") == names_of(corpus, "test") == ["bw", "em", "ma"]
+    assert corpus.manifest["records"] == 3 and not corpus.manifest["rejected"]
+    assert corpus.index["length"].tolist() == [20 * MINUTE, 10 * MINUTE] * 3
+    whole, _ = read_raw(shared_data / "nstdb" / "em")
+    assert_stored(corpus.read(2), whole[:, :20 * MINUTE])
+    assert_stored(corpus.read(3), whole[:, 20 * MINUTE:30 * MINUTE])
+
+
+def test_real_cinc2017_in_spite_of_its_dates(shared_data, tmp_path):
+    headers = sorted((shared_data / "cinc2017").glob("*.hea"))[:20]
+    files = [name for header in headers for name in (header.name, f"{header.stem}.mat")]
+    raw = link(shared_data / "cinc2017", tmp_path / "raw", files)
+    with pytest.raises(ValueError):                                # else this test shows nothing
+        wfdb.rdheader(str(raw / headers[0].stem))
+    corpus = run("wfdb", raw, tmp_path / "out")
+    assert names_of(corpus, "train") == [header.stem for header in headers] and not corpus.manifest["rejected"]
+    for i, header in enumerate(headers):
+        n = int(header.read_text().split()[3])
+        adc = np.frombuffer(header.with_suffix(".mat").read_bytes(), "<i2", offset=24)         # 1000 steps per mV
+        expected, ids = preprocess(adc / 1000, 300, ["ECG"])
+        assert len(adc) == n and ids.tolist() == [0] == corpus.index["leads"][i][:corpus.index["n_leads"][i]].tolist()
+        assert_stored(corpus.read(i), expected)
+
+
+def test_real_cinc2021(shared_data, tmp_path):
+    """39 records, and a header without its signal, which is counted."""
+    corpus = run("wfdb", shared_data / "cinc2021", tmp_path / "out")
+    headers = sorted((shared_data / "cinc2021").glob("*.hea"))
+    lost = {header.stem: "absent file" for header in headers if not header.with_suffix(".mat").exists()}
+    assert rejects_of(tmp_path / "out") == lost and corpus.manifest["rejected"] == Counter(lost.values())
+    headers = [header for header in headers if header.stem not in lost]
+    assert len(headers) == 39 and names_of(corpus, "train") == [header.stem for header in headers]
+    assert set(corpus.index["length"]) == {2500}
+    dropped = 0
+    for i, header in enumerate(headers):
+        expected, ids = read_raw(header.with_suffix(""))
+        valid = np.isfinite(expected).sum(1) >= 2 * FS             # a lead that is flat throughout is dropped
+        assert [LEADS[k] for k in ids] == list(TWELVE) and valid.any()
+        dropped += (~valid).sum()
+        assert corpus.index["leads"][i][:valid.sum()].tolist() == ids[valid].tolist()
+        assert_stored(corpus.read(i), expected[valid])
+    assert corpus.manifest["changed"]["leads dropped: flat, empty or below 2 s of signal"] == dropped > 0
