@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 import wfdb
 from matplotlib.figure import Figure
 from sklearn.exceptions import ConvergenceWarning
@@ -45,6 +46,7 @@ C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)  # scikit-learn's C, the inverse strength of t
 FOLDS = 5  # of DS1 records, to choose C
 BARS = {"RR intervals alone": "#d9c8a9", "raw waveform": "#e3b9b0", "untrained": "#c4c4c4", "pre-trained": "#7fb2e5"}
 LOCAL_BEATS = 10  # beats whose mean RR interval a beat is compared with
+BATCH = 64  # windows, one per beat, in a forward pass
 
 
 def read_beats(path):
@@ -57,18 +59,28 @@ def read_beats(path):
 
 
 def token_features(encoder, signal, fs, leads, beats_s):
-    """Features of K beats: r_token (K, D) and neighbourhood (K, 2D); NaN where no lead has a valid patch."""
-    _, local, times_s = encoder.embed(signal, fs=fs, leads=leads)
-    valid = np.isfinite(local[..., :1])                                                 # (L, N, 1)
-    with np.errstate(invalid="ignore"):
-        tokens = np.where(valid, local, 0).sum(axis=0) / valid.sum(axis=0)              # (N, D) mean over leads
-    at = np.minimum((beats_s * FS / encoder.patch_samples).astype(int), len(times_s) - 1)
-    first = np.minimum(np.searchsorted(times_s, beats_s + AROUND_S[0]), at)
-    last = np.maximum(np.searchsorted(times_s, beats_s + AROUND_S[1], side="right"), at + 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)                                 # no valid token: NaN is meant
-        around = np.array([np.nanmean(tokens[i:j], axis=0) for i, j in zip(first, last)])
-    return tokens[at], np.concatenate((tokens[at], around), axis=1)
+    """Features of K beats: r_token (K, D) and neighbourhood (K, 2D).
+
+    Each beat gets a window as long as in training, placed so that R is the middle of the window's middle patch (nearer to an end of the
+    recording, as near to it as can be): on a fixed grid a QRS would fall across two patches as often as not. Samples that are missing count as 0 mV.
+    """
+    signal_mv, ids = preprocess(signal, fs, leads)
+    P, window = encoder.patch_samples, encoder.window_and_stride()[0]
+    r = np.rint(beats_s * FS).astype(int)
+    start = np.clip(r - window // 2 * P - P // 2, 0, signal_mv.shape[1] - window * P)       # (K,)
+    at = np.clip((r - start) // P, 0, window - 1)                                           # (K,) patch that holds R
+    centre = start[:, None] + (np.arange(window) + 0.5) * P - r[:, None]                    # (K, N) samples from R
+    around = (centre >= AROUND_S[0] * FS) & (centre <= AROUND_S[1] * FS)
+    signal_mv, ids = torch.from_numpy(np.nan_to_num(signal_mv)), torch.from_numpy(ids)
+    device, features = encoder.cls_token.device, []
+    for k in np.split(np.arange(len(r)), np.arange(BATCH, len(r), BATCH)):
+        windows = signal_mv[:, torch.from_numpy(start[k])[:, None] + torch.arange(window * P)].transpose(0, 1)  # (B, L, T)
+        with torch.inference_mode():
+            tokens = encoder(windows.to(device), ids.expand(len(k), -1).to(device)).patches.mean(dim=1).float().cpu().numpy()  # (B, N, D)
+        mean = (tokens * around[k][..., None]).sum(axis=1) / around[k].sum(axis=1, keepdims=True)
+        features.append(np.concatenate((tokens[np.arange(len(k)), at[k]], mean), axis=1))
+    both = np.concatenate(features)
+    return both[:, :encoder.width], both
 
 
 def rr_features(beats_s):
@@ -97,7 +109,7 @@ def raw_features(signal, fs, leads, beats_s):
 # ---- features of all records -------------------------------------------------------------------------------
 
 def collect(raw, encoders):
-    """Beats of every record of DS1 and DS2 that is there: (record, in DS2, class) each (K,), and each feature (K, F), numbered by encoder."""
+    """Beats of every record of DS1 and DS2 that is there: record, beat_s and cls, each (K,), and the features (K, F), numbered by encoder."""
     names = [n for n in MITDB_DS1 + MITDB_DS2 if (raw / f"{n}.hea").is_file()]
     if not set(names) & set(MITDB_DS1) or not set(names) & set(MITDB_DS2):
         raise ValueError(f"{raw} holds {len(names)} of the 44 records of DS1 and DS2 ({' '.join(names) or 'none'}), but both sets are needed; "
@@ -106,21 +118,23 @@ def collect(raw, encoders):
     for name in tqdm(names, desc="records", unit="record", disable=None):
         signal, fs, leads, _ = read_wfdb(raw / name)
         times_s, classes = read_beats(str(raw / name))
-        part = dict(record=np.full(len(times_s), name), beat_s=times_s, cls=classes, rr=rr_features(times_s), raw=raw_features(signal, fs, leads, times_s))
+        rr, used = rr_features(times_s), used_beats(name, classes)
+        times_s = times_s[used]
+        part = dict(record=np.full(len(times_s), name), beat_s=times_s, cls=classes[used], rr=rr[used], raw=raw_features(signal, fs, leads, times_s))
         for e, encoder in enumerate(encoders):
             part[f"r_token {e}"], part[f"neighbourhood {e}"] = token_features(encoder, signal, fs, leads, times_s)
         parts.append(part)
     return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
 
-def train_rows(record, cls):
-    """Rows (K,) bool that are trained on: beats of DS1, at most MAX_N_TRAIN N beats of a record, evenly spread."""
-    rows = np.isin(record, MITDB_DS1) & np.isin(cls, CLASSES)
-    for name in np.unique(record[rows]):
-        normal = np.flatnonzero(rows & (record == name) & (cls == "N"))
-        rows[normal] = False
-        rows[normal[np.linspace(0, len(normal) - 1, min(MAX_N_TRAIN, len(normal))).astype(int)]] = True
-    return rows
+def used_beats(name, cls):
+    """Which beats of record `name` are trained on or scored: all of CLASSES, in DS1 at most MAX_N_TRAIN N, evenly spread."""
+    used = np.isin(cls, CLASSES)
+    if name in MITDB_DS1:
+        normal = np.flatnonzero(cls == "N")
+        used[normal] = False
+        used[normal[np.linspace(0, len(normal) - 1, min(MAX_N_TRAIN, len(normal))).astype(int)]] = True
+    return used
 
 
 # ---- probe -------------------------------------------------------------------------------------------------
@@ -256,8 +270,7 @@ def parse_args(argv=None):
 def main(args):
     encoders, _ = load_encoders(args.encoder, args.device)
     data = collect(args.raw, encoders)
-    train = train_rows(data["record"], data["cls"])
-    test = np.isin(data["record"], MITDB_DS2) & np.isin(data["cls"], CLASSES)
+    train, test = (np.isin(data["record"], names) for names in (MITDB_DS1, MITDB_DS2))
     cls, record = data["cls"][test], data["record"][test]
     n_records = len(np.unique(record))
     resampled = np.random.default_rng(args.seed).multinomial(n_records, np.full(n_records, 1 / n_records), size=BOOTSTRAPS)

@@ -106,7 +106,7 @@ def test_250_hz_passes_bit_for_bit():
     assert x[5, 10] == np.inf                                      # the caller's array is left alone
 
 
-@pytest.mark.parametrize("fs", [100, 128.5, 257, 300, 360, 400, 500, 1000, 4000])
+@pytest.mark.parametrize("fs", [100, 180.04, 257, 300, 360, 400, 500, 1000, 4000])
 @pytest.mark.parametrize("frequency", [0.5, 5, 17, 40])
 def test_sines_keep_amplitude_and_phase(fs, frequency):
     """To 0.4 %: a lag of a tenth of a sample would move the 17 Hz sine by 4 %."""
@@ -115,6 +115,13 @@ def test_sines_keep_amplitude_and_phase(fs, frequency):
     assert y.shape == (1, int(np.ceil(len(t) * Fraction(FS) / Fraction(fs))))
     expected = np.sin(2 * np.pi * frequency * np.arange(y.shape[1]) / FS + 0.7)
     np.testing.assert_allclose(y[0, FS // 2:-FS // 2], expected[FS // 2:-FS // 2], atol=4e-3)
+
+
+def test_electrode_offset_and_drift_keep_to_the_ends():
+    """Real recordings sit on an offset: zeros beyond the ends would make them droop there."""
+    for fs in (100, 360, 500):
+        y, _ = preprocess(np.arange(4 * fs) / fs - 7, fs, "V1")
+        np.testing.assert_allclose(y[0], np.arange(y.shape[1]) / FS - 7, atol=0.01)
 
 
 @pytest.mark.parametrize("frequency", [150, 200, 450])
@@ -135,7 +142,7 @@ def test_an_ecg_is_the_same_from_any_rate():
 @pytest.mark.parametrize("fs", [50, 100, 257, 360, 500, 1000])
 def test_gaps_come_back_where_they_were_and_only_there(fs):
     """Output sample n is missing if one of the inputs beside it is, or one within half an output step of it."""
-    x = draw_ecg(fs, 3, ("I", "II", "V1"))
+    x = draw_ecg(fs, 3, ("I", "II", "V1")) + 5                     # an electrode's offset: a jump to 0 would ring
     whole, _ = preprocess(x, fs, ("I", "II", "V1"))
     rng = np.random.default_rng(fs)
     missing = np.zeros(x.shape, bool)
@@ -151,7 +158,7 @@ def test_gaps_come_back_where_they_were_and_only_there(fs):
             assert is_missing == any(gaps[k] for k in near if 0 <= k < len(gaps)), f"output sample {n}"
     np.testing.assert_array_equal(y[2], whole[2])                  # leads are separate
     far = np.abs(np.arange(y.shape[1]) / FS - 1.1) > 0.3           # 0.2 s from the long gap: no ringing
-    np.testing.assert_allclose(y[0, far], whole[0, far], atol=2e-3)
+    np.testing.assert_allclose(y[0, far], whole[0, far], atol=5e-3)
 
 
 def test_units_orientation_and_single_leads():
