@@ -122,7 +122,8 @@ def make_views(batch_uv, slot_leads, draws, spec, patch_samples, noise=None):
     leads = slot_leads[row, draws["slots"]].flatten(0, 1)
     noisy = clean
     if noise is not None:
-        noisy = add_noise(clean, leads, noise, **{k: draws[k].flatten(0, 1) for k in ("snr_db", "amplitude", "sign", "channel", "offset")})
+        with torch.autocast(device.type, enabled=False):                                          # bf16 would miss the stated level
+            noisy = add_noise(clean, leads, noise, **{k: draws[k].flatten(0, 1) for k in ("snr_db", "amplitude", "sign", "channel", "offset")})
     return noisy, clean, leads.masked_fill(draws["hidden"].flatten(0, 1), 0), leads
 
 
@@ -146,8 +147,8 @@ def load_noise(corpus, split="train"):
     channels = []
     for t in NOISE_TYPES:
         raw = corpus.read(rows[t])[:2, :length]
-        x = np.where(raw == MISSING, 0, raw).astype(np.float64)
-        x -= x.mean(axis=1, keepdims=True)
+        x = np.where(raw == MISSING, np.nan, raw.astype(np.float64))
+        x = np.nan_to_num(x - np.nanmean(x, axis=1, keepdims=True))                               # a gap is no jump
         if t == "ma":
             x = sosfiltfilt(butter(2, MUSCLE_HIGHPASS_HZ, "highpass", fs=FS, output="sos"), x, axis=1)
         channels.append(x / x.std(axis=1, keepdims=True))

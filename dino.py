@@ -127,6 +127,11 @@ def log_column_sums(log_q):
 # ---------------------------------------------------------------------------------------------------------------------
 # losses
 
+def full_precision(x):
+    """Context without autocast, which would compute matrix products of fp32 values in bf16."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def student_log_probs(logits):
     """log softmax(logits / STUDENT_TEMPERATURE) over the last axis, in fp32, finite for any finite logits."""
     logits = logits.float()
@@ -142,7 +147,8 @@ def dino_loss(student_logits, teacher_probs, ignore_diagonal=False):
     """
     S, B, _ = student_logits.shape
     T = teacher_probs.shape[0]
-    pairs = torch.einsum("sbk,tbk->st", student_log_probs(student_logits), teacher_probs.float())  # (S, T)
+    with full_precision(student_logits):
+        pairs = torch.einsum("sbk,tbk->st", student_log_probs(student_logits), teacher_probs.float())  # (S, T)
     count = S * T
     if ignore_diagonal:
         pairs = pairs.clone().fill_diagonal_(0.0)
@@ -164,7 +170,7 @@ def koleo_loss(x):
 
     Distances carry 1e-8 per component and 1e-8 under the logarithm. Fewer than two rows in all: 0, there is no neighbour.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         x = F.normalize(x.float(), dim=-1, eps=KOLEO_EPS)
         everyone = torch.cat(all_gather(x)) if distributed() else x
         if len(everyone) < 2:
@@ -181,5 +187,6 @@ def koleo_loss(x):
 
 def gram_loss(student, teacher):
     """Mean squared difference of the patches' cosine matrices: student and teacher (B, N, D) -> scalar."""
-    student, teacher = (F.normalize(x.float(), dim=-1) for x in (student, teacher))
-    return F.mse_loss(student @ student.transpose(1, 2), teacher @ teacher.transpose(1, 2))
+    with full_precision(student):
+        student, teacher = (F.normalize(x.float(), dim=-1) for x in (student, teacher))
+        return F.mse_loss(student @ student.transpose(1, 2), teacher @ teacher.transpose(1, 2))

@@ -29,8 +29,10 @@ ROPE_PERIODS_S = (0.4, 40.0)     # s; from two patches to a few windows, geometr
 BASELINE_PATCHES = 7             # the mean over this many patches (1.4 s, more than a beat) around a sample is its baseline, which is taken off
 COMPRESS_MV = 0.1                # mV; linear below, logarithmic above: P and ST count beside an R ten times as high, and higher is still more
 NORM_EPS = 1e-5
+MIN_SPREAD_MV, MAX_SPREAD_MV = 0.005, 20.0  # mV; from 1 to 99 % of the samples of the largest lead of an ECG: beyond, the units are wrong
 MAX_EMBED_BATCH = 32             # windows that embed() runs at once: bounds its memory for long recordings
 FORMAT = "ecg-dino encoder 1"
+PREPROCESSING = dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES, compress_mv=COMPRESS_MV)  # stored with the weights
 
 # LayerScale starts near 1 in shallow networks (else a short run trains little more than the patch embedding), and tiny in deep ones.
 SIZES = {
@@ -114,8 +116,8 @@ class Encoder(nn.Module):
     def __init__(self, width, depth, heads, layer_scale, init_seed=0, window_patches=50,
                  patch_samples=round(PATCH_S * FS), registers=REGISTERS):
         super().__init__()
-        if width % (2 * heads):
-            raise ValueError(f"width {width} is not a multiple of 2 x heads ({heads}): rotary position needs even heads; choose another width")
+        if width % (2 * heads) or width // heads < 4:
+            raise ValueError(f"width {width} with {heads} heads: rotary position needs heads of an even width, 4 or more; choose another width")
         self.config = dict(width=width, depth=depth, heads=heads, layer_scale=layer_scale, init_seed=init_seed,
                            window_patches=window_patches, patch_samples=patch_samples, registers=registers)
         self.width, self.patch_samples, self.num_registers = width, patch_samples, registers
@@ -156,7 +158,7 @@ class Encoder(nn.Module):
             raise ValueError(f"the encoder takes signal (B, L, T) with T a multiple of {P} samples and leads (B, L); "
                              f"found {tuple(signal.shape)} and {tuple(leads.shape)}; encoder.embed() takes any recording")
         N = T // P
-        x = self.tokens(signal, mask) + self.lead_embedding(leads)[:, :, None]          # (B, L, N, D)
+        x = self.tokens(signal, mask, keep) + self.lead_embedding(leads)[:, :, None]          # (B, L, N, D)
         x = x.flatten(1, 2)
         times_s = ((torch.arange(N, device=signal.device) + 0.5) * (P / FS)).repeat(L)  # (L*N,) lead-major, like x
         if keep is not None:
@@ -174,21 +176,27 @@ class Encoder(nn.Module):
             patches = patches.new_full((B, L * N, self.width), float("nan")).index_copy(1, kept, patches)
         return Features(x[:, 0], x[:, 1:1 + R], patches.unflatten(1, (L, N)))
 
-    def tokens(self, signal, mask=None):
+    def tokens(self, signal, mask=None, keep=None):
         """Patch embedding (B, L, N, D), or the mask token where mask (B, L, N)."""
-        x = self.patch_embedding(self.front_end(signal).to(self.patch_embedding.weight.dtype))
+        hidden = mask if keep is None else (~keep).expand(len(signal), -1, -1)
+        x = self.patch_embedding(self.front_end(signal, hidden).to(self.patch_embedding.weight.dtype))
         if mask is None:
             return x
         return torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
 
-    def front_end(self, signal):
+    def front_end(self, signal, hidden=None):
         """Patches (B, L, N, P) without wander and compressed, of about unit variance; signal (B, L, T) mV.
 
         Wander has most of the variance of a raw ECG and says least; what the teacher finds different between recordings at first
-        is what training then amplifies. ST levels survive, since the baseline is a mean over more than a beat.
+        is what training then amplifies. ST levels survive, since the baseline is a mean over more than a beat. Patches that are
+        hidden (B, L, N) have no part in the baseline of the others, or masked content would show there.
         """
         patches = signal.float().unflatten(-1, (-1, self.patch_samples))
-        baseline = F.avg_pool1d(patches.mean(dim=-1), BASELINE_PATCHES, stride=1, padding=BASELINE_PATCHES // 2, count_include_pad=False)
+        seen = torch.ones_like(patches[..., :1]) if hidden is None else (~hidden)[..., None].float()
+        # The lead's own mean goes first: where no patch is seen near by, the baseline is then 0.
+        patches = (patches - (patches * seen).sum((2, 3), keepdim=True) / (seen.sum((2, 3), keepdim=True) * self.patch_samples).clamp(min=1)) * seen
+        near = dict(kernel_size=BASELINE_PATCHES, stride=1, padding=BASELINE_PATCHES // 2)
+        baseline = F.avg_pool1d(patches.mean(-1), **near) / F.avg_pool1d(seen[..., 0], **near).clamp(min=0.5 / BASELINE_PATCHES)
         baseline = F.interpolate(baseline, size=signal.shape[-1], mode="linear").view_as(patches)
         return ((patches - baseline) / COMPRESS_MV).asinh()
 
@@ -205,6 +213,7 @@ class Encoder(nn.Module):
         N = signal_mv.shape[1] // P
         if N == 0:
             raise ValueError(f"the recording lasts {signal_mv.shape[1] / FS:.3f} s; at least one patch of {P / FS:.1f} s is needed")
+        check_amplitude(signal_mv, units)
         window, stride = self.window_and_stride(window_s, stride_s)
         patches = torch.from_numpy(signal_mv[:, :N * P]).unflatten(1, (N, P))           # (L, N, P)
         starts = window_starts(N, window, stride)
@@ -235,6 +244,9 @@ class Encoder(nn.Module):
 
     def window_and_stride(self, window_s=None, stride_s=None):
         """Length and step of the windows of a long recording, in patches; None: as trained, and half of that."""
+        for name, value in (("window_s", window_s), ("stride_s", stride_s)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}; expected seconds above 0")
         window = self.config["window_patches"] if window_s is None else max(1, round(window_s * FS / self.patch_samples))
         stride = max(1, window // 2) if stride_s is None else max(1, round(stride_s * FS / self.patch_samples))
         if stride > window:
@@ -246,14 +258,17 @@ class Encoder(nn.Module):
         device = self.cls_token.device
         signal = torch.stack([patches[:, s:s + window] for s in starts])                # (B, L, N, P)
         keep = signal[0].isfinite().all(dim=-1)
-        complete = bool(keep.all())
-        if not complete:
-            # What is missing must not move the mean of its lead, which the patch embedding takes off.
-            kept = keep[None, :, :, None]
-            mean = torch.where(kept, signal, 0.0).sum((2, 3), keepdim=True) / (keep.sum(1).clamp(min=1) * signal.shape[-1])[None, :, None, None]
-            signal = torch.where(kept, signal, mean)
         leads = torch.as_tensor(lead_ids, device=device).expand(len(starts), -1)
-        return self(signal.flatten(2).to(device), leads, keep=None if complete else keep.to(device))
+        return self(signal.nan_to_num(0.0).flatten(2).to(device), leads, keep=None if keep.all() else keep.to(device))
+
+
+def check_amplitude(signal_mv, units):
+    """ValueError if a recording is a thousand times too large or too small to be in `units`."""
+    missing = np.isnan(signal_mv)
+    spread = max((np.ptp(np.percentile(lead[~gap], (1, 99))) for lead, gap in zip(signal_mv, missing) if not gap.all()), default=0)
+    if not MIN_SPREAD_MV <= spread <= MAX_SPREAD_MV or missing.mean() > 0.5 and spread > MAX_SPREAD_MV / 2:
+        raise ValueError(f"the signal spans {spread:.2g} mV if it is in {units}, and {missing.mean():.0%} of its samples are unusable; an ECG spans "
+                         f"{MIN_SPREAD_MV} to {MAX_SPREAD_MV:g} mV: check the units")
 
 
 def window_starts(num_patches, window, stride):
@@ -284,7 +299,7 @@ def window_batches(patches, starts, window):
 def save_encoder(encoder, path, state_dict=None, **about):
     """Write one self-describing file: architecture, weights and preprocessing, with `about` (plain types) for people."""
     torch.save(dict(format=FORMAT, config=encoder.config, state_dict=state_dict or encoder.state_dict(),
-                    preprocessing=dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES, compress_mv=COMPRESS_MV), about=about), path)
+                    preprocessing=PREPROCESSING, about=about), path)
 
 
 def build_encoder(size, seed=0, **more):
@@ -303,19 +318,28 @@ def load_encoder(path, device="cpu"):
     """Encoder in eval mode from an encoder.pt, or untrained from "random:SIZE" or "random:SIZE:SEED"."""
     if str(path).startswith("random:"):
         _, size, *seed = str(path).split(":")
+        if seed and not seed[0].isdigit():
+            raise ValueError(f"{path}: the seed must be a whole number; expected random:SIZE or random:SIZE:SEED")
         return build_encoder(size, int(seed[0]) if seed else 0).eval().to(device)
     if not Path(path).is_file():
         raise ValueError(f"no encoder at {path}; train.py writes RUN/encoder.pt, and random:tiny gives an untrained one")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        if saved["format"] != FORMAT:
-            raise ValueError(saved["format"])
-    except Exception as error:
-        raise ValueError(f"{path} is not an encoder of this program (expected format '{FORMAT}'): {str(error).splitlines()[0][:200]}; "
+        found = saved["format"]
+    except Exception as error:  # a damaged or foreign file may raise anything
+        raise ValueError(f"{path} is not an encoder of this program ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}); "
                          "give the encoder.pt that train.py wrote") from error
-    if saved["preprocessing"]["fs_hz"] != FS or saved["preprocessing"]["leads"] != list(LEADS):
-        raise ValueError(f"{path} was trained with another sampling rate or lead table ({saved['preprocessing']['fs_hz']} Hz, "
-                         f"{len(saved['preprocessing']['leads'])} leads) than this code ({FS} Hz, {len(LEADS)}); use the commit that wrote it")
+    if found != FORMAT:
+        raise ValueError(f"{path} is not an encoder that this code reads: expected format '{FORMAT}', found '{found}'; "
+                         "give the encoder.pt that train.py wrote")
+    differ = [f"{k} {short(k, v)} (here {short(k, PREPROCESSING.get(k))})" for k, v in saved["preprocessing"].items() if PREPROCESSING.get(k) != v]
+    if differ:
+        raise ValueError(f"{path} was trained with another preprocessing than this code has: {', '.join(differ)}; use the commit that wrote it")
     encoder = Encoder(**saved["config"])
     encoder.load_state_dict(saved["state_dict"])
     return encoder.eval().to(device)
+
+
+def short(name, value):
+    """A setting in few words."""
+    return f"{len(value)} leads" if isinstance(value, list) else f"{value} Hz" if name == "fs_hz" else value

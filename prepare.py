@@ -145,7 +145,11 @@ def as_lead_rows(signal, fs, leads, units):
                                        f"a number from {FS_RANGE[0]} to {FS_RANGE[1]}")
     if str(units).lower() not in MV_PER_UNIT:
         raise Refused("units", f"units is {units!r}: expected mV, uV or V; scale the signal and say units=\"mV\"")
-    x, n_leads = np.array(signal, dtype=np.float64), len(as_list(leads))
+    try:
+        x, n_leads = np.array(signal, dtype=np.float64), len(as_list(leads))
+    except (ValueError, TypeError) as error:
+        raise Refused("shape", f"signal or leads cannot be read ({error}): expected numbers (leads, samples) and one "
+                               "name per lead") from None
     if x.ndim == 1 and n_leads == 1:
         x = x[None]
     if x.ndim != 2 or n_leads not in x.shape:
