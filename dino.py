@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 STUDENT_TEMPERATURE = 0.1
@@ -87,6 +86,20 @@ def reduce_(tensor, op=None):
     if distributed():
         dist.all_reduce(tensor, op=op or dist.ReduceOp.SUM)
     return tensor
+
+
+class GatherRows(torch.autograd.Function):
+    """x (B, D) of every rank, concatenated in rank order; the gradient is the sum of what all ranks ask of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, x.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return reduce_(gradient.contiguous()).chunk(dist.get_world_size())[dist.get_rank()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +185,7 @@ def koleo_loss(x):
     """
     with full_precision(x):
         x = F.normalize(x.float(), dim=-1, eps=KOLEO_EPS)
-        everyone = torch.cat(all_gather(x)) if distributed() else x
+        everyone = GatherRows.apply(x) if distributed() else x
         if len(everyone) < 2:
             return x.sum() * 0.0
         first = dist.get_rank() * len(x) if distributed() else 0

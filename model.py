@@ -174,7 +174,8 @@ class Encoder(nn.Module):
         patches = x[:, 1 + R:]
         if keep is not None:
             patches = patches.new_full((B, L * N, self.width), float("nan")).index_copy(1, kept, patches)
-        return Features(x[:, 0], x[:, 1:1 + R], patches.unflatten(1, (L, N)))
+        # Copies, not views: sharding hangs its hooks on what a module returns.
+        return Features(x[:, 0].contiguous(), x[:, 1:1 + R].contiguous(), patches.unflatten(1, (L, N)).contiguous())
 
     def tokens(self, signal, mask=None, keep=None):
         """Patch embedding (B, L, N, D), or the mask token where mask (B, L, N)."""

@@ -133,24 +133,24 @@ class Sampler:
         return (patients * hours) ** 0.25 / max(1, patients)
 
     def _share_batch(self):
-        """Split the batch among the groups by weight, in grains, at least one grain each."""
-        grain = self.batch // BATCH_GRAIN if len(self.groups) > 1 else self.batch
+        """Split the batch among the groups by weight, in grains: at least one each, and no more than a group has patients for."""
         if len(self.groups) > 1 and self.batch % BATCH_GRAIN:
             raise ValueError(f"--batch {self.batch} must be a multiple of {BATCH_GRAIN}: the data have {len(self.groups)} groups of lead counts "
                              f"that share it; try {max(1, round(self.batch / BATCH_GRAIN)) * BATCH_GRAIN}")
+        total = BATCH_GRAIN if len(self.groups) > 1 else 1
+        grain = self.batch // total
+        patients = [sum(len(m["first"]) for m in g["members"]) for g in self.groups]
+        most = np.array(patients) // grain
+        if most.min() < 1 or most.sum() < total:
+            raise ValueError(f"a batch of {self.batch} needs {self.batch} different patients, and {grain} of each lead count there is; the data have "
+                             + ", ".join(f"{n} with {g['leads']} or more leads" for n, g in zip(patients, self.groups)) + "; use a smaller --batch or more data")
         weight = np.array([sum(m["weight"] for m in g["members"]) for g in self.groups])
-        exact = weight / weight.sum() * (self.batch // grain)
-        grains = np.maximum(1, np.floor(exact)).astype(int)
-        while grains.sum() < self.batch // grain:
-            grains[np.argmax(exact - grains)] += 1
-        while grains.sum() > self.batch // grain:
-            grains[np.argmax(grains)] -= 1
+        exact = weight / weight.sum() * total
+        grains = np.ones(len(self.groups), int)
+        while grains.sum() < total:  # the next grain goes where the most is owed, of the groups that can take it
+            grains[np.argmax(np.where(grains < most, exact - grains, -np.inf))] += 1
         for group, n in zip(self.groups, grains):
             group["size"] = int(n) * grain
-            patients = sum(len(m["first"]) for m in group["members"])
-            if patients < group["size"]:
-                raise ValueError(f"the data have {patients} patients with {group['leads']} or more leads, but a batch takes {group['size']} different ones; "
-                                 f"use a smaller --batch (now {self.batch}) or more data")
 
     def draw(self, step, g, rows):
         """Recordings `rows` (slice) of group g in the batch of `step`.
@@ -501,6 +501,7 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
         load_checkpoint(found[-1], student, teacher, gram_teacher, optimizer)
     elif found or (out / "log.jsonl").exists():
         raise ValueError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+    barrier()                                                                         # every rank has looked before rank 0 writes
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "run.json").write_text(json.dumps(about, indent=1, default=str))

@@ -259,6 +259,10 @@ def test_dropped_patches_are_hidden_altogether(encoder):
     other = torch.where(keep.repeat_interleave(P, dim=1), signal, 2 + randn(2, 3, 6 * P, seed=2))
     for a, b in zip(encoder(signal, leads, keep=keep), encoder(other, leads, keep=keep)):
         assert_close(a, b)
+    mask = (randn(2, 3, 6, seed=3) > 0.5) & keep                        # and with a mask beside it
+    other = torch.where((mask | ~keep).repeat_interleave(P, dim=2), 2 + randn(2, 3, 6 * P, seed=2), signal)
+    for a, b in zip(encoder(signal, leads, mask, keep), encoder(other, leads, mask, keep)):
+        assert_close(a, b)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,6 +363,11 @@ def write_bad_file(path, kind, saved):
         torch.save(content | {"preprocessing": content["preprocessing"] | {"fs_hz": 500}}, path)
     elif kind == "other leads":
         torch.save(content | {"preprocessing": content["preprocessing"] | {"leads": ["I"]}}, path)
+    elif kind == "unknown compression":
+        content["preprocessing"].pop("compress_mv")
+        torch.save(content, path)
+    elif kind == "no preprocessing":
+        torch.save({name: value for name, value in content.items() if name != "preprocessing"}, path)
     elif kind == "other baseline":
         torch.save(content | {"preprocessing": content["preprocessing"] | {"baseline_patches": BASELINE_PATCHES + 2}}, path)
     elif kind == "other compression":
@@ -371,6 +380,7 @@ def write_bad_file(path, kind, saved):
     ("other format", "expected format 'ecg-dino encoder 1'.*ecg-dino encoder 99"),
     ("other rate", "500 Hz.*250 Hz"), ("other leads", "1 leads.*21"),
     ("other baseline", "the commit that wrote it"), ("other compression", "the commit that wrote it"),
+    ("unknown compression", "the commit that wrote it"), ("no preprocessing", "encoder.pt that train.py wrote"),
     ("absent", "no encoder at .*train.py writes.*random:tiny")])
 def test_bad_files_are_refused(saved, tmp_path, kind, text):
     write_bad_file(tmp_path / "encoder.pt", kind, saved)
@@ -449,7 +459,7 @@ def test_a_beat_lies_in_the_patch_of_its_time():
     encoder = lively(depth=0)
     for fs in (250, 360, 1000):
         for r in (0.41, 3.07, 11.99, 25.3):
-            signal = 0.01 * np.sin(np.arange(30 * fs))
+            signal = 0.05 * np.sin(2 * np.pi * 7 * np.arange(30 * fs) / fs)
             spiked = signal.copy()
             spiked[round(r * fs)] += 5
             a, b = (encoder.embed(x, fs=fs, leads=["II"]).local_features[0] for x in (signal, spiked))
@@ -589,6 +599,11 @@ def test_nonsense_is_refused_with_a_reason(encoder, case):
     signal, arguments, text = NONSENSE[case]
     with pytest.raises(ValueError, match=text):
         encoder.embed(signal, **(dict(fs=250, leads=["II"]) | arguments))
+
+
+@pytest.mark.parametrize("scale", [0.02, 8.0])
+def test_low_and_high_voltages_are_no_nonsense(encoder, scale):
+    assert np.isfinite(encoder.embed(scale * GOOD, fs=250, leads=["II"]).local_features).all()
 
 
 def test_impossible_widths_are_refused():

@@ -154,7 +154,7 @@ def test_overfits_one_batch(data, monkeypatch):
         loss.backward()
         optimizer.step()
         seen.append(float(parts["dino_local"]) + float(parts["ibot"]))
-    assert seen[-1] < 0.75 * seen[0], seen
+    assert seen[-1] < 0.85 * seen[0], seen
 
 
 def test_killed_run_resumes_bit_for_bit(data, tmp_path):
