@@ -179,7 +179,7 @@ class Encoder(nn.Module):
 
     def tokens(self, signal, mask=None, keep=None):
         """Patch embedding (B, L, N, D), or the mask token where mask (B, L, N)."""
-        hidden = mask if keep is None else (~keep).expand(len(signal), -1, -1)
+        hidden = mask if keep is None else (~keep).expand(len(signal), -1, -1) | (False if mask is None else mask)
         x = self.patch_embedding(self.front_end(signal, hidden).to(self.patch_embedding.weight.dtype))
         if mask is None:
             return x
@@ -326,14 +326,15 @@ def load_encoder(path, device="cpu"):
         raise ValueError(f"no encoder at {path}; train.py writes RUN/encoder.pt, and random:tiny gives an untrained one")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        found = saved["format"]
+        found, preprocessing = saved["format"], saved["preprocessing"]
     except Exception as error:  # a damaged or foreign file may raise anything
         raise ValueError(f"{path} is not an encoder of this program ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}); "
                          "give the encoder.pt that train.py wrote") from error
     if found != FORMAT:
         raise ValueError(f"{path} is not an encoder that this code reads: expected format '{FORMAT}', found '{found}'; "
                          "give the encoder.pt that train.py wrote")
-    differ = [f"{k} {short(k, v)} (here {short(k, PREPROCESSING.get(k))})" for k, v in saved["preprocessing"].items() if PREPROCESSING.get(k) != v]
+    differ = [f"{k} {short(k, preprocessing.get(k))} (here {short(k, PREPROCESSING.get(k))})"
+              for k in PREPROCESSING | preprocessing if preprocessing.get(k) != PREPROCESSING.get(k)]
     if differ:
         raise ValueError(f"{path} was trained with another preprocessing than this code has: {', '.join(differ)}; use the commit that wrote it")
     encoder = Encoder(**saved["config"])

@@ -98,10 +98,10 @@ def test_lead_ids_are_never_renumbered():
 
 
 def test_250_hz_passes_bit_for_bit():
-    x = draw_ecg(FS, 5, TWELVE).astype(np.float32)
+    x = draw_ecg(FS, 5, TWELVE)
     x[3, 200:240], x[5, 10] = np.nan, np.inf
     y, ids = preprocess(x, FS, TWELVE)
-    np.testing.assert_array_equal(y, np.where(np.isinf(x), np.nan, x))
+    np.testing.assert_array_equal(y, np.where(np.isinf(x), np.nan, x).astype(np.float32))
     assert y.dtype == np.float32 and ids.dtype == np.int64 and ids.tolist() == [lead_id(name) for name in TWELVE]
     assert x[5, 10] == np.inf                                      # the caller's array is left alone
 
@@ -157,8 +157,7 @@ def test_gaps_come_back_where_they_were_and_only_there(fs):
             near |= {k for k in range(int(at - step), int(at + step) + 2) if abs(k - at) <= step / 2}
             assert is_missing == any(gaps[k] for k in near if 0 <= k < len(gaps)), f"output sample {n}"
     np.testing.assert_array_equal(y[2], whole[2])                  # leads are separate
-    far = np.abs(np.arange(y.shape[1]) / FS - 1.1) > 0.3           # 0.2 s from the long gap: no ringing
-    np.testing.assert_allclose(y[0, far], whole[0, far], atol=5e-3)
+    np.testing.assert_allclose(y, np.where(np.isnan(y), np.nan, whole), atol=0.01)     # beside a gap nothing rings
 
 
 def test_units_orientation_and_single_leads():
@@ -514,10 +513,11 @@ def test_copies_of_test_sets_are_held_out_by_name(folder):
 
 
 def test_long_names_stay_apart():
-    names = [f"ward_{i}/" + "x" * 70 for i in range(50)]
+    names = [f"ward_{i}/" + "x" * 70 + "_hr" for i in range(50)]
     for n_bytes in (32, 64):
         short = [prepare.shorten(name, n_bytes) for name in names]
-        assert len(set(short)) == 50 and max(len(name.encode()) for name in short) == n_bytes
+        assert len(set(short)) == 50 and {len(name) for name in short} == {n_bytes}
+        assert all(name.endswith(part.split("~")[1]) for name, part in zip(names, short))
     assert prepare.shorten("ä" * 40, 64).isascii() and prepare.shorten("x" * 64, 64) == "x" * 64
 
 
