@@ -654,7 +654,8 @@ def show_demo(args):
     probe_ptbxl.main(probe_ptbxl.parse_args(["--encoder", encoder, "--raw", str(out / "raw/ptbxl"), "--out", str(out / "ptbxl")]))
     probe_mitbih.main(probe_mitbih.parse_args(["--encoder", encoder, "--raw", str(out / "raw/mitdb"), "--out", str(out / "mitbih")]))
     corpus = open_corpus(args.data[0])
-    draw_features(load_encoder(encoder), corpus, int(np.flatnonzero(corpus.index["split"] == SPLITS.index("test"))[0]), out / "features.png")
+    normal = (corpus.index["split"] == SPLITS.index("test")) & (corpus.index["label"] == 1)    # a normal ECG has every wave
+    draw_features(load_encoder(encoder), corpus, int(np.flatnonzero(normal)[0]), out / "features.png")
     ptbxl = json.loads((out / "ptbxl/ptbxl.json").read_text())["tasks"]["superdiagnostic"]
     mitbih = json.loads((out / "mitbih/mitbih.json").read_text())["features"]["neighbourhood"]
     print("\nsynthetic recordings, frozen features, AUROC [95 % interval]      pre-trained   untrained   difference")
