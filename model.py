@@ -27,11 +27,12 @@ PATCH_S = 0.2                    # s; a QRS complex is about half of it
 REGISTERS = 4                    # extra tokens that hold global scratch values (Darcet et al. 2024)
 ROPE_PERIODS_S = (0.4, 40.0)     # s; from two patches to a few windows, geometric over the frequency pairs of a head
 BASELINE_PATCHES = 7             # the mean over this many patches (1.4 s, more than a beat) around a sample is its baseline, which is taken off
+LEAD_STD = 0.5                   # of the lead vectors at the start, beside tokens of about unit variance: features must differ between leads before they are averaged
 COMPRESS_MV = 0.1                # mV; linear below, logarithmic above: P and ST count beside an R ten times as high, and higher is still more
 NORM_EPS = 1e-5
 MIN_SPREAD_MV, MAX_SPREAD_MV = 0.005, 20.0  # mV; from 1 to 99 % of the samples of the largest lead of an ECG: beyond, the units are wrong
 MAX_EMBED_BATCH = 32             # windows that embed() runs at once: bounds its memory for long recordings
-FORMAT = "ecg-dino encoder 1"
+FORMAT = "ecg-dino encoder 2"
 PREPROCESSING = dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES, compress_mv=COMPRESS_MV)  # stored with the weights
 
 # LayerScale starts near 1 in shallow networks (else a short run trains little more than the patch embedding), and tiny in deep ones.
@@ -132,17 +133,17 @@ class Encoder(nn.Module):
         self.init_weights(init_seed)
 
     def init_weights(self, seed):
-        """Truncated normal 0.02 for linear layers; drawn from a generator of its own, so the seed alone decides."""
+        """Truncated normal with variance 1 / fan-in for linear layers (0.02 is that of width 2,500: a narrow network would hardly use its
+        blocks); drawn from a generator of its own, so the seed alone decides."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                # The patch embedding is no exception to the fan-in rule: at 0.02 the lead vectors would drown the waveform.
-                std = self.patch_samples ** -0.5 if module is self.patch_embedding else 0.02
+                std = module.in_features ** -0.5
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for tokens in (self.lead_embedding.weight, self.cls_token, self.register_tokens):
-            nn.init.normal_(tokens, std=0.02, generator=generator)
+        for tokens, std in ((self.lead_embedding.weight, LEAD_STD), (self.cls_token, 0.02), (self.register_tokens, 0.02)):
+            nn.init.normal_(tokens, std=std, generator=generator)
         nn.init.zeros_(self.mask_token)
 
     def forward(self, signal, leads, mask=None, keep=None):

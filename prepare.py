@@ -19,6 +19,7 @@ import csv
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -26,8 +27,10 @@ import shutil
 import signal as os_signal
 import sys
 import tempfile
+import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime, timezone
 from fractions import Fraction
 from pathlib import Path
@@ -237,6 +240,7 @@ def open_corpus(dir):
     except (OSError, ValueError) as error:
         raise ValueError(f"{dir} holds no corpus (manifest.json: {error}): make one with "
                          f"`python prepare.py SOURCE --raw DIR --out {dir}`") from None
+    manifest = manifest if isinstance(manifest, dict) else {}
     again = f"delete {dir} and run `{manifest.get('command', 'python prepare.py ...')}`"
     if manifest.get("magic") != MAGIC or manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{dir} is format {manifest.get('format_version')} of {manifest.get('magic')!r}, expected "
@@ -247,9 +251,9 @@ def open_corpus(dir):
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{dir} is damaged ({error}): {again}") from None
     n_samples = int((index["n_leads"].astype(np.int64) * index["length"]).sum()) if index.dtype == INDEX_DTYPE else -1
-    if len(index) != manifest["recordings"] or len(signal) != n_samples:
+    if len(index) != manifest.get("recordings") or len(signal) != n_samples:
         raise ValueError(f"{dir} is damaged: {len(index)} index rows and {len(signal)} samples, the manifest says "
-                         f"{manifest['recordings']} and the index {n_samples}: {again}")
+                         f"{manifest.get('recordings')} and the index {n_samples}: {again}")
     return Corpus(dir, manifest, index, signal)
 
 
@@ -309,7 +313,7 @@ def list_nstdb(raw, rate):
 
 def list_wfdb(raw, rate):
     """Jobs for every WFDB record under raw; the segments of a multi-segment record are read with it, not twice."""
-    headers, segments = sorted(raw.rglob("*.hea")), set()
+    headers, segments = sorted(path for path in raw.rglob("*.hea") if path.is_file()), set()  # no folders, no links to nowhere
     for path in headers:
         lines = header_lines(path)
         if lines and "/" in lines[0][0]:  # NAME/SEGMENTS, then a line for each segment
@@ -471,11 +475,25 @@ def map_in_order(function, items, workers):
         yield from map(function, items)
         return
     # Unlike multiprocessing.Pool, the executor raises if a worker is killed (out of memory) instead of waiting forever.
-    pool = ProcessPoolExecutor(workers, initializer=os_signal.signal, initargs=(os_signal.SIGINT, os_signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, initializer=start_worker)
     try:
         yield from pool.map(function, items, chunksize=max(1, min(16, len(items) // (4 * workers))))
+    except BrokenProcessPool:
+        raise OSError(f"one of the {workers} workers was killed, most often because memory ran out; nothing was written: "
+                      "try again with a smaller --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def start_worker():
+    """A worker leaves signals to its parent, and ends with it, however that ends."""
+    os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)
+    os_signal.signal(os_signal.SIGTERM, os_signal.SIG_DFL)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def make_manifest(source, index, rejects, changes, sums, command):
@@ -483,7 +501,8 @@ def make_manifest(source, index, rejects, changes, sums, command):
     by_split = {name: index[index["split"] == i] for i, name in enumerate(SPLITS)}
     patients = [set(rows["patient"].tolist()) for rows in by_split.values()]
     overlap = len(patients[0] & patients[1] | patients[0] & patients[2] | patients[1] & patients[2])
-    assert overlap == 0, f"{overlap} patients are in more than one split"
+    if overlap:
+        raise ValueError(f"{overlap} patients are in more than one split, so training would see patients of the test; check the source's table of folds")
     return {
         "magic": MAGIC, "format_version": FORMAT_VERSION, "source": source, "fs_hz": FS,
         "units": f"int16 little-endian, 1 uV per step, {MISSING} = missing", "leads": LEADS, "labels": SUPERCLASSES,
@@ -1027,6 +1046,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    os_signal.signal(os_signal.SIGTERM, lambda *_: sys.exit("prepare.py: terminated, nothing was written"))
     try:
         main(parse_args())
     except (ValueError, OSError) as error:  # OSError: disk full, no permission

@@ -66,7 +66,7 @@ WINDOW_TRIES = 8                 # random starts before a window with missing sa
 
 # Objective (weights as in DINOv3).
 KOLEO_WEIGHT = 0.1
-IBOT_WEIGHT = 1.0
+IBOT_WEIGHT = 0.1                               # at 1 patches are spent on lead and phase of the beat, which are easy to predict (LOG.md)
 GRAM_WEIGHT = 2.0
 TEACHER_TEMPERATURE = (0.015, 0.015, 0.3)       # start, end, share of the steps until the end is reached
 TEACHER_MOMENTUM = (0.98, 0.998)                 # cosine
@@ -324,11 +324,15 @@ def setup_processes(device_flag):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def shard(network, device):
+def bf16(args, device):
+    return args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
+
+
+def shard(network, device, low_precision):
     """FSDP2 over all ranks. Wrapper order: checkpointing, compile, shard. The roots reshard after forward too, or the EMA
     would meet unsharded teacher parameters."""
     # Inputs keep their dtype: a signal in bf16 would have lost its small waves before the encoder takes the baseline off.
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if device.type == "cuda" else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if low_precision and device.type == "cuda" else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in network.values():
         for block in getattr(part, "blocks", ()):
             fully_shard(block, mp_policy=policy, reshard_after_forward=True)
@@ -367,7 +371,7 @@ def checkpoints(folder):
     return sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp" and (p / "meta.json").is_file())
 
 
-SAME_ON_RESUME = ("size", "batch", "prototypes", "seed", "gram_from")
+SAME_ON_RESUME = ("size", "batch", "prototypes", "seed", "gram_from", "precision")
 
 
 def check_resume(meta, args):
@@ -458,7 +462,7 @@ def run_about(args, world_size, device, sampler, student):
     return dict(command=" ".join(sys.argv), args={k: [str(x) for x in v] if isinstance(v, list) else str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
                 constants=constants, commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")), torch=torch.__version__,
                 world_size=world_size, device=str(device), device_name=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
-                precision="bf16 with fp32 weights and losses" if device.type == "cuda" else "fp32",
+                precision="bf16 with fp32 weights and losses" if bf16(args, device) else "fp32",
                 parameters={k: sum(p.numel() for p in part.parameters()) for k, part in student.items()},
                 groups=[dict(leads=g["leads"], recordings_per_batch=g["size"], patients=sum(len(m["first"]) for m in g["members"])) for g in sampler.groups],
                 skipped=sampler.skipped, data=[dict(dir=str(c.dir), **{k: c.manifest[k] for k in ("source", "sha256") if k in c.manifest}) for c in sampler.corpora])
@@ -485,10 +489,8 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
             for block in part.blocks:
                 block.compile()
     if world_size > 1:
-        shard(student, device)
-        shard(teacher, device)
-        if gram_teacher is not None:
-            shard(dict(gram=gram_teacher), device)
+        for network in (student, teacher, *([dict(gram=gram_teacher)] if gram_teacher is not None else [])):
+            shard(network, device, bf16(args, device))
     optimizer = build_optimizer(student)
 
     out, start = args.out, 0
@@ -508,7 +510,8 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
         trim_log(out / "log.jsonl", start)
         print_header(about, args, start)
     probe = OnlineProbe(corpora, GLOBAL_PATCHES * patch)
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" and world_size == 1 else contextlib.nullcontext()
+    # Sharded on CUDA, parameters are bf16 already.
+    autocast = torch.autocast(device.type, torch.bfloat16) if bf16(args, device) and not (world_size > 1 and device.type == "cuda") else contextlib.nullcontext()
 
     log = open(out / "log.jsonl", "a") if rank == 0 else None
     loader = ThreadPoolExecutor(1)
@@ -692,6 +695,8 @@ def parse_args(argv=None):
     science.add_argument("--seed", type=int, default=0, help="of initial weights, batches and views (default: %(default)s)")
     system = p.add_argument_group("system")
     system.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    system.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                        help="bf16: matrix products in bf16, weights and losses in fp32; on a CPU with AVX-512 BF16 or AMX 1.4 times as fast (default: bf16 on GPUs, else fp32)")
     system.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile each block: slow first steps, faster later")
     system.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default: %(default)s)")
     system.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="(default: %(default)s)")

@@ -377,7 +377,7 @@ def write_bad_file(path, kind, saved):
 @pytest.mark.parametrize("kind, text", [
     ("text", "not an encoder.*train.py"), ("empty", "not an encoder.*train.py"), ("truncated", "not an encoder.*train.py"),
     ("foreign", "not an encoder.*train.py"), ("a tensor", "not an encoder.*train.py"), ("code inside", "not an encoder.*train.py"),
-    ("other format", "expected format 'ecg-dino encoder 1'.*ecg-dino encoder 99"),
+    ("other format", "expected format 'ecg-dino encoder 2'.*ecg-dino encoder 99"),
     ("other rate", "500 Hz.*250 Hz"), ("other leads", "1 leads.*21"),
     ("other baseline", "the commit that wrote it"), ("other compression", "the commit that wrote it"),
     ("unknown compression", "the commit that wrote it"), ("no preprocessing", "encoder.pt that train.py wrote"),

@@ -364,7 +364,7 @@ def test_a_patient_in_two_splits_makes_no_corpus(synth, ptbxl_table, tmp_path):
     assert rows.patient_id[4] == rows.patient_id[5]                # one patient, two records
     rows.loc[5, "strat_fold"] = 10
     raw = ptbxl_copy(synth, tmp_path / "raw", rows)
-    with pytest.raises(AssertionError, match="1 patients are in more than one split"):
+    with pytest.raises(ValueError, match="1 patients are in more than one split"):
         run("ptbxl", raw, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
@@ -537,6 +537,7 @@ def test_workers_agree_on_damaged_folders_too(folder, tmp_path):
     (lambda d: rewrite(d, magic="cat pictures"), "format 1 of 'cat pictures', expected format 1 of 'ecg-dino corpus'"),
     (lambda d: rewrite(d, format_version=0), "is format 0 of"),
     (lambda d: rewrite(d, recordings=99), "the manifest says 99"),
+    (lambda d: rewrite(d, recordings=None), "the manifest says None"),
     (lambda d: os.truncate(d / "signal.i16", 10000), "is damaged: 3 index rows and 5000 samples"),
     (lambda d: os.truncate(d / "signal.i16", 9999), "is damaged"),
     (lambda d: os.truncate(d / "signal.i16", 0), "is damaged"),
