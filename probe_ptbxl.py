@@ -7,12 +7,14 @@ The protocol is the PTB-XL benchmark's (Strodthoff et al. 2021): six label sets 
 counts, whatever its likelihood; folds 1-8 train, fold 9 chooses the regularisation, fold 10 is scored; macro AUROC.
 Recordings without any label of a set stay in it as rows of zeros (the benchmark drops them: about 0.001 of AUROC).
 Features are [CLS, mean patch] of all 12 leads over 10 s. Untrained means the weights that the encoder started from.
+With --noise, fold 10 is also scored under real noise (minutes 20-30 of the Noise Stress Test records, which no encoder
+was trained with), by the same probes, which saw clean recordings only; the signal-to-noise ratio is augment.add_noise's.
 
-Writes OUT/ptbxl.json (scores, intervals, calibration, every label), OUT/predictions.npz (fold 10) and OUT/ptbxl.png.
+Writes OUT/ptbxl.json (scores, intervals, calibration, robustness, every label), OUT/predictions.npz (fold 10) and OUT/ptbxl.png.
 Size tiny on one core: 3 minutes for 2,000 records, nearly all of it for the features.
 
 Shapes: B batch, L leads, T samples, P patch length, D width; R recordings, F features, C labels, G values of the
-regularisation, S bootstrap samples.
+regularisation, S bootstrap samples, H levels of noise.
 """
 import argparse
 import ast
@@ -32,8 +34,9 @@ from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from augment import ViewSpec, add_noise, draw_views, load_noise
 from model import load_encoder, untrained_like
-from prepare import FS, LEADS, Refused, preprocess, read_wfdb
+from prepare import FS, LEADS, Refused, open_corpus, preprocess, read_wfdb
 
 TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's own; a patient is in one fold only
@@ -44,6 +47,7 @@ MIN_POSITIVES = 10  # positives in fold 10 below which the AUROC of a label is m
 BOOTSTRAPS = 1000  # resamples of the patients of fold 10
 FEW_PATIENTS = 1000  # in fold 10 (all of PTB-XL has about 1,900), below which this is said:
 FEW_NOTE = "\nfew test patients: the intervals are wide, and labels with few positives move the macro over all"
+NOISE_DB = (24, 18, 12, 6, 0, -6)  # signal-to-noise ratios of fold 10 for the robustness
 ECE_BINS = 15  # equal-width bins of the class-wise expected calibration error
 COLORS = {"untrained": "#c4c4c4", "pre-trained": "#7fb2e5"}
 
@@ -138,6 +142,31 @@ def extract_features(encoders, paths, batch, device):
     return features, counts
 
 
+def noisy_features(encoders, paths, noise, seed, device):
+    """[CLS, mean patch] of R recordings at every level of NOISE_DB: (encoders, H, R, 2D). NaN if one has gaps.
+
+    A recording gets the same noise at every level, only stronger, and for every encoder.
+    """
+    P = encoders[0].patch_samples
+    N = RECORD_S * FS // P
+    features = np.full((len(encoders), len(NOISE_DB), len(paths), 2 * encoders[0].width), np.nan, dtype=np.float32)
+    levels = torch.tensor(NOISE_DB, dtype=torch.float32)
+    for r, path in enumerate(tqdm(paths, desc="noise", unit="record", disable=None)):
+        record = read_record(path, P)
+        if not record or record[0].shape != (RECORD_LEADS, N * P) or not np.isfinite(record[0]).all():
+            continue
+        signal, leads = (torch.from_numpy(x).expand(len(NOISE_DB), *x.shape) for x in record)
+        draws = draw_views(np.random.default_rng([seed, r]), ViewSpec(1, RECORD_LEADS, N, True), 1, RECORD_LEADS, N * P,
+                           noise.shape[-1], P)
+        draws = {k: torch.from_numpy(draws[k][0]).expand(len(NOISE_DB), *draws[k].shape[2:])
+                 for k in ("amplitude", "sign", "channel", "offset")}
+        noisy = add_noise(signal, leads, noise, levels, **draws).to(device)
+        for e, encoder in enumerate(encoders):
+            with torch.inference_mode():
+                features[e, :, r] = encoder.pool(noisy, leads.to(device)).cpu()
+    return features
+
+
 # ---- probe -------------------------------------------------------------------------------------------------
 
 def fit_label(x, y, x_new):
@@ -151,9 +180,11 @@ def fit_label(x, y, x_new):
 def fit_labels(features, y, train):
     """Logits (G, R', C) on the rows that are not in train (R,), of labels y (R, C) fitted on those that are.
 
-    features (R, F). A label without both classes in train gets NaN. Labels that are the same column (a statement is
+    features (R, F), or more rows, which follow in the logits. A label without both classes in train gets NaN. Labels that are the same column (a statement is
     in several sets) are fitted once, in parallel threads.
     """
+    train = np.pad(train, (0, len(features) - len(train)))
+    y = np.pad(y, ((0, len(features) - len(y)), (0, 0)))
     x = StandardScaler().fit(features[train]).transform(features.astype(np.float64))
     x = np.nan_to_num(x)  # an unusable recording becomes the mean one; the scaler leaves NaN out of its mean
     columns, where = np.unique(y, axis=1, return_inverse=True)
@@ -256,7 +287,18 @@ def score_task(logits, y, fold, scored, counts):
     return dict(c=C_GRID[best], auroc=auroc, raw=p, platt=calibrated)
 
 
-def compare(names, y, fold, logits, counts):
+def robustness(runs, noisy, y, counts):
+    """Macro AUROC at every level of noise, and the mean over levels as a share of the clean one; noisy: [(G, H, R', C')]."""
+    scores = {}
+    for key, run, z in (("macro_auroc", runs[0], noisy[0]), ("untrained", runs[-1], noisy[-1])):
+        z, draws = z[C_GRID.index(run["c"])], np.concatenate((np.ones((1, len(y)), dtype=counts.dtype), counts))
+        auroc = [macro(np.stack([resampled_auroc(y[:, k], level[:, k], draws) for k in range(y.shape[1])], axis=1)) for level in z]
+        scores |= {key: [a[0] for a in auroc], f"{key}_ci95": [interval(a[1:]) for a in auroc],
+                   f"{key}_kept": np.mean([a[0] for a in auroc]) / macro(run["auroc"])[0]}
+    return dict(snr_db=list(NOISE_DB), **scores)
+
+
+def compare(names, y, fold, logits, counts, noisy=None):
     """JSON entry of a task, and its arrays for predictions.npz; logits: [encoder's, control's] or the control's."""
     train, val, test = split_rows(fold)
     scored = np.flatnonzero(both_classes(y[test]) & both_classes(y[train]))
@@ -273,6 +315,8 @@ def compare(names, y, fold, logits, counts):
                   f"difference_ci95{suffix}": interval(encoder[1:] - control[1:])}
     for key, run in (("calibration", runs[0]), ("untrained_calibration", runs[-1])):
         entry[key] = {kind: calibration(run[kind], y_test) for kind in ("raw", "platt")}
+    if noisy is not None:
+        entry["robustness"] = robustness(runs, [z[..., scored] for z in noisy], y_test, counts)
     # The same seed draws the same patients for every encoder: these samples can be averaged over several runs.
     difference = macro(runs[0]["auroc"]) - macro(runs[-1]["auroc"])
     entry["labels"] = {names[label]: dict(
@@ -319,6 +363,9 @@ def report(result):
         rows[task] |= {"10+": r["n_labels_min10"], "encoder, 10+": show(r["macro_auroc_min10"], r["ci95_min10"])}
         rows[task] |= dict(Brier=r["calibration"]["raw"]["brier"], ECE=r["calibration"]["raw"]["ece"],
                            calibrated=r["calibration"]["platt"]["ece"])
+        if "robustness" in r:
+            rows[task]["kept under noise"] = r["robustness"]["macro_auroc_kept"]
+            rows[task]["untrained keeps"] = r["robustness"]["untrained_kept"]
     return "\n".join((
         f"PTB-XL at {n['rate_hz']} Hz: folds 1-8 train ({n['train']}), fold 9 chooses C and calibrates ({n['val']}), "
         f"fold 10 is scored ({n['test']} recordings, {n['test_patients']} patients); no refit with fold 9",
@@ -331,8 +378,9 @@ def report(result):
 
 def draw(path, result, arrays):
     """Macro AUROC per label set with intervals, and how reliable the calibrated superclass probabilities are."""
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    bars, curve = figure.subplots(1, 2, width_ratios=(1.7, 1))
+    noise = result["tasks"]["superdiagnostic"].get("robustness")
+    figure = Figure(figsize=(12 + 4.4 * bool(noise), 4.8), layout="constrained")
+    bars, curve, *more = figure.subplots(1, 2 + bool(noise), width_ratios=(1.7, 1, 1)[:2 + bool(noise)])
     series = {"untrained": ("untrained", "untrained_ci95"), "pre-trained": ("macro_auroc", "ci95")}
     if result["untrained_only"]:
         del series["pre-trained"]
@@ -349,6 +397,8 @@ def draw(path, result, arrays):
     bars.set_title(f"PTB-XL, {result['n']['test']} test recordings; lines: 95 %, patient bootstrap", loc="left")
     bars.legend(frameon=False, loc="upper left", ncols=2)
     draw_reliability(curve, *(arrays["superdiagnostic"][key] for key in ("labels", "y", "p", "p_platt")))
+    for axis in more:
+        draw_robustness(axis, noise, series)
     figure.axes[0].spines[["top", "right"]].set_visible(False)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
@@ -364,6 +414,18 @@ def draw_reliability(axis, labels, y, p, p_platt):
     axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="calibrated probability", ylabel="share with the label")
     axis.set_title("Reliability of the superclasses", loc="left")
     axis.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def draw_robustness(axis, noise, series):
+    """Macro AUROC of the superclasses against the signal-to-noise ratio, with intervals."""
+    at = range(len(noise["snr_db"]))
+    for name, (key, _) in series.items():
+        axis.fill_between(at, *np.array(noise[f"{key}_ci95"], dtype=float).T, color=COLORS[name], alpha=0.3, linewidth=0)
+        axis.plot(at, noise[key], marker="o", color=COLORS[name], label=f"{name}, keeps {noise[f'{key}_kept']:.1%}")
+    axis.set(xticks=list(at), xticklabels=noise["snr_db"], xlabel="signal-to-noise ratio (dB)", ylabel="macro AUROC")
+    axis.set_title("Superclasses under noise", loc="left")
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 # ---- main --------------------------------------------------------------------------------------------------
@@ -392,6 +454,8 @@ def load_encoders(path, device):
 
 def parse_args(argv=None):
     parser = parser_of("Linear probes on PTB-XL, of an encoder and of its untrained control.")
+    parser.add_argument("--noise", type=Path, default=argparse.SUPPRESS,
+                        help="noise corpus (prepare.py nstdb): score fold 10 under noise too, which takes as long again")
     parser.add_argument("--batch", type=int, default=32, help="recordings per forward pass; less if memory runs out")
     return parser.parse_args(argv)
 
@@ -399,6 +463,7 @@ def parse_args(argv=None):
 def main(args):
     table, statements, rate = read_tables(args.raw)
     encoders, device = load_encoders(args.encoder, args.device)
+    noise = load_noise(open_corpus(args.noise), "test") if "noise" in args else None
     fold, patients = table.strat_fold.to_numpy(), table.patient_id.to_numpy()
     train, val, test = split_rows(fold)
     features, odd = extract_features(encoders, table.path.tolist(), args.batch, device)
@@ -406,11 +471,17 @@ def main(args):
     sets = label_sets(table.codes, statements)
     y = np.concatenate([y for _, y in sets.values()], axis=1)
     ends = np.cumsum([len(names) for names, _ in sets.values()])[:-1]
+    if noise is not None:
+        noisy = noisy_features(encoders, table.path[test].tolist(), noise, args.seed, device)
+        features = np.concatenate((features, noisy.reshape(len(encoders), -1, features.shape[2])), axis=1)
     logits = [np.split(fit_labels(x, y, train), ends, axis=2) for x in features]  # [encoder][task]
+    n_clean = (~train).sum()
     counts = patient_counts(patients[test], args.seed)
     tasks, arrays = {}, {}
     for i, (task, (names, y)) in enumerate(sets.items()):
-        tasks[task], arrays[task] = compare(names, y, fold, [z[i] for z in logits], counts)
+        clean, noisy = zip(*((z[i][:, :n_clean], z[i][:, n_clean:]) for z in logits))
+        noisy = [z.reshape(len(C_GRID), len(NOISE_DB), test.sum(), -1) for z in noisy] if noise is not None else None
+        tasks[task], arrays[task] = compare(names, y, fold, clean, counts, noisy)
 
     n = dict(rate_hz=rate, train=train.sum(), val=val.sum(), test=test.sum(), features=features.shape[2],
              test_patients=len(set(patients[test])), **odd)
