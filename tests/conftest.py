@@ -14,8 +14,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import prepare  # noqa: E402  (after the path)
+
 torch.set_num_threads(1)         # the tests are small: more threads would only fight over the cores
 
+RECORDS, SEED = 80, 9            # of the synthetic data set that the tests read
 RR_S = 0.83                      # s, beat to beat
 WAVES = (                        # centre and deviation in s from the R peak, x, y, z of the heart's dipole in mV
     (-0.18, 0.025, 0.08, 0.12, -0.02),                                        # P
@@ -36,6 +39,15 @@ def draw_ecg(fs, seconds, leads=("II",), rr_s=RR_S):
         dipole += np.outer(xyz, np.exp(-0.5 * (from_peak / deviation) ** 2))
     dipole[1] += 0.05 * np.sin(2 * np.pi * 0.3 * t)                           # breathing: no value is held for a second
     return np.array([DIRECTIONS.get(lead, (0.6, 0.5, 0.3)) for lead in leads]) @ dipole
+
+
+@pytest.fixture(scope="session")
+def synth(tmp_path_factory):
+    """A folder with raw/ and data/, each with ptbxl, mitdb and nstdb, made by `prepare.py synth`."""
+    folder = tmp_path_factory.mktemp("prepare")
+    prepare.main(prepare.parse_args(["synth", "--raw", str(folder / "raw"), "--out", str(folder / "data"),
+                                     "--records", str(RECORDS), "--seed", str(SEED), "--workers", "1"]))
+    return folder
 
 
 @pytest.fixture(scope="session")

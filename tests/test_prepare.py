@@ -25,13 +25,12 @@ import scipy.signal
 import wfdb
 
 import prepare
-from conftest import draw_ecg
+from conftest import RECORDS, SEED, draw_ecg
 from prepare import FS, INDEX_DTYPE, LEADS, MISSING, SPLITS, lead_id, open_corpus, preprocess, synth_recording
 
 ROOT = Path(__file__).parents[1]
 TWELVE = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
-RECORDS, SEED = 40, 9            # of the synthetic data set that the tests read
 MINUTE = 60 * FS
 
 
@@ -208,14 +207,6 @@ def test_what_preprocess_refuses_and_says(arguments, words):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the sources, on synthetic recordings in the publishers' layouts
-
-@pytest.fixture(scope="session")
-def synth(tmp_path_factory):
-    """A folder with raw/ and data/, each with ptbxl, mitdb and nstdb, made by `prepare.py synth`."""
-    folder = tmp_path_factory.mktemp("prepare")
-    run("synth", folder / "raw", folder / "data", "--records", str(RECORDS), "--seed", str(SEED))
-    return folder
-
 
 @pytest.fixture(scope="session")
 def ptbxl_table(synth):
