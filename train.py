@@ -1,14 +1,14 @@
 """Pre-train the ECG encoder with the DINOv3 objective on prepared recordings.
 
-    python train.py                                                   # nothing prepared: synthetic recordings, minutes on a laptop
+    python train.py                     # nothing prepared: synthetic recordings, minutes on a laptop
     python train.py --data data/ptbxl data/mitdb --noise data/nstdb --out runs/a
     torchrun --nproc-per-node 8 train.py --data ... --size base --batch 2048 --steps 100000
-    sbatch run.sbatch                                                 # many nodes; the launch line is in there
+    sbatch run.sbatch                   # many nodes; the launch line is in there
 
-One process per device; the total batch is fixed by --batch, whatever the number of processes. A batch is a pure function of
-(seed, step), so `--resume` continues exactly where the last checkpoint stands. Writes into --out:
-    run.json        command, arguments, constants, versions, data      log.jsonl     one line per logged step
-    checkpoints/    the last ones, whole or not at all                 encoder.pt    the teacher's encoder, for the probes
+One process per device; the total batch is fixed by --batch, whatever the number of processes. A batch is a pure
+function of (seed, step), so `--resume` continues exactly where the last checkpoint stands. Writes into --out:
+    run.json        command, arguments, constants, versions, data   log.jsonl     one line per logged step
+    checkpoints/    the last ones, whole or not at all              encoder.pt    the teacher's encoder, for the probes
 
 Shapes: B recordings, V views, L leads, T samples, N patches, K prototypes, D width.
 """
@@ -36,7 +36,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict, StateDictOptions
+from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict, StateDictOptions)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
@@ -52,21 +53,26 @@ from prepare import FS, LEADS, MISSING, SPLITS, open_corpus
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
 
-# Views. A recording falls into the first group whose lead count it reaches: (leads of a global view, leads that a batch carries).
+# Views. A recording falls into the first group whose lead count it reaches:
+# (leads of a global view, leads that a batch carries).
 LEAD_GROUPS = ((8, 12), (2, 4), (1, 1))
 WINDOW_S = 8.0                   # s; the stretch of a recording from which its views are cut
-GLOBAL_PATCHES, LOCAL_PATCHES = 15, 8           # 3 s and 1.6 s at 0.2 s: three or four beats, and at least one; longer costs as much more
+# 3 s and 1.6 s at 0.2 s: three or four beats, and at least one; longer costs as much more.
+GLOBAL_PATCHES, LOCAL_PATCHES = 15, 8
 GLOBAL_VIEWS, LOCAL_FULL_VIEWS, LOCAL_FEW_VIEWS = 2, 3, 1
 FEW_LEADS = (1, 2, 3)            # lead count of the last list, drawn per step
 # I, II and the chest leads come first: every other limb lead follows from I and II.
-LEAD_PRIORITY = np.array([50 if n == "unknown" else {"I": 0, "II": 1}.get(n, 2 + i if n in ("V1", "V2", "V3", "V4", "V5", "V6") else 20 + i)
-                          for i, n in enumerate(LEADS)])
-BATCH_GRAIN = 16                 # a lead group's share of the batch is a multiple of batch / 16, so any rank count up to batch / 16 divides it
+LEAD_PRIORITY = np.array([
+    50 if n == "unknown" else {"I": 0, "II": 1}.get(n, 2 + i if n in ("V1", "V2", "V3", "V4", "V5", "V6") else 20 + i)
+    for i, n in enumerate(LEADS)])
+# A lead group's share of the batch is a multiple of batch / 16, so any rank count up to batch / 16 divides it.
+BATCH_GRAIN = 16
 WINDOW_TRIES = 8                 # random starts before a window with missing samples is taken after all
 
 # Objective (weights as in DINOv3).
 KOLEO_WEIGHT = 0.1
-IBOT_WEIGHT = 0.1                               # at 1 patches are spent on lead and phase of the beat, which are easy to predict (LOG.md)
+# At 1, patches are spent on lead and phase of the beat, which are easy to predict (LOG.md).
+IBOT_WEIGHT = 0.1
 GRAM_WEIGHT = 2.0
 TEACHER_TEMPERATURE = (0.015, 0.015, 0.3)       # start, end, share of the steps until the end is reached
 TEACHER_MOMENTUM = (0.98, 0.998)                 # cosine
@@ -89,9 +95,9 @@ DEFAULT_STEPS, DEMO_STEPS = 1500, 150
 class Sampler:
     """Draws windows of recordings from several corpora, at most one per patient in a batch.
 
-    A corpus weighs (patients x hours) ** 0.25, the square root of what lies between the two: neither many short recordings nor a few
-    long ones crowd the others out. Its patients weigh the same. Recordings are grouped by lead count, and each
-    group has a fixed share of the batch, so that shapes never change.
+    A corpus weighs (patients x hours) ** 0.25, the square root of what lies between the two: neither many short
+    recordings nor a few long ones crowd the others out. Its patients weigh the same. Recordings are grouped by lead
+    count, and each group has a fixed share of the batch, so that shapes never change.
     """
 
     def __init__(self, corpora, batch, seed, window):
@@ -101,7 +107,8 @@ class Sampler:
         weights = [self._weight(corpus, pool) for corpus, pool in zip(corpora, pools)]
         self.groups = []
         for g in range(len(LEAD_GROUPS)):
-            members = [dict(pool[g], corpus=c, weight=weights[c] * len(pool[g]["first"])) for c, pool in enumerate(pools) if g in pool]
+            members = [dict(pool[g], corpus=c, weight=weights[c] * len(pool[g]["first"]))
+                       for c, pool in enumerate(pools) if g in pool]
             if members:
                 self.groups.append(dict(leads=LEAD_GROUPS[g][0], slots=LEAD_GROUPS[g][1], members=members))
         if not self.groups:
@@ -133,17 +140,21 @@ class Sampler:
         return (patients * hours) ** 0.25 / max(1, patients)
 
     def _share_batch(self):
-        """Split the batch among the groups by weight, in grains: at least one each, and no more than a group has patients for."""
+        """Split the batch among the groups by weight, in grains: at least one each, and no more than a group has
+        patients for."""
         if len(self.groups) > 1 and self.batch % BATCH_GRAIN:
-            raise ValueError(f"--batch {self.batch} must be a multiple of {BATCH_GRAIN}: the data have {len(self.groups)} groups of lead counts "
-                             f"that share it; try {max(1, round(self.batch / BATCH_GRAIN)) * BATCH_GRAIN}")
+            raise ValueError(f"--batch {self.batch} must be a multiple of {BATCH_GRAIN}: the data have "
+                             f"{len(self.groups)} groups of lead counts that share it; "
+                             f"try {max(1, round(self.batch / BATCH_GRAIN)) * BATCH_GRAIN}")
         total = BATCH_GRAIN if len(self.groups) > 1 else 1
         grain = self.batch // total
         patients = [sum(len(m["first"]) for m in g["members"]) for g in self.groups]
         most = np.array(patients) // grain
         if most.min() < 1 or most.sum() < total:
-            raise ValueError(f"a batch of {self.batch} needs {self.batch} different patients, and {grain} of each lead count there is; the data have "
-                             + ", ".join(f"{n} with {g['leads']} or more leads" for n, g in zip(patients, self.groups)) + "; use a smaller --batch or more data")
+            raise ValueError(f"a batch of {self.batch} needs {self.batch} different patients, and {grain} of each lead "
+                             "count there is; the data have "
+                             + ", ".join(f"{n} with {g['leads']} or more leads" for n, g in zip(patients, self.groups))
+                             + "; use a smaller --batch or more data")
         weight = np.array([sum(m["weight"] for m in g["members"]) for g in self.groups])
         exact = weight / weight.sum() * total
         grains = np.ones(len(self.groups), int)
@@ -155,7 +166,8 @@ class Sampler:
     def draw(self, step, g, rows):
         """Recordings `rows` (slice) of group g in the batch of `step`.
 
-        Returns int16 windows (B, S, W), lead ids (B, S) and how many slots hold a lead (B,); further slots repeat the first.
+        Returns int16 windows (B, S, W), lead ids (B, S) and how many slots hold a lead (B,); further slots repeat
+        the first.
         """
         group = self.groups[g]
         chosen = self._patients(np.random.default_rng([self.seed, step, g, 0]), group)
@@ -170,26 +182,30 @@ class Sampler:
         return batch, leads, available
 
     def _patients(self, rng, group):
-        """(member, patient) for each place of the group, without repeats; the cost does not depend on the size of the corpora."""
+        """(member, patient) for each place of the group, without repeats; the cost does not depend on the size of
+        the corpora."""
         weight = np.array([m["weight"] for m in group["members"]])
         chosen = {}
         while len(chosen) < group["size"]:
             member = rng.choice(len(weight), 4 * group["size"], p=weight / weight.sum())
-            patient = (rng.random(4 * group["size"]) * np.array([len(m["first"]) for m in group["members"]])[member]).astype(np.int64)
+            patient = (rng.random(4 * group["size"])
+                       * np.array([len(m["first"]) for m in group["members"]])[member]).astype(np.int64)
             chosen.update(dict.fromkeys(zip(member.tolist(), patient.tolist())))
         return list(chosen)[:group["size"]]
 
     def _window(self, rng, m, patient, group):
         """A random window of a patient: (L, W) int16 with leads from which all others follow first, and their ids.
 
-        Windows with too few complete leads are drawn again; if none is complete, missing samples of the last one become 0.
+        Windows with too few complete leads are drawn again; if none is complete, missing samples of the last one
+        become 0.
         """
         member = group["members"][m]
         corpus = self.corpora[member["corpus"]]
         for _ in range(WINDOW_TRIES):
             row = member["rows"][member["first"][patient] + rng.integers(member["count"][patient])]
             start = int(rng.integers(0, corpus.index["length"][row] - self.window + 1))
-            window, ids = np.asarray(corpus.read(row, start, self.window)), corpus.index["leads"][row][:corpus.index["n_leads"][row]]
+            window, ids = (np.asarray(corpus.read(row, start, self.window)),
+                           corpus.index["leads"][row][:corpus.index["n_leads"][row]])
             complete = ~(window == MISSING).any(axis=1)
             if complete.sum() >= group["leads"]:
                 window, ids = window[complete], ids[complete]
@@ -200,13 +216,15 @@ class Sampler:
 
 
 def view_specs(leads, few):
-    """View lists of a lead group: globals, locals with all its leads, locals with few; the last count is drawn per step."""
+    """View lists of a lead group: globals, locals with all its leads, locals with few; the last count is drawn per
+    step."""
     return (ViewSpec(GLOBAL_VIEWS, leads, GLOBAL_PATCHES, True), ViewSpec(LOCAL_FULL_VIEWS, leads, LOCAL_PATCHES, True),
             ViewSpec(LOCAL_FEW_VIEWS, min(few, leads), LOCAL_PATCHES, False))
 
 
 def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
-    """Everything random or read from disk in a step, for this rank: per group windows, lead ids, draws of views, masks."""
+    """Everything random or read from disk in a step, for this rank: per group windows, lead ids, draws of views,
+    masks."""
     few = int(np.random.default_rng([sampler.seed, step, 99]).choice(FEW_LEADS))
     groups = []
     for g, group in enumerate(sampler.groups):
@@ -214,8 +232,8 @@ def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
         rows = slice(rank, group["size"], world_size)
         batch, leads, available = sampler.draw(step, g, rows)
         specs = view_specs(group["leads"], few)
-        draws = [take_rows(draw_views(rng, spec, group["size"], group["slots"], sampler.window, noise_length, patch_samples), rows, spec, available)
-                 for spec in specs]
+        draws = [take_rows(draw_views(rng, spec, group["size"], group["slots"], sampler.window, noise_length,
+                                      patch_samples), rows, spec, available) for spec in specs]
         masks = draw_masks(rng, GLOBAL_VIEWS * group["size"], specs[0].leads, specs[0].patches)
         masks = masks.reshape(GLOBAL_VIEWS, group["size"], *masks.shape[1:])[:, rows].reshape(-1, *masks.shape[1:])
         groups.append(dict(batch=torch.from_numpy(batch), leads=torch.from_numpy(leads), specs=specs, draws=draws,
@@ -227,10 +245,12 @@ def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
 # the objective on one batch
 
 def group_features(student, teacher, gram_teacher, group, noise, patch_samples, device):
-    """Forward passes of one lead group. CLS features come view-major (V, B, D), patches of the masked places only (M, D)."""
+    """Forward passes of one lead group. CLS features come view-major (V, B, D), patches of the masked places only
+    (M, D)."""
     batch, leads, masks = (group[k].to(device, non_blocking=True) for k in ("batch", "leads", "masks"))
     B = len(batch)
-    cls, views = [], [make_views(batch, leads, draws, spec, patch_samples, noise) for spec, draws in zip(group["specs"], group["draws"])]
+    cls, views = [], [make_views(batch, leads, draws, spec, patch_samples, noise)
+                      for spec, draws in zip(group["specs"], group["draws"])]
     _, clean, _, named = views[0]
     with torch.no_grad():
         target = teacher["encoder"](clean, named)
@@ -241,21 +261,24 @@ def group_features(student, teacher, gram_teacher, group, noise, patch_samples, 
         if mask is not None:
             patches = out.patches
     per_crop = masks.sum((1, 2))                                                     # (2B,)
-    return dict(cls=cls, patches=patches[masks], weights=(1.0 / per_crop.clamp(min=1))[:, None, None].expand_as(masks)[masks],
+    return dict(cls=cls, patches=patches[masks],
+                weights=(1.0 / per_crop.clamp(min=1))[:, None, None].expand_as(masks)[masks],
                 target_cls=target.cls.unflatten(0, (-1, B)), target_patches=target.patches[masks],
                 gram=gram_loss(patches.flatten(1, 2), anchor.flatten(1, 2)) if anchor is not None else None)
 
 
 def objective(student, teacher, gram_teacher, groups, noise, temperature, patch_samples, device):
-    """All losses of a batch and the health of its targets: dict of scalars, and the teacher's CLS features (2, B, D)."""
+    """All losses of a batch and health of its targets: dict of scalars, and the teacher's CLS features (2, B, D)."""
     features = [group_features(student, teacher, gram_teacher, g, noise, patch_samples, device) for g in groups]
     B = sum(f["target_cls"].shape[1] for f in features)
     globals_ = torch.cat([f["cls"][0] for f in features], dim=1)                      # (2, B, D)
     locals_ = torch.cat([torch.cat(f["cls"][1:]) for f in features], dim=1)           # (V, B, D)
     target_cls = torch.cat([f["target_cls"] for f in features], dim=1)                # (2, B, D)
     with torch.no_grad():
-        probs = sinkhorn_knopp(teacher["dino_head"](target_cls).flatten(0, 1), temperature).unflatten(0, (GLOBAL_VIEWS, B))
-        patch_probs = sinkhorn_knopp(teacher["ibot_head"](torch.cat([f["target_patches"] for f in features])), temperature)
+        probs = sinkhorn_knopp(teacher["dino_head"](target_cls).flatten(0, 1),
+                               temperature).unflatten(0, (GLOBAL_VIEWS, B))
+        patch_probs = sinkhorn_knopp(teacher["ibot_head"](torch.cat([f["target_patches"] for f in features])),
+                                     temperature)
     logits = student["dino_head"](torch.cat((globals_, locals_)))                     # (2 + V, B, K)
     patch_logits = student["ibot_head"](torch.cat([f["patches"] for f in features]))
     dino_global = dino_loss(logits[:GLOBAL_VIEWS], probs, ignore_diagonal=True)
@@ -265,7 +288,8 @@ def objective(student, teacher, gram_teacher, groups, noise, temperature, patch_
     koleo = sum(f["cls"][0].shape[1] / B * koleo_loss(crop) for f in features for crop in f["cls"][0])
     # Every (student view, teacher view) pair counts the same: 2 among globals, 2 per local view.
     pairs_global, pairs_local = GLOBAL_VIEWS * (GLOBAL_VIEWS - 1), GLOBAL_VIEWS * len(locals_)
-    loss = (pairs_global * dino_global + pairs_local * dino_local) / (pairs_global + pairs_local) + KOLEO_WEIGHT * koleo + IBOT_WEIGHT * ibot
+    loss = ((pairs_global * dino_global + pairs_local * dino_local) / (pairs_global + pairs_local)
+            + KOLEO_WEIGHT * koleo + IBOT_WEIGHT * ibot)
     parts = dict(dino_global=dino_global, dino_local=dino_local, ibot=ibot, koleo=koleo)
     if gram_teacher is not None:
         parts["gram"] = sum(f["target_cls"].shape[1] / B * f["gram"] for f in features)
@@ -286,7 +310,8 @@ def cosine(start, end, share):
 def schedules(step, steps, peak_lr):
     """Everything that moves with the step."""
     warmup = max(1, round(WARMUP_SHARE * steps))
-    lr = peak_lr * (step + 1) / warmup if step < warmup else cosine(peak_lr, FINAL_LR_SHARE * peak_lr, (step - warmup) / max(1, steps - warmup))
+    lr = (peak_lr * (step + 1) / warmup if step < warmup else
+          cosine(peak_lr, FINAL_LR_SHARE * peak_lr, (step - warmup) / max(1, steps - warmup)))
     cold, warm, share = TEACHER_TEMPERATURE
     return dict(lr=lr, prototype_lr=0.0 if step < FREEZE_PROTOTYPES_SHARE * steps else lr,
                 weight_decay=cosine(*WEIGHT_DECAY, step / steps), momentum=cosine(*TEACHER_MOMENTUM, step / steps),
@@ -294,12 +319,14 @@ def schedules(step, steps, peak_lr):
 
 
 def build_optimizer(student):
-    """AdamW; no decay for vectors and learned tokens; the prototypes in a group of their own, to freeze them by learning rate."""
+    """AdamW; no decay for vectors and learned tokens; the prototypes in a group of their own, to freeze them by
+    learning rate."""
     decayed, plain, prototypes = [], [], []
     for name, p in student.named_parameters():
         tokens = p.ndim < 2 or "token" in name or "lead_embedding" in name
         (prototypes if "prototypes" in name else plain if tokens else decayed).append(p)
-    groups = [dict(params=decayed, decay=True), dict(params=plain, decay=False), dict(params=prototypes, decay=True, prototypes=True)]
+    groups = [dict(params=decayed, decay=True), dict(params=plain, decay=False),
+              dict(params=prototypes, decay=True, prototypes=True)]
     return torch.optim.AdamW(groups, betas=ADAM_BETAS, fused=True)
 
 
@@ -313,7 +340,8 @@ def set_schedules(optimizer, s):
 # processes, sharding, checkpoints
 
 def setup_processes(device_flag):
-    """(rank, world size, device). torchrun's variables decide; a process group that cannot start is an error, never one process."""
+    """(rank, world size, device). torchrun's variables decide; a process group that cannot start is an error, never
+    one process."""
     cuda = torch.cuda.is_available() if device_flag == "auto" else device_flag.startswith("cuda")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -329,10 +357,11 @@ def bf16(args, device):
 
 
 def shard(network, device, low_precision):
-    """FSDP2 over all ranks. Wrapper order: checkpointing, compile, shard. The roots reshard after forward too, or the EMA
-    would meet unsharded teacher parameters."""
-    # Inputs keep their dtype: a signal in bf16 would have lost its small waves before the encoder takes the baseline off.
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if low_precision and device.type == "cuda" else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    """FSDP2 over all ranks. Wrapper order: checkpointing, compile, shard. The roots reshard after forward too, or the
+    EMA would meet unsharded teacher parameters."""
+    # Inputs keep their dtype: a bf16 signal would have lost its small waves before the encoder takes the baseline off.
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if low_precision and device.type == "cuda" else None,
+                                  reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in network.values():
         for block in getattr(part, "blocks", ()):
             fully_shard(block, mp_policy=policy, reshard_after_forward=True)
@@ -376,9 +405,11 @@ SAME_ON_RESUME = ("size", "batch", "prototypes", "seed", "gram_from", "precision
 
 def check_resume(meta, args):
     """A resumed run must be the same run: what a checkpoint was made with against the flags of now."""
-    differ = [f"--{k.replace('_', '-')} {meta['args'][k]} (now {getattr(args, k)})" for k in SAME_ON_RESUME if meta["args"][k] != getattr(args, k)]
+    differ = [f"--{k.replace('_', '-')} {meta['args'][k]} (now {getattr(args, k)})"
+              for k in SAME_ON_RESUME if meta["args"][k] != getattr(args, k)]
     if differ:
-        raise ValueError(f"{args.out} was started with {', '.join(differ)}; resume with the same flags, or choose another --out")
+        raise ValueError(f"{args.out} was started with {', '.join(differ)}; resume with the same flags, "
+                         "or choose another --out")
 
 
 def load_checkpoint(path, student, teacher, gram_teacher, optimizer):
@@ -420,21 +451,26 @@ def health(cls, logits, parts):
 
 
 class OnlineProbe:
-    """AUROC of a logistic regression on the teacher's features, on a few labelled recordings of the data; None without labels.
+    """AUROC of a logistic regression on the teacher's features, on a few labelled recordings of the data; None
+    without labels.
 
-    Fitted on the train split, scored on the val split (PTB-XL fold 9), which is never pre-trained on. A sign, not a result.
+    Fitted on the train split, scored on the val split (PTB-XL fold 9), which is never pre-trained on. A sign, not a
+    result.
     """
 
     def __init__(self, corpora, window, limit=256):
         self.sets = {}
         for split in ("train", "val"):
-            found = [(c, i) for c in corpora for i in np.flatnonzero((c.index["label"] > 0) & (c.index["n_leads"] == 12) & (c.index["length"] >= window) &
-                                                                   (c.index["split"] == SPLITS.index(split)))[:limit]]
+            found = [(c, i) for c in corpora for i in np.flatnonzero(
+                (c.index["label"] > 0) & (c.index["n_leads"] == 12) & (c.index["length"] >= window)
+                & (c.index["split"] == SPLITS.index(split)))[:limit]]
             found = [(c, i) for c, i in found if not (c.read(i, 0, window) == MISSING).any()]
             if len(found) >= 20:
-                self.sets[split] = (torch.from_numpy(np.stack([c.read(i, 0, window) for c, i in found])),
-                                    torch.from_numpy(np.stack([c.index["leads"][i][:12] for c, i in found]).astype(np.int64)),
-                                    np.unpackbits(np.array([c.index["label"][i] for c, i in found])[:, None], axis=1, bitorder="little"))
+                self.sets[split] = (
+                    torch.from_numpy(np.stack([c.read(i, 0, window) for c, i in found])),
+                    torch.from_numpy(np.stack([c.index["leads"][i][:12] for c, i in found]).astype(np.int64)),
+                    np.unpackbits(np.array([c.index["label"][i] for c, i in found])[:, None], axis=1,
+                                  bitorder="little"))
         self.usable = len(self.sets) == 2
 
     @torch.no_grad()
@@ -442,12 +478,16 @@ class OnlineProbe:
         """Macro AUROC over the superclasses that both splits have."""
         x, y = {}, {}
         for split, (signal, leads, labels) in self.sets.items():
-            parts = [encoder(s.to(device).float() * 1e-3, l.to(device)) for s, l in zip(signal.split(64), leads.split(64))]
-            x[split] = torch.cat([torch.cat((f.cls, f.patches.mean((1, 2))), dim=1) for f in parts]).float().cpu().numpy()
+            parts = [encoder(s.to(device).float() * 1e-3, l.to(device))
+                     for s, l in zip(signal.split(64), leads.split(64))]
+            x[split] = torch.cat([torch.cat((f.cls, f.patches.mean((1, 2))), dim=1)
+                                  for f in parts]).float().cpu().numpy()
             y[split] = labels
         scored = [k for k in range(8) if all(5 <= y[s][:, k].sum() <= len(y[s]) - 5 for s in y)]
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
-        return float(np.mean([roc_auc_score(y["val"][:, k], probe.fit(x["train"], y["train"][:, k]).decision_function(x["val"])) for k in scored]))
+        return float(np.mean([
+            roc_auc_score(y["val"][:, k], probe.fit(x["train"], y["train"][:, k]).decision_function(x["val"]))
+            for k in scored]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,13 +499,20 @@ def run_about(args, world_size, device, sampler, student):
         found = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
         return found.stdout.strip() if found.returncode == 0 else None
     constants = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, tuple))}
-    return dict(command=" ".join(sys.argv), args={k: [str(x) for x in v] if isinstance(v, list) else str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-                constants=constants, commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")), torch=torch.__version__,
-                world_size=world_size, device=str(device), device_name=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
+    return dict(command=" ".join(sys.argv),
+                args={k: [str(x) for x in v] if isinstance(v, list) else str(v) if isinstance(v, Path) else v
+                      for k, v in vars(args).items()},
+                constants=constants, commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")),
+                torch=torch.__version__, world_size=world_size, device=str(device),
+                device_name=(torch.cuda.get_device_name() if device.type == "cuda" else
+                             f"{torch.get_num_threads()} CPU threads"),
                 precision="bf16 with fp32 weights and losses" if bf16(args, device) else "fp32",
                 parameters={k: sum(p.numel() for p in part.parameters()) for k, part in student.items()},
-                groups=[dict(leads=g["leads"], recordings_per_batch=g["size"], patients=sum(len(m["first"]) for m in g["members"])) for g in sampler.groups],
-                skipped=sampler.skipped, data=[dict(dir=str(c.dir), **{k: c.manifest[k] for k in ("source", "sha256") if k in c.manifest}) for c in sampler.corpora])
+                groups=[dict(leads=g["leads"], recordings_per_batch=g["size"],
+                             patients=sum(len(m["first"]) for m in g["members"])) for g in sampler.groups],
+                skipped=sampler.skipped,
+                data=[dict(dir=str(c.dir), **{k: c.manifest[k] for k in ("source", "sha256") if k in c.manifest})
+                      for c in sampler.corpora])
 
 
 def train(args, rank=0, world_size=1, device=torch.device("cpu")):
@@ -476,7 +523,8 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
     sampler = Sampler(corpora, args.batch, args.seed, round(WINDOW_S * FS))
     for g in sampler.groups:
         if g["size"] % world_size:
-            raise ValueError(f"{world_size} processes cannot share the {g['size']} recordings with {g['leads']} or more leads of a batch of {args.batch}; "
+            raise ValueError(f"{world_size} processes cannot share the {g['size']} recordings with {g['leads']} or "
+                             f"more leads of a batch of {args.batch}; "
                              f"use a --batch that is a multiple of {BATCH_GRAIN * world_size}")
     noise = load_noise(open_corpus(args.noise)).to(device) if args.noise else None
     noise_length = noise.shape[-1] if noise is not None else GLOBAL_PATCHES * patch
@@ -503,7 +551,7 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
         load_checkpoint(found[-1], student, teacher, gram_teacher, optimizer)
     elif found or (out / "log.jsonl").exists():
         raise ValueError(f"{out} already holds a run; continue it with --resume, or choose another --out")
-    barrier()                                                                         # every rank has looked before rank 0 writes
+    barrier()  # every rank has looked before rank 0 writes
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "run.json").write_text(json.dumps(about, indent=1, default=str))
@@ -511,12 +559,14 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
         print_header(about, args, start)
     probe = OnlineProbe(corpora, GLOBAL_PATCHES * patch)
     # Sharded on CUDA, parameters are bf16 already.
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16(args, device) and not (world_size > 1 and device.type == "cuda") else contextlib.nullcontext()
+    autocast = (torch.autocast(device.type, torch.bfloat16)
+                if bf16(args, device) and not (world_size > 1 and device.type == "cuda") else contextlib.nullcontext())
 
     log = open(out / "log.jsonl", "a") if rank == 0 else None
     loader = ThreadPoolExecutor(1)
     batch = loader.submit(host_batch, sampler, start, rank, world_size, noise_length, patch)
-    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None if rank == 0 else True, unit="step", dynamic_ncols=True)
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None if rank == 0 else True,
+                    unit="step", dynamic_ncols=True)
     tick = time.perf_counter()
     for step in progress:
         s = schedules(step, args.steps, args.lr)
@@ -526,9 +576,11 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
         if gram_teacher is not None and step == args.gram_from:
             gram_teacher.load_state_dict(teacher["encoder"].state_dict())
         with autocast:
-            loss, parts, cls, logits = objective(student, teacher, gram_teacher if step >= args.gram_from else None, groups, noise, s["temperature"], patch, device)
+            loss, parts, cls, logits = objective(student, teacher, gram_teacher if step >= args.gram_from else None,
+                                                 groups, noise, s["temperature"], patch, device)
         loss.backward()
-        norms = {f"grad_{name}": torch.nn.utils.clip_grad_norm_(part.parameters(), CLIP_NORM) for name, part in student.items()}
+        norms = {f"grad_{name}": torch.nn.utils.clip_grad_norm_(part.parameters(), CLIP_NORM)
+                 for name, part in student.items()}
         optimizer.step()
         optimizer.zero_grad()
         update_teacher(teacher, student, s["momentum"])
@@ -542,16 +594,20 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
             row = dict(step=step, **dict(zip(values, means.tolist())), ln_k=math.log(args.prototypes), **norms, **s,
                        seconds=round(time.perf_counter() - tick, 3))
             if rank == 0:
-                log.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}) + "\n")
+                log.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None
+                                      for k, v in row.items()}) + "\n")
                 log.flush()
-                progress.set_postfix_str(f"loss {row['loss']:.3f} dino {row['dino_local']:.3f} ibot {row['ibot']:.3f} targets {row['target_entropy']:.2f}"
+                progress.set_postfix_str(f"loss {row['loss']:.3f} dino {row['dino_local']:.3f} "
+                                         f"ibot {row['ibot']:.3f} targets {row['target_entropy']:.2f}"
                                          f" of {row['ln_k']:.2f} rank {row['cls_rank']:.1f}")
         if save:
             total = float(reduce_(loss.detach().clone()))
             if not math.isfinite(total):
-                raise ValueError(f"the loss is {total} at step {step}; the last good checkpoint is kept: --resume with a smaller --lr (now {args.lr})")
+                raise ValueError(f"the loss is {total} at step {step}; the last good checkpoint is kept: "
+                                 f"--resume with a smaller --lr (now {args.lr})")
             save_checkpoint(folder, step + 1, training_state(student, teacher, gram_teacher, optimizer), about, rank)
-            export_encoder(out / "encoder.pt", teacher, rank, command=about["command"], commit=about["commit"], step=step + 1)
+            export_encoder(out / "encoder.pt", teacher, rank, command=about["command"], commit=about["commit"],
+                           step=step + 1)
         if probe.usable and args.probe_every and (step == 0 or last or (step + 1) % args.probe_every == 0):
             auroc = probe.score(teacher["encoder"], device)
             if rank == 0:
@@ -566,7 +622,8 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
 def trim_log(path, start):
     """Drop what a killed run logged after its last checkpoint, which the resumed one logs again."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] < start]
+        kept = [line for line in path.read_text().splitlines()
+                if line.endswith("}") and json.loads(line)["step"] < start]
         part = path.with_suffix(".tmp")
         part.write_text("".join(line + "\n" for line in kept))
         part.replace(path)
@@ -574,9 +631,11 @@ def trim_log(path, start):
 
 def print_header(about, args, start):
     total = sum(about["parameters"].values())
-    print(f"encoder {args.size} {about['parameters']['encoder'] / 1e6:.2f} M parameters, with heads {total / 1e6:.2f} M | {about['device_name']} x {about['world_size']}, {about['precision']}")
+    print(f"encoder {args.size} {about['parameters']['encoder'] / 1e6:.2f} M parameters, with heads "
+          f"{total / 1e6:.2f} M | {about['device_name']} x {about['world_size']}, {about['precision']}")
     for g in about["groups"]:
-        print(f"  {g['recordings_per_batch']} of {args.batch} recordings per batch have {g['leads']} or more leads ({g['patients']} patients)")
+        print(f"  {g['recordings_per_batch']} of {args.batch} recordings per batch have {g['leads']} or more leads "
+              f"({g['patients']} patients)")
     print(f"  left out: {', '.join(f'{n} {why}' for why, n in about['skipped'].items())}")
     print(f"steps {start} to {args.steps}, checkpoints and log in {args.out}")
 
@@ -605,21 +664,24 @@ def draw_curves(out):
 
 
 def fine_features(encoder, signal_mv, leads, step_samples=5):
-    """Local features every step_samples / FS seconds, by shifting the patches: features (L, M, D) and centres (M,) in seconds."""
-    shifted = [encoder.embed(signal_mv[:, shift:], fs=FS, leads=leads) for shift in range(0, encoder.patch_samples, step_samples)]
+    """Local features every step_samples / FS seconds, by shifting the patches: features (L, M, D) and centres (M,)
+    in seconds."""
+    shifted = [encoder.embed(signal_mv[:, shift:], fs=FS, leads=leads)
+               for shift in range(0, encoder.patch_samples, step_samples)]
     times_s = np.concatenate([e.times_s + i * step_samples / FS for i, e in enumerate(shifted)])
     order = np.argsort(times_s)
     return np.concatenate([e.local_features for e in shifted], axis=1)[:, order], times_s[order]
 
 
 def draw_features(encoder, corpus, row, path, show=("I", "II", "V1", "V3", "V5"), seconds=5.0):
-    """features.png: an ECG whose colour is its local feature: the first three principal components as red, green and blue."""
+    """features.png: an ECG whose colour is its local feature: the first three principal components as RGB."""
     ids = corpus.index["leads"][row][:corpus.index["n_leads"][row]]
     names = [LEADS[i] for i in ids]
     signal = np.where(corpus.read(row) == MISSING, np.nan, corpus.read(row) * np.float32(1e-3))
     features, times_s = fine_features(encoder, signal, names)
     shown = [names.index(n) for n in show if n in names] or [0]
-    x = features[shown] - np.nanmean(features[shown], axis=1, keepdims=True)          # a lead's own mean would only colour the lead
+    # A lead's own mean would only colour the lead.
+    x = features[shown] - np.nanmean(features[shown], axis=1, keepdims=True)
     L, M, D = x.shape
     components = PCA(3, svd_solver="full").fit_transform(np.nan_to_num(x.reshape(L * M, D)))
     low, high = np.percentile(components, (2, 98), axis=0)
@@ -629,7 +691,8 @@ def draw_features(encoder, corpus, row, path, show=("I", "II", "V1", "V3", "V5")
         t = np.arange(round(seconds * FS)) / FS
         y = signal[lead, :len(t)]
         nearest = np.abs(times_s[None] - t[:, None]).argmin(axis=1)
-        axis.add_collection(LineCollection(np.stack([np.stack([t[:-1], y[:-1]], 1), np.stack([t[1:], y[1:]], 1)], 1), colors=rgb[nearest[:-1]], linewidths=2.2))
+        axis.add_collection(LineCollection(np.stack([np.stack([t[:-1], y[:-1]], 1), np.stack([t[1:], y[1:]], 1)], 1),
+                                           colors=rgb[nearest[:-1]], linewidths=2.2))
         axis.set(xlim=(0, seconds), ylim=(np.nanmin(y) - 0.15, np.nanmax(y) + 0.15), ylabel=f"{names[lead]} (mV)")
     axes[-1, 0].set_xlabel("seconds; colour: first three principal components of the local features")
     figure.savefig(path, dpi=110)
@@ -644,7 +707,8 @@ def prepare_demo(args, rank):
     data = args.out / "data"
     if rank == 0 and not data.exists():
         print(f"no --data given: making synthetic recordings in {args.out}\n")
-        prepare.main(prepare.parse_args(["synth", "--raw", str(args.out / "raw"), "--out", str(data), "--seed", str(args.seed)]))
+        prepare.main(prepare.parse_args(["synth", "--raw", str(args.out / "raw"), "--out", str(data),
+                                         "--seed", str(args.seed)]))
     barrier()
     args.data, args.noise = [data / "ptbxl", data / "mitdb"], data / "nstdb"
 
@@ -654,19 +718,25 @@ def show_demo(args):
     out, encoder = args.out, str(args.out / "encoder.pt")
     shutil.rmtree(out / "ptbxl", ignore_errors=True)
     shutil.rmtree(out / "mitbih", ignore_errors=True)
-    probe_ptbxl.main(probe_ptbxl.parse_args(["--encoder", encoder, "--raw", str(out / "raw/ptbxl"), "--out", str(out / "ptbxl")]))
-    probe_mitbih.main(probe_mitbih.parse_args(["--encoder", encoder, "--raw", str(out / "raw/mitdb"), "--out", str(out / "mitbih")]))
+    probe_ptbxl.main(probe_ptbxl.parse_args(
+        ["--encoder", encoder, "--raw", str(out / "raw/ptbxl"), "--out", str(out / "ptbxl")]))
+    probe_mitbih.main(probe_mitbih.parse_args(
+        ["--encoder", encoder, "--raw", str(out / "raw/mitdb"), "--out", str(out / "mitbih")]))
     corpus = open_corpus(args.data[0])
-    normal = (corpus.index["split"] == SPLITS.index("test")) & (corpus.index["label"] == 1)    # a normal ECG has every wave
+    # A normal ECG has every wave.
+    normal = (corpus.index["split"] == SPLITS.index("test")) & (corpus.index["label"] == 1)
     draw_features(load_encoder(encoder), corpus, int(np.flatnonzero(normal)[0]), out / "features.png")
     ptbxl = json.loads((out / "ptbxl/ptbxl.json").read_text())["tasks"]["superdiagnostic"]
     mitbih = json.loads((out / "mitbih/mitbih.json").read_text())["features"]["neighbourhood"]
     print("\nsynthetic recordings, frozen features, AUROC [95 % interval]      pre-trained   untrained   difference")
-    for name, r, value in (("12-lead recordings, superdiagnostic", ptbxl, ptbxl["macro_auroc"]), ("heartbeats, macro N, S, V", mitbih, mitbih["macro_nsv"])):
-        print(f"  {name:60s} {value:9.3f} {r['untrained']:11.3f}   {r['difference']:+.3f} [{r['difference_ci95'][0]:+.3f}, {r['difference_ci95'][1]:+.3f}]")
+    for name, r, value in (("12-lead recordings, superdiagnostic", ptbxl, ptbxl["macro_auroc"]),
+                           ("heartbeats, macro N, S, V", mitbih, mitbih["macro_nsv"])):
+        print(f"  {name:60s} {value:9.3f} {r['untrained']:11.3f}   {r['difference']:+.3f} "
+              f"[{r['difference_ci95'][0]:+.3f}, {r['difference_ci95'][1]:+.3f}]")
     print(f"""
 wrote {out}/encoder.pt, log.jsonl, curves.png, features.png (an ECG coloured by its local features), ptbxl/, mitbih/
-These recordings are synthetic: the table shows that the machine runs, not how good it is on patients. Next, with real ones:
+These recordings are synthetic: the table shows that the machine runs, not how good it is on patients. \
+Next, with real ones:
   python prepare.py ptbxl --raw raw/ptbxl --out data/ptbxl --download
   python prepare.py mitdb --raw raw/mitdb --out data/mitdb --download
   python prepare.py nstdb --raw raw/nstdb --out data/nstdb --download
@@ -676,31 +746,46 @@ These recordings are synthetic: the table shows that the machine runs, not how g
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
     data = p.add_argument_group("data")
     data.add_argument("--data", nargs="+", type=Path, default=[], metavar="DIR",
-                      help="corpora that prepare.py wrote; only their train split is used. Without: synthetic recordings are made, trained on and probed")
-    data.add_argument("--noise", type=Path, metavar="DIR", help="noise corpus (prepare.py nstdb); without it the student's views carry no noise")
+                      help="corpora that prepare.py wrote; only their train split is used. "
+                           "Without: synthetic recordings are made, trained on and probed")
+    data.add_argument("--noise", type=Path, metavar="DIR",
+                      help="noise corpus (prepare.py nstdb); without it the student's views carry no noise")
     data.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of this run (default: %(default)s)")
-    data.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out, exactly; starts from nothing if there is none")
+    data.add_argument("--resume", action="store_true",
+                      help="continue from the last checkpoint in --out, exactly; starts from nothing if there is none")
     science = p.add_argument_group("model and optimisation (everything else is a constant at the top of a file)")
-    science.add_argument("--size", choices=SIZES, default="tiny", help="tiny trains on a laptop, the others want GPUs (default: %(default)s)")
-    science.add_argument("--steps", type=int, help=f"length of the schedules (default: {DEFAULT_STEPS}; without --data {DEMO_STEPS})")
-    science.add_argument("--batch", type=int, default=32, help="recordings per step over all processes; never depends on their number (default: %(default)s)")
-    science.add_argument("--lr", type=float, default=2e-3, help="peak learning rate; halve it if the loss rises or turns NaN (default: %(default)s)")
+    science.add_argument("--size", choices=SIZES, default="tiny",
+                         help="tiny trains on a laptop, the others want GPUs (default: %(default)s)")
+    science.add_argument("--steps", type=int,
+                         help=f"length of the schedules (default: {DEFAULT_STEPS}; without --data {DEMO_STEPS})")
+    science.add_argument("--batch", type=int, default=32,
+                         help="recordings per step over all processes; never depends on their number "
+                              "(default: %(default)s)")
+    science.add_argument("--lr", type=float, default=2e-3,
+                         help="peak learning rate; halve it if the loss rises or turns NaN (default: %(default)s)")
     science.add_argument("--prototypes", type=int, default=512,
-                         help="K of both heads; at most 16 to 32 times the batch, or targets cannot become sharp (default: %(default)s)")
+                         help="K of both heads; at most 16 to 32 times the batch, or targets cannot become sharp "
+                              "(default: %(default)s)")
     science.add_argument("--gram-from", type=int, default=-1, metavar="STEP",
-                         help="anchor patch similarities to the teacher of this step; for long runs whose local features decay (default: never)")
-    science.add_argument("--seed", type=int, default=0, help="of initial weights, batches and views (default: %(default)s)")
+                         help="anchor patch similarities to the teacher of this step; for long runs whose local "
+                              "features decay (default: never)")
+    science.add_argument("--seed", type=int, default=0,
+                         help="of initial weights, batches and views (default: %(default)s)")
     system = p.add_argument_group("system")
     system.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     system.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                        help="bf16: matrix products in bf16, weights and losses in fp32; on a CPU with AVX-512 BF16 or AMX 1.4 times as fast (default: bf16 on GPUs, else fp32)")
-    system.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile each block: slow first steps, faster later")
+                        help="bf16: matrix products in bf16, weights and losses in fp32; on a CPU with AVX-512 BF16 "
+                             "or AMX 1.4 times as fast (default: bf16 on GPUs, else fp32)")
+    system.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                        help="torch.compile each block: slow first steps, faster later")
     system.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default: %(default)s)")
     system.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="(default: %(default)s)")
-    system.add_argument("--probe-every", type=int, default=100, metavar="STEPS", help="online probe, 0 for never (default: %(default)s)")
+    system.add_argument("--probe-every", type=int, default=100, metavar="STEPS",
+                        help="online probe, 0 for never (default: %(default)s)")
     args = p.parse_args(argv)
     if args.steps is None:
         args.steps = DEFAULT_STEPS if args.data else DEMO_STEPS
