@@ -1,6 +1,6 @@
 """The ECG encoder: a Vision Transformer over (lead, time) patches, for any number of leads and any duration.
 
-Every lead is cut into patches of PATCH_S seconds, and one linear layer, shared by all leads, turns a patch into a token.
+Every lead is cut into patches of PATCH_S seconds; one linear layer, shared by all leads, turns a patch into a token.
 A lead is known by its name: a learned vector per named lead is added to its tokens. A lead that is absent has no token.
 Time enters as rotary position in seconds, so nothing is padded, resized or interpolated.
 
@@ -9,8 +9,8 @@ Time enters as rotary position in seconds, so nothing is padded, resized or inte
                                                                     # out.local_features (L, N, D), out.times_s (N,)
     cls, registers, patches = encoder(signal_mv, lead_ids)          # batched, at 250 Hz
 
-Shapes: B batch, L leads, T samples, P samples of a patch, N patches of a lead (T / P), M tokens (1 + R + L*N), R registers,
-H heads, E width of a head, D width. Signals are in mV at FS Hz.
+Shapes: B batch, L leads, T samples, P samples of a patch, N patches of a lead (T / P), M tokens (1 + R + L*N),
+R registers, H heads, E width of a head, D width. Signals are in mV at FS Hz.
 """
 import math
 from pathlib import Path
@@ -26,16 +26,23 @@ from prepare import FS, LEADS, preprocess
 PATCH_S = 0.2                    # s; a QRS complex is about half of it
 REGISTERS = 4                    # extra tokens that hold global scratch values (Darcet et al. 2024)
 ROPE_PERIODS_S = (0.4, 40.0)     # s; from two patches to a few windows, geometric over the frequency pairs of a head
-BASELINE_PATCHES = 7             # the mean over this many patches (1.4 s, more than a beat) around a sample is its baseline, which is taken off
-LEAD_STD = 0.5                   # of the lead vectors at the start, beside tokens of about unit variance: features must differ between leads before they are averaged
-COMPRESS_MV = 0.1                # mV; linear below, logarithmic above: P and ST count beside an R ten times as high, and higher is still more
+# The mean over this many patches (1.4 s, more than a beat) around a sample is its baseline, which is taken off.
+BASELINE_PATCHES = 7
+# Of the lead vectors at the start, beside tokens of about unit variance: features must differ between leads before
+# they are averaged.
+LEAD_STD = 0.5
+# mV; linear below, logarithmic above: P and ST count beside an R ten times as high, and higher is still more.
+COMPRESS_MV = 0.1
 NORM_EPS = 1e-5
-MIN_SPREAD_MV, MAX_SPREAD_MV = 0.005, 20.0  # mV; from 1 to 99 % of the samples of the largest lead of an ECG: beyond, the units are wrong
+# mV; from 1 to 99 % of the samples of the largest lead of an ECG: beyond, the units are wrong.
+MIN_SPREAD_MV, MAX_SPREAD_MV = 0.005, 20.0
 MAX_EMBED_BATCH = 32             # windows that embed() runs at once: bounds its memory for long recordings
 FORMAT = "ecg-dino encoder 2"
-PREPROCESSING = dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES, compress_mv=COMPRESS_MV)  # stored with the weights
+PREPROCESSING = dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES,
+                     compress_mv=COMPRESS_MV)  # stored with the weights
 
-# LayerScale starts near 1 in shallow networks (else a short run trains little more than the patch embedding), and tiny in deep ones.
+# LayerScale starts near 1 in shallow networks (else a short run trains little more than the patch embedding),
+# and tiny in deep ones.
 SIZES = {
     "tiny": dict(width=128, depth=3, heads=2, layer_scale=1.0),
     "small": dict(width=384, depth=12, heads=6, layer_scale=0.1),
@@ -60,7 +67,8 @@ class Embedding(NamedTuple):
 # blocks
 
 def rope_table(times_s, head_width):
-    """Rotary position at times_s (M,) seconds: unit complex numbers (M, E/2), from fp32 angles, because bf16 loses positions."""
+    """Rotary position at times_s (M,) seconds: unit complex numbers (M, E/2), from fp32 angles, because bf16 loses
+    positions."""
     shortest, longest = ROPE_PERIODS_S
     exponent = torch.arange(head_width // 2, device=times_s.device, dtype=torch.float32) / (head_width // 2 - 1)
     angle = 2 * math.pi * times_s.float()[:, None] / (shortest * (longest / shortest) ** exponent)
@@ -110,15 +118,16 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """ViT over (lead, time) patches.
 
-    `config` holds all that is needed to build it again: `init_seed` its first weights, `window_patches` the length of the windows that
-    it was trained on, through which longer recordings go.
+    `config` holds all that is needed to build it again: `init_seed` its first weights, `window_patches` the length of
+    the windows that it was trained on, through which longer recordings go.
     """
 
     def __init__(self, width, depth, heads, layer_scale, init_seed=0, window_patches=50,
                  patch_samples=round(PATCH_S * FS), registers=REGISTERS):
         super().__init__()
         if width % (2 * heads) or width // heads < 4:
-            raise ValueError(f"width {width} with {heads} heads: rotary position needs heads of an even width, 4 or more; choose another width")
+            raise ValueError(f"width {width} with {heads} heads: rotary position needs heads of an even width, "
+                             "4 or more; choose another width")
         self.config = dict(width=width, depth=depth, heads=heads, layer_scale=layer_scale, init_seed=init_seed,
                            window_patches=window_patches, patch_samples=patch_samples, registers=registers)
         self.width, self.patch_samples, self.num_registers = width, patch_samples, registers
@@ -133,8 +142,8 @@ class Encoder(nn.Module):
         self.init_weights(init_seed)
 
     def init_weights(self, seed):
-        """Truncated normal with variance 1 / fan-in for linear layers (0.02 is that of width 2,500: a narrow network would hardly use its
-        blocks); drawn from a generator of its own, so the seed alone decides."""
+        """Truncated normal with variance 1 / fan-in for linear layers (0.02 is that of width 2,500: a narrow network
+        would hardly use its blocks); drawn from a generator of its own, so the seed alone decides."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -142,7 +151,8 @@ class Encoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for tokens, std in ((self.lead_embedding.weight, LEAD_STD), (self.cls_token, 0.02), (self.register_tokens, 0.02)):
+        for tokens, std in ((self.lead_embedding.weight, LEAD_STD), (self.cls_token, 0.02),
+                            (self.register_tokens, 0.02)):
             nn.init.normal_(tokens, std=std, generator=generator)
         nn.init.zeros_(self.mask_token)
 
@@ -157,7 +167,8 @@ class Encoder(nn.Module):
         P, R = self.patch_samples, self.num_registers
         if T == 0 or T % P or leads.shape != (B, L):
             raise ValueError(f"the encoder takes signal (B, L, T) with T a multiple of {P} samples and leads (B, L); "
-                             f"found {tuple(signal.shape)} and {tuple(leads.shape)}; encoder.embed() takes any recording")
+                             f"found {tuple(signal.shape)} and {tuple(leads.shape)}; "
+                             "encoder.embed() takes any recording")
         N = T // P
         x = self.tokens(signal, mask, keep) + self.lead_embedding(leads)[:, :, None]          # (B, L, N, D)
         x = x.flatten(1, 2)
@@ -189,16 +200,19 @@ class Encoder(nn.Module):
     def front_end(self, signal, hidden=None):
         """Patches (B, L, N, P) without wander and compressed, of about unit variance; signal (B, L, T) mV.
 
-        Wander has most of the variance of a raw ECG and says least; what the teacher finds different between recordings at first
-        is what training then amplifies. ST levels survive, since the baseline is a mean over more than a beat. Patches that are
-        hidden (B, L, N) have no part in the baseline of the others, or masked content would show there.
+        Wander has most of the variance of a raw ECG and says least; what the teacher finds different between
+        recordings at first is what training then amplifies. ST levels survive, since the baseline is a mean over more
+        than a beat. Patches that are hidden (B, L, N) have no part in the baseline of the others, or masked content
+        would show there.
         """
         patches = signal.float().unflatten(-1, (-1, self.patch_samples))
         seen = torch.ones_like(patches[..., :1]) if hidden is None else (~hidden)[..., None].float()
         # The lead's own mean goes first: where no patch is seen near by, the baseline is then 0.
-        patches = (patches - (patches * seen).sum((2, 3), keepdim=True) / (seen.sum((2, 3), keepdim=True) * self.patch_samples).clamp(min=1)) * seen
+        patches = (patches - (patches * seen).sum((2, 3), keepdim=True)
+                   / (seen.sum((2, 3), keepdim=True) * self.patch_samples).clamp(min=1)) * seen
         near = dict(kernel_size=BASELINE_PATCHES, stride=1, padding=BASELINE_PATCHES // 2)
-        baseline = F.avg_pool1d(patches.mean(-1), **near) / F.avg_pool1d(seen[..., 0], **near).clamp(min=0.5 / BASELINE_PATCHES)
+        baseline = (F.avg_pool1d(patches.mean(-1), **near)
+                    / F.avg_pool1d(seen[..., 0], **near).clamp(min=0.5 / BASELINE_PATCHES))
         baseline = F.interpolate(baseline, size=signal.shape[-1], mode="linear").view_as(patches)
         return ((patches - baseline) / COMPRESS_MV).asinh()
 
@@ -206,22 +220,24 @@ class Encoder(nn.Module):
     def embed(self, signal, *, fs, leads, units="mV", window_s=None, stride_s=None):
         """Features of one recording as it is: any leads, rate, duration; see prepare.preprocess for what it accepts.
 
-        signal (L, T) or (T, L), `leads` a name per lead, `units` mV, uV or V. A recording longer than window_s (the length
-        of the global views in training) goes through windows every stride_s (half of that); each patch is taken from the window in which it lies most centrally, and the global
-        feature is the mean of the windows' CLS. A rest shorter than a patch at the end is left out. Returns Embedding.
+        signal (L, T) or (T, L), `leads` a name per lead, `units` mV, uV or V. A recording longer than window_s (the
+        length of the global views in training) goes through windows every stride_s (half of that); each patch is
+        taken from the window in which it lies most centrally, and the global feature is the mean of the windows' CLS.
+        A rest shorter than a patch at the end is left out. Returns Embedding.
         """
         signal_mv, lead_ids = preprocess(signal, fs, leads, units)
         P = self.patch_samples
         N = signal_mv.shape[1] // P
         if N == 0:
-            raise ValueError(f"the recording lasts {signal_mv.shape[1] / FS:.3f} s; at least one patch of {P / FS:.1f} s is needed")
+            raise ValueError(f"the recording lasts {signal_mv.shape[1] / FS:.3f} s; at least one patch of "
+                             f"{P / FS:.1f} s is needed")
         check_amplitude(signal_mv, units)
         window, stride = self.window_and_stride(window_s, stride_s)
         patches = torch.from_numpy(signal_mv[:, :N * P]).unflatten(1, (N, P))           # (L, N, P)
         starts = window_starts(N, window, stride)
         window = min(window, N)
         cls, local = [], torch.full((len(lead_ids), N, self.width), float("nan"))
-        best = torch.full((N,), float("inf"))                                           # distance to its window's centre so far
+        best = torch.full((N,), float("inf"))                                   # distance to its window's centre so far
         for batch in window_batches(patches, starts, window):
             features = self._embed_windows(patches, batch, window, lead_ids)
             cls.append(features.cls.cpu().float())
@@ -231,28 +247,33 @@ class Encoder(nn.Module):
                 local[:, start + nearer] = window_features[:, nearer]
                 best[start + nearer] = distance[nearer]
         if not cls:
-            raise ValueError("every patch of the recording has missing samples (NaN, or a flat or saturated signal); nothing is left to embed")
+            raise ValueError("every patch of the recording has missing samples (NaN, or a flat or saturated signal); "
+                             "nothing is left to embed")
         times_s = (np.arange(N) + 0.5) * P / FS
         return Embedding(torch.cat(cls).mean(dim=0).numpy(), local.numpy(), times_s)
 
     @torch.inference_mode()
     def pool(self, signal, leads):
-        """The feature for a linear probe: [CLS, mean patch] (B, 2D), mean over windows as long as in training; arguments as in forward."""
+        """The feature for a linear probe: [CLS, mean patch] (B, 2D), mean over windows as long as in training;
+        arguments as in forward."""
         P = self.patch_samples
         N = signal.shape[-1] // P
         window, stride = self.window_and_stride()
         out = [self(signal[..., s * P:(s + window) * P], leads) for s in window_starts(N, window, stride)]
-        return torch.cat((torch.stack([o.cls for o in out]).mean(0), torch.stack([o.patches.mean((1, 2)) for o in out]).mean(0)), dim=1).float()
+        return torch.cat((torch.stack([o.cls for o in out]).mean(0),
+                          torch.stack([o.patches.mean((1, 2)) for o in out]).mean(0)), dim=1).float()
 
     def window_and_stride(self, window_s=None, stride_s=None):
         """Length and step of the windows of a long recording, in patches; None: as trained, and half of that."""
         for name, value in (("window_s", window_s), ("stride_s", stride_s)):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}; expected seconds above 0")
-        window = self.config["window_patches"] if window_s is None else max(1, round(window_s * FS / self.patch_samples))
+        window = (self.config["window_patches"] if window_s is None else
+                  max(1, round(window_s * FS / self.patch_samples)))
         stride = max(1, window // 2) if stride_s is None else max(1, round(stride_s * FS / self.patch_samples))
         if stride > window:
-            raise ValueError(f"stride_s {stride_s} is longer than window_s {window_s}: patches between windows would be lost")
+            raise ValueError(f"stride_s {stride_s} is longer than window_s {window_s}: "
+                             "patches between windows would be lost")
         return window, stride
 
     def _embed_windows(self, patches, starts, window, lead_ids):
@@ -267,10 +288,12 @@ class Encoder(nn.Module):
 def check_amplitude(signal_mv, units):
     """ValueError if a recording is a thousand times too large or too small to be in `units`."""
     missing = np.isnan(signal_mv)
-    spread = max((np.ptp(np.percentile(lead[~gap], (1, 99))) for lead, gap in zip(signal_mv, missing) if not gap.all()), default=0)
+    spread = max((np.ptp(np.percentile(lead[~gap], (1, 99)))
+                  for lead, gap in zip(signal_mv, missing) if not gap.all()), default=0)
     if not MIN_SPREAD_MV <= spread <= MAX_SPREAD_MV or missing.mean() > 0.5 and spread > MAX_SPREAD_MV / 2:
-        raise ValueError(f"the signal spans {spread:.2g} mV if it is in {units}, and {missing.mean():.0%} of its samples are unusable; an ECG spans "
-                         f"{MIN_SPREAD_MV} to {MAX_SPREAD_MV:g} mV: check the units")
+        raise ValueError(f"the signal spans {spread:.2g} mV if it is in {units}, and {missing.mean():.0%} of its "
+                         f"samples are unusable; an ECG spans {MIN_SPREAD_MV} to {MAX_SPREAD_MV:g} mV: "
+                         "check the units")
 
 
 def window_starts(num_patches, window, stride):
@@ -299,7 +322,7 @@ def window_batches(patches, starts, window):
 # files
 
 def save_encoder(encoder, path, state_dict=None, **about):
-    """Write one self-describing file: architecture, weights and preprocessing, with `about` (plain types) for people."""
+    """Write a self-describing file: architecture, weights and preprocessing, with `about` (plain types) for people."""
     torch.save(dict(format=FORMAT, config=encoder.config, state_dict=state_dict or encoder.state_dict(),
                     preprocessing=PREPROCESSING, about=about), path)
 
@@ -324,12 +347,14 @@ def load_encoder(path, device="cpu"):
             raise ValueError(f"{path}: the seed must be a whole number; expected random:SIZE or random:SIZE:SEED")
         return build_encoder(size, int(seed[0]) if seed else 0).eval().to(device)
     if not Path(path).is_file():
-        raise ValueError(f"no encoder at {path}; train.py writes RUN/encoder.pt, and random:tiny gives an untrained one")
+        raise ValueError(f"no encoder at {path}; train.py writes RUN/encoder.pt, "
+                         "and random:tiny gives an untrained one")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         found, preprocessing = saved["format"], saved["preprocessing"]
     except Exception as error:  # a damaged or foreign file may raise anything
-        raise ValueError(f"{path} is not an encoder of this program ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}); "
+        raise ValueError(f"{path} is not an encoder of this program "
+                         f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}); "
                          "give the encoder.pt that train.py wrote") from error
     if found != FORMAT:
         raise ValueError(f"{path} is not an encoder that this code reads: expected format '{FORMAT}', found '{found}'; "
@@ -337,7 +362,8 @@ def load_encoder(path, device="cpu"):
     differ = [f"{k} {short(k, preprocessing.get(k))} (here {short(k, PREPROCESSING.get(k))})"
               for k in PREPROCESSING | preprocessing if preprocessing.get(k) != PREPROCESSING.get(k)]
     if differ:
-        raise ValueError(f"{path} was trained with another preprocessing than this code has: {', '.join(differ)}; use the commit that wrote it")
+        raise ValueError(f"{path} was trained with another preprocessing than this code has: {', '.join(differ)}; "
+                         "use the commit that wrote it")
     encoder = Encoder(**saved["config"])
     encoder.load_state_dict(saved["state_dict"])
     return encoder.eval().to(device)
