@@ -1,14 +1,15 @@
 """Training views of a batch of recordings: time windows, lead subsets, gain, real noise, and masks for iBOT.
 
-Randomness and tensor work are kept apart. The draw_* functions pick all random numbers on the host with NumPy, for the whole batch,
-from a generator that the step seeds; a rank then takes its rows. What is left is plain arithmetic on tensors, the same on any device.
+Randomness and tensor work are kept apart. The draw_* functions pick all random numbers on the host with NumPy, for the
+whole batch, from a generator that the step seeds; a rank then takes its rows. What is left is plain arithmetic on
+tensors, the same on any device.
 
-Noise is real: baseline wander, electrode motion and muscle artefact of the MIT-BIH Noise Stress Test Database. It is drawn per
-electrode and led through the definitions of the leads, so the noise of any lead subset obeys Einthoven's law, as an electrode's
-noise does in a patient. The signal-to-noise ratio is defined in add_noise.
+Noise is real: baseline wander, electrode motion and muscle artefact of the MIT-BIH Noise Stress Test Database. It is
+drawn per electrode and led through the definitions of the leads, so the noise of any lead subset obeys Einthoven's law,
+as an electrode's noise does in a patient. The signal-to-noise ratio is defined in add_noise.
 
-Shapes: B recordings, V views of one list, S slots (leads of the batch), L leads of a view, W samples of the batch, T samples of a
-view, E electrodes, N patches of a lead.
+Shapes: B recordings, V views of one list, S slots (leads of the batch), L leads of a view, W samples of the batch,
+T samples of a view, E electrodes, N patches of a lead.
 """
 from typing import NamedTuple
 
@@ -18,14 +19,14 @@ from scipy.signal import butter, sosfiltfilt
 
 from prepare import FS, LEADS, MISSING, SPLITS, lead_id
 
-NOISE_TYPES = ("bw", "em", "ma")     # baseline wander, electrode motion, muscle artefact: the records of the noise corpus
+NOISE_TYPES = ("bw", "em", "ma")     # baseline wander, electrode motion, muscle artefact: records of the noise corpus
 NOISE_TYPE_SHARE = 0.7               # chance of each type in a noisy view
 NOISY_SHARE = 0.5                    # of the student's views; the others stay clean
 SNR_DB = (0.0, 24.0)                 # uniform; mean-square definition, see add_noise
 MUSCLE_HIGHPASS_HZ = 1.0             # below that `ma` is mostly wander, and its power would say nothing about muscle
-GAIN = (0.9, 1.1)                    # log-uniform, one for all leads of a view: voltage is diagnostic, ratios of leads more so
+GAIN = (0.9, 1.1)                    # log-uniform, one for a whole view: voltage is diagnostic, ratios of leads more so
 UNKNOWN_SHARE = 0.02                 # of the leads of a view, whose name is hidden behind "unknown"
-MASKED_CROPS = 1.0                   # of the global views get a mask (DINOv3: half of them; a short run needs every one)
+MASKED_CROPS = 1.0                   # of the global views get a mask (DINOv3: half; a short run needs every one)
 MASK_RATIO = (0.2, 0.6)              # of a masked view's patches, on an even grid, so that the total is fixed
 MASK_KINDS = dict(time=0.6, lead=0.2, mixed=0.2)
 MASK_SPAN_PATCHES = (2, 5)           # length of masked spans in time
@@ -36,8 +37,9 @@ ELECTRODES = ("RA", "LA", "LL") + tuple(name for name in LEADS if name[0] in "VX
 def lead_electrode_matrix():
     """(len(LEADS), E): weight of each electrode in each lead.
 
-    Limb leads by Einthoven and Goldberger, chest leads against Wilson's central terminal. The orthogonal leads X, Y, Z and unknown
-    leads get an electrode of their own against that terminal: their wiring is not known, and noise needs no more.
+    Limb leads by Einthoven and Goldberger, chest leads against Wilson's central terminal. The orthogonal leads X, Y, Z
+    and unknown leads get an electrode of their own against that terminal: their wiring is not known, and noise needs
+    no more.
     """
     matrix = torch.zeros(len(LEADS), len(ELECTRODES))
     limb = {"I": (-1, 1, 0), "II": (-1, 0, 1), "III": (0, -1, 1),
@@ -59,11 +61,13 @@ class ViewSpec(NamedTuple):
     views: int                   # per recording
     leads: int                   # of each view
     patches: int                 # of each lead
-    independent: bool            # take the first slots, where the loader puts leads from which all others follow; else random leads
+    # Take the first slots, where the loader puts leads from which all others follow; else random leads.
+    independent: bool
 
 
 def choose_leads(order, available, leads):
-    """Slots (V, B, L) of `leads` random ones among each recording's first available[b] slots; order (V, B, S) is uniform noise."""
+    """Slots (V, B, L) of `leads` random ones among each recording's first available[b] slots; order (V, B, S) is
+    uniform noise."""
     absent = np.arange(order.shape[2])[None, :] >= available[:, None]                             # (B, S)
     slots = np.where(absent, 2.0, order).argsort(axis=2)[:, :, :leads]
     return np.sort(slots, axis=2)
@@ -110,8 +114,8 @@ def make_views(batch_uv, slot_leads, draws, spec, patch_samples, noise=None):
     """Cut one view list out of a batch.
 
     batch_uv (B, S, W) int16 uV, slot_leads (B, S) lead ids, draws of take_rows, noise of load_noise or None.
-    Returns noisy and clean signal, each (V*B, L, T) mV, and the leads (V*B, L) with some names hidden and as they are; all
-    view-major (row = view * B + recording).
+    Returns noisy and clean signal, each (V*B, L, T) mV, and the leads (V*B, L) with some names hidden and as they are;
+    all view-major (row = view * B + recording).
     """
     device = batch_uv.device
     draws = {name: values.to(device, non_blocking=True) for name, values in draws.items()}
@@ -122,8 +126,9 @@ def make_views(batch_uv, slot_leads, draws, spec, patch_samples, noise=None):
     leads = slot_leads[row, draws["slots"]].flatten(0, 1)
     noisy = clean
     if noise is not None:
-        with torch.autocast(device.type, enabled=False):                                          # bf16 would miss the stated level
-            noisy = add_noise(clean, leads, noise, **{k: draws[k].flatten(0, 1) for k in ("snr_db", "amplitude", "sign", "channel", "offset")})
+        with torch.autocast(device.type, enabled=False):  # bf16 would miss the stated level
+            noisy = add_noise(clean, leads, noise, **{k: draws[k].flatten(0, 1) for k in (
+                "snr_db", "amplitude", "sign", "channel", "offset")})
     return noisy, clean, leads.masked_fill(draws["hidden"].flatten(0, 1), 0), leads
 
 
@@ -131,7 +136,8 @@ def make_views(batch_uv, slot_leads, draws, spec, patch_samples, noise=None):
 # noise
 
 def load_noise(corpus, split="train"):
-    """Noise of one split of a prepared noise corpus: (types, 2 channels, samples) float32, each channel of unit deviation.
+    """Noise of one split of a prepared noise corpus: (types, 2 channels, samples) float32, each channel of unit
+    deviation.
 
     `ma` is high-passed once here (MUSCLE_HIGHPASS_HZ). Raises ValueError if a type is missing.
     """
@@ -141,7 +147,8 @@ def load_noise(corpus, split="train"):
             rows[entry["record"].decode()] = i
     absent = [t for t in NOISE_TYPES if t not in rows]
     if absent:
-        raise ValueError(f"{corpus.dir} has no {', '.join(absent)} noise in split {split!r}; expected the records {', '.join(NOISE_TYPES)}: "
+        raise ValueError(f"{corpus.dir} has no {', '.join(absent)} noise in split {split!r}; "
+                         f"expected the records {', '.join(NOISE_TYPES)}: "
                          "prepare them with python prepare.py nstdb --raw DIR --out DIR")
     length = min(int(corpus.index[rows[t]]["length"]) for t in NOISE_TYPES)
     channels = []
@@ -156,7 +163,7 @@ def load_noise(corpus, split="train"):
 
 
 def electrode_noise(noise, amplitude, sign, channel, offset, length):
-    """Sum over types of random noise windows at each electrode: (B, E, T). The draws are (B, types) and (B, E, types)."""
+    """Sum over types of random noise windows at each electrode: (B, E, T). Draws are (B, types) and (B, E, types)."""
     steps = torch.arange(length, device=noise.device)
     total = 0.0
     for t in range(len(NOISE_TYPES)):
@@ -168,10 +175,11 @@ def electrode_noise(noise, amplitude, sign, channel, offset, length):
 def add_noise(signal, leads, noise, snr_db, amplitude, sign, channel, offset):
     """signal (B, L, T) mV with noise at snr_db (B,) decibels; +inf leaves a recording as it is.
 
-    Definition: per lead, 10 log10(mean square of the signal / mean square of the noise), each after its own mean over the window is
-    taken off; snr_db is the median of that over the leads of the recording (mean of the middle two if even). One factor
-    scales the noise of all leads, so that it keeps obeying the lead definitions. A lead whose signal is flat is not counted.
-    This is the definition of most papers on deep learning, not that of the `nst` program, whose 0 dB is about -10 dB here.
+    Definition: per lead, 10 log10(mean square of the signal / mean square of the noise), each after its own mean over
+    the window is taken off; snr_db is the median of that over the leads of the recording (mean of the middle two if
+    even). One factor scales the noise of all leads, so that it keeps obeying the lead definitions. A lead whose signal
+    is flat is not counted. This is the definition of most papers on deep learning, not that of the `nst` program,
+    whose 0 dB is about -10 dB here.
     """
     matrix = lead_electrode_matrix().to(signal)
     at_electrodes = electrode_noise(noise, amplitude, sign, channel, offset, signal.shape[-1])
@@ -191,7 +199,8 @@ def add_noise(signal, leads, noise, snr_db, amplitude, sign, channel, offset):
 # masks
 
 def mask_counts(crops, tokens):
-    """Masked patches of each crop: a fixed share of the crops, on an even grid of ratios, the others none; the sum never changes."""
+    """Masked patches of each crop: a fixed share of the crops, on an even grid of ratios, the others none; the sum
+    never changes."""
     masked = int(crops * MASKED_CROPS)
     ratios = np.linspace(*MASK_RATIO, masked + 1)[1:] if masked > 1 else np.full(masked, np.mean(MASK_RATIO))
     counts = np.maximum(1, np.floor(tokens * ratios)).astype(np.int64)
@@ -201,23 +210,26 @@ def mask_counts(crops, tokens):
 def draw_masks(rng, crops, leads, patches):
     """Masks (crops, L, N) bool with exactly mask_counts() patches each, over shuffled crops, always the same total.
 
-    time: spans of time over all leads at once, else a masked limb lead could be computed from the others; lead: whole leads;
-    mixed: some of both. Each kind ranks the patches, and the first `count` are masked, so the last span or lead may be cut.
+    time: spans of time over all leads at once, else a masked limb lead could be computed from the others; lead: whole
+    leads; mixed: some of both. Each kind ranks the patches, and the first `count` are masked, so the last span or lead
+    may be cut.
     """
     counts = rng.permutation(mask_counts(crops, leads * patches))
     kind = rng.choice(len(MASK_KINDS), crops, p=list(MASK_KINDS.values()))[:, None, None]
     if leads == 1:
-        kind = np.zeros_like(kind)                                                                # one lead: only spans of time are left
+        kind = np.zeros_like(kind)  # one lead: only spans of time are left
     span = rng.integers(MASK_SPAN_PATCHES[0], MASK_SPAN_PATCHES[1] + 1, (crops, 1))
-    block = (np.arange(patches) + rng.integers(0, span)) // span                                  # (crops, N) span that a patch is in
+    block = (np.arange(patches) + rng.integers(0, span)) // span  # (crops, N) span that a patch is in
     time_rank = np.take_along_axis(rng.random((crops, patches // MASK_SPAN_PATCHES[0] + 2)), block, axis=1)[:, None, :]
     lead_rank = rng.random((crops, leads, 1))
-    within_time = rng.random((crops, leads, 1)) * 1e-6 + np.arange(patches) * 1e-9                # which part of a cut span goes first
+    # Which part of a cut span goes first.
+    within_time = rng.random((crops, leads, 1)) * 1e-6 + np.arange(patches) * 1e-9
     rank_time = time_rank + within_time
     rank_lead = lead_rank + time_rank * 1e-6 + within_time * 1e-3
     # Mixed: one random lead in four goes first, then spans of time.
     rank_mixed = np.where(lead_rank <= np.quantile(lead_rank, 0.25, axis=1, keepdims=True), rank_lead - 2.0, rank_time)
-    rank = np.choose(np.broadcast_to(kind, (crops, leads, patches)), (np.broadcast_to(rank_time, (crops, leads, patches)), rank_lead, rank_mixed))
+    rank = np.choose(np.broadcast_to(kind, (crops, leads, patches)),
+                     (np.broadcast_to(rank_time, (crops, leads, patches)), rank_lead, rank_mixed))
     position = rank.reshape(crops, -1).argsort(axis=1).argsort(axis=1)
     return (position < counts[:, None]).reshape(crops, leads, patches)
 
