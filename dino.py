@@ -1,15 +1,16 @@
 """The DINOv3 objective: heads, Sinkhorn-Knopp targets, losses and the EMA teacher. Written from the papers.
 
-A student sees every view, a teacher only the global ones; the teacher is the student's moving average and gets no gradient.
+A student sees every view, a teacher only the global ones; the teacher is the student's moving average and gets no
+gradient.
     DINO      the CLS tokens of two views of a recording should fall on the same prototypes (Caron et al. 2021)
     iBOT      a masked patch should fall on the prototypes of the patch that the teacher saw there (Zhou et al. 2022)
-    Sinkhorn  the teacher's assignments use every prototype equally, so that not all recordings share one (SwAV 2020, DINOv2)
+    Sinkhorn  the teacher's assignments use every prototype equally, so not all recordings share one (SwAV 2020, DINOv2)
     KoLeo     CLS features of different recordings keep a distance (Sablayrolles et al. 2019)
     Gram      similarities between patches stay those of an earlier teacher (Simeoni et al. 2025)
 
-Everything here is computed in fp32 and stays finite for any finite logits. Where a process group exists, Sinkhorn sums and KoLeo
-neighbours are over all ranks, and a loss is this rank's share: the mean of the ranks' values is the loss of the whole batch,
-provided that every rank holds equally many rows (sinkhorn_knopp and ibot_loss do not need that).
+Everything here is computed in fp32 and stays finite for any finite logits. Where a process group exists, Sinkhorn sums
+and KoLeo neighbours are over all ranks, and a loss is this rank's share: the mean of the ranks' values is the loss of
+the whole batch, provided that every rank holds equally many rows (sinkhorn_knopp and ibot_loss do not need that).
 
 Shapes: S student views, T teacher views, B recordings, K prototypes, M masked patches, R rows, N patches, D width.
 """
@@ -23,10 +24,11 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 STUDENT_TEMPERATURE = 0.1
-PROTOTYPE_NORM = 1.0             # of a prototype at the start, not held later. DINOv3's 0.02 per weight gives 0.3 at its width: targets almost
-                                 # uniform at first, and thousands of steps to leave them, which a short run does not have
+# Of a prototype at the start, not held later. DINOv3's 0.02 per weight gives 0.3 at its width: targets almost uniform
+# at first, and thousands of steps to leave them, which a short run does not have.
+PROTOTYPE_NORM = 1.0
 KOLEO_EPS = 1e-8
-LOWEST = -1e30                   # a logit this far below the best one counts for nothing; keeps -inf out of sums and products
+LOWEST = -1e30                   # a logit this far below the best one counts for nothing; no -inf in sums and products
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,7 +52,8 @@ class DINOHead(nn.Module):
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.04, b=0.04, generator=generator)
             nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.prototypes.weight, std=PROTOTYPE_NORM * self.prototypes.in_features ** -0.5, generator=generator)
+        nn.init.normal_(self.prototypes.weight, std=PROTOTYPE_NORM * self.prototypes.in_features ** -0.5,
+                        generator=generator)
 
     def forward(self, x):
         x = self.mlp(x)
@@ -89,7 +92,8 @@ def reduce_(tensor, op=None):
 
 
 class GatherRows(torch.autograd.Function):
-    """x (B, D) of every rank, concatenated in rank order; the gradient is the sum of what all ranks ask of this rank's rows."""
+    """x (B, D) of every rank, concatenated in rank order; the gradient is the sum of what all ranks ask of this
+    rank's rows."""
 
     @staticmethod
     def forward(ctx, x):
@@ -109,14 +113,15 @@ class GatherRows(torch.autograd.Function):
 def sinkhorn_knopp(logits, temperature, iterations=3):
     """Teacher probabilities (R, K): rows sum to 1, and prototypes share all rows of all ranks about equally.
 
-    Starts from exp(logits / temperature); each iteration scales every prototype (column) to 1/K of the mass and then every row
-    to its share. Done on logarithms: the same numbers as the plain form where that does not overflow, and no overflow anywhere.
-    Ranks may hold different numbers of rows R. `temperature` may be a float or a tensor.
+    Starts from exp(logits / temperature); each iteration scales every prototype (column) to 1/K of the mass and then
+    every row to its share. Done on logarithms: the same numbers as the plain form where that does not overflow, and no
+    overflow anywhere. Ranks may hold different numbers of rows R. `temperature` may be a float or a tensor.
     """
     logits = logits.float()
     R, K = logits.shape
     rows = reduce_(torch.tensor(float(R), device=logits.device))
-    # A constant per prototype drops out in the first column step, so the maxima may go before the division: nothing exceeds 0.
+    # A constant per prototype drops out in the first column step, so the maxima may go before the division:
+    # nothing exceeds 0.
     top = logits.amax(dim=0) if R else logits.new_full((K,), torch.finfo(torch.float32).min)
     log_q = (logits - reduce_(top, dist.ReduceOp.MAX)).clamp(min=LOWEST) / temperature
     for _ in range(iterations):
@@ -170,7 +175,8 @@ def dino_loss(student_logits, teacher_probs, ignore_diagonal=False):
 
 
 def ibot_loss(student_logits, teacher_probs, weights, num_crops):
-    """Cross-entropy of masked patches: logits and probs (M, K), weights (M,) = 1 / masked patches of that crop -> scalar.
+    """Cross-entropy of masked patches: logits and probs (M, K), weights (M,) = 1 / masked patches of that crop
+    -> scalar.
 
     sum_m weights[m] * CE_m / num_crops, with num_crops all global crops, masked or not, of this rank.
     """
@@ -181,7 +187,8 @@ def ibot_loss(student_logits, teacher_probs, weights, num_crops):
 def koleo_loss(x):
     """- mean_i log(distance of x_i to its nearest other row) on the unit sphere; x (B, D), neighbours from all ranks.
 
-    Distances carry 1e-8 per component and 1e-8 under the logarithm. Fewer than two rows in all: 0, there is no neighbour.
+    Distances carry 1e-8 per component and 1e-8 under the logarithm. Fewer than two rows in all: 0, there is no
+    neighbour.
     """
     with full_precision(x):
         x = F.normalize(x.float(), dim=-1, eps=KOLEO_EPS)
@@ -192,7 +199,7 @@ def koleo_loss(x):
         rows = torch.arange(len(x), device=x.device)
         with torch.no_grad():
             similarity = x @ everyone.T
-            similarity[rows, first + rows] = -2.0                                   # below any cosine: not its own neighbour
+            similarity[rows, first + rows] = -2.0                              # below any cosine: not its own neighbour
             nearest = similarity.argmax(dim=1)
         distance = F.pairwise_distance(x, everyone[nearest], eps=KOLEO_EPS)
         return -(distance + KOLEO_EPS).log().mean()
