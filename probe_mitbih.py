@@ -6,7 +6,8 @@
 The protocol is the inter-patient one: training on the beats of DS1, scores on those of DS2 (de Chazal et al. 2004), the
 four paced records left out, five AAMI classes of which Q (7 beats) is neither trained nor scored. A beat lies in the
 middle of a window as long as in training; it is described by the token that holds its R (mean over leads), alone
-(r_token) or together with the mean of the tokens from -300 to +400 ms (neighbourhood). Records 201 (DS1) and 202 (DS2) are the same person.
+(r_token) or together with the mean of the tokens from -300 to +400 ms (neighbourhood). Records 201 (DS1) and 202 (DS2)
+are the same person.
 
 Macro over N, S, V is the number to look at: F is one record against another. Two controls need no encoder: eight RR
 intervals (rr), and 0.75 s of the raw lead II (raw).
@@ -60,8 +61,9 @@ def read_beats(path):
 def token_features(encoder, signal, fs, leads, beats_s):
     """Features of K beats: r_token (K, D) and neighbourhood (K, 2D).
 
-    Each beat gets a window as long as in training, placed so that R is the middle of the window's middle patch (nearer to an end of the
-    recording, as near to it as can be): on a fixed grid a QRS would fall across two patches as often as not. Samples that are missing count as 0 mV.
+    Each beat gets a window as long as in training, placed so that R is the middle of the window's middle patch (nearer
+    to an end of the recording, as near to it as can be): on a fixed grid a QRS would fall across two patches as often
+    as not. Samples that are missing count as 0 mV.
     """
     signal_mv, ids = preprocess(signal, fs, leads)
     P, window = encoder.patch_samples, encoder.window_and_stride()[0]
@@ -73,9 +75,11 @@ def token_features(encoder, signal, fs, leads, beats_s):
     signal_mv, ids = torch.from_numpy(np.nan_to_num(signal_mv)), torch.from_numpy(ids)
     device, features = encoder.cls_token.device, []
     for k in np.split(np.arange(len(r)), np.arange(BATCH, len(r), BATCH)):
-        windows = signal_mv[:, torch.from_numpy(start[k])[:, None] + torch.arange(window * P)].transpose(0, 1)  # (B, L, T)
+        # windows (B, L, T), tokens (B, N, D)
+        windows = signal_mv[:, torch.from_numpy(start[k])[:, None] + torch.arange(window * P)].transpose(0, 1)
         with torch.inference_mode():
-            tokens = encoder(windows.to(device), ids.expand(len(k), -1).to(device)).patches.mean(dim=1).float().cpu().numpy()  # (B, N, D)
+            tokens = encoder(windows.to(device), ids.expand(len(k), -1).to(device)).patches.mean(
+                dim=1).float().cpu().numpy()
         mean = (tokens * around[k][..., None]).sum(axis=1) / around[k].sum(axis=1, keepdims=True)
         features.append(np.concatenate((tokens[np.arange(len(k)), at[k]], mean), axis=1))
     both = np.concatenate(features)
@@ -108,10 +112,12 @@ def raw_features(signal, fs, leads, beats_s):
 # ---- features of all records -------------------------------------------------------------------------------
 
 def collect(raw, encoders):
-    """Beats of every record of DS1 and DS2 that is there: record, beat_s and cls, each (K,), and the features (K, F), numbered by encoder."""
+    """Beats of every record of DS1 and DS2 that is there: record, beat_s and cls, each (K,), and the features (K, F),
+    numbered by encoder."""
     names = [n for n in MITDB_DS1 + MITDB_DS2 if (raw / f"{n}.hea").is_file()]
     if not set(names) & set(MITDB_DS1) or not set(names) & set(MITDB_DS2):
-        raise ValueError(f"{raw} holds {len(names)} of the 44 records of DS1 and DS2 ({' '.join(names) or 'none'}), but both sets are needed; "
+        raise ValueError(f"{raw} holds {len(names)} of the 44 records of DS1 and DS2 ({' '.join(names) or 'none'}), "
+                         "but both sets are needed; "
                          "fetch them with python prepare.py mitdb --raw DIR --out DIR --download")
     parts = []
     for name in tqdm(names, desc="records", unit="record", disable=None):
@@ -119,7 +125,8 @@ def collect(raw, encoders):
         times_s, classes = read_beats(str(raw / name))
         rr, used = rr_features(times_s), used_beats(name, classes)
         times_s = times_s[used]
-        part = dict(record=np.full(len(times_s), name), beat_s=times_s, cls=classes[used], rr=rr[used], raw=raw_features(signal, fs, leads, times_s))
+        part = dict(record=np.full(len(times_s), name), beat_s=times_s, cls=classes[used], rr=rr[used],
+                    raw=raw_features(signal, fs, leads, times_s))
         for e, encoder in enumerate(encoders):
             part[f"r_token {e}"], part[f"neighbourhood {e}"] = token_features(encoder, signal, fs, leads, times_s)
         parts.append(part)
@@ -127,7 +134,8 @@ def collect(raw, encoders):
 
 
 def used_beats(name, cls):
-    """Which beats of record `name` are trained on or scored: all of CLASSES, in DS1 at most MAX_N_TRAIN N, evenly spread."""
+    """Which beats of record `name` are trained on or scored: all of CLASSES, in DS1 at most MAX_N_TRAIN N, evenly
+    spread."""
     used = np.isin(cls, CLASSES)
     if name in MITDB_DS1:
         normal = np.flatnonzero(cls == "N")
@@ -139,13 +147,15 @@ def used_beats(name, cls):
 # ---- probe -------------------------------------------------------------------------------------------------
 
 def fit(x, y, x_new):
-    """Probabilities (G, K', C) of a balanced multinomial logistic regression at every C of the grid; a class that y lacks gets 0."""
+    """Probabilities (G, K', C) of a balanced multinomial logistic regression at every C of the grid; a class that y
+    lacks gets 0."""
     scaler = StandardScaler().fit(x)
-    x, x_new = (np.nan_to_num(scaler.transform(z.astype(np.float64))) for z in (x, x_new))  # no valid token: the mean beat
+    # No valid token: the mean beat.
+    x, x_new = (np.nan_to_num(scaler.transform(z.astype(np.float64))) for z in (x, x_new))
     model = LogisticRegression(class_weight="balanced", warm_start=True, max_iter=500, tol=1e-3)
     p = np.zeros((len(C_GRID), len(x_new), len(CLASSES)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)                                 # the loosest C may stop early; it is rarely chosen
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the loosest C may stop early; it is rarely chosen
         for g, c in enumerate(C_GRID):
             model.set_params(C=c).fit(x, y)
             p[g][:, [CLASSES.index(k) for k in model.classes_]] = model.predict_proba(x_new)
@@ -166,17 +176,19 @@ def probe(x, data, train, test):
 
 
 def resampled_auroc(p, cls, record, counts):
-    """One-vs-rest AUROC (S, C) in resamples of records, counts (S, R) in the order of np.unique(record); NaN without a class.
+    """One-vs-rest AUROC (S, C) in resamples of records, counts (S, R) in the order of np.unique(record); NaN without
+    a class.
 
-    Exact and fast: the wins of each record's positives over each record's negatives are counted once, (R, R), and a resample
-    only weighs them. Ties count half. p (K, C), cls (K,), record (K,).
+    Exact and fast: the wins of each record's positives over each record's negatives are counted once, (R, R), and a
+    resample only weighs them. Ties count half. p (K, C), cls (K,), record (K,).
     """
     names = np.unique(record)
     auroc = np.full((len(counts), len(CLASSES)), np.nan)
     for c, name in enumerate(CLASSES):
         positive = [p[(record == r) & (cls == name), c] for r in names]
         negative = [np.sort(p[(record == r) & (cls != name), c]) for r in names]
-        wins = np.array([[(np.searchsorted(n, x, "left") + np.searchsorted(n, x, "right")).sum() / 2 for n in negative] for x in positive])
+        wins = np.array([[(np.searchsorted(n, x, "left") + np.searchsorted(n, x, "right")).sum() / 2 for n in negative]
+                         for x in positive])
         pairs = np.outer([len(x) for x in positive], [len(n) for n in negative]).astype(float)
         total = np.einsum("si,ij,sj->s", counts, pairs, counts)
         won = np.einsum("si,ij,sj->s", counts, wins, counts)
@@ -203,7 +215,8 @@ def detection(p, cls):
     scores = {}
     for name in ("S", "V"):
         hits, of, called = (np.count_nonzero(x) for x in ((said == name) & (cls == name), cls == name, said == name))
-        scores[name] = dict(sensitivity=hits / of if of else np.nan, positive_predictivity=hits / called if called else np.nan,
+        scores[name] = dict(sensitivity=hits / of if of else np.nan,
+                            positive_predictivity=hits / called if called else np.nan,
                             f1=2 * hits / (of + called) if of + called else np.nan)
     return scores
 
@@ -211,10 +224,11 @@ def detection(p, cls):
 def score(p, cls, record, counts):
     """Everything about one set of probabilities on DS2: JSON entry, and AUROC (1 + S, C) plain and resampled."""
     auroc = resampled_auroc(p, cls, record, counts)
-    without = record != "232"                                                               # three quarters of DS2's S beats
+    without = record != "232"  # three quarters of DS2's S beats
     plain = np.ones((1, len(np.unique(record[without]))))
     y = cls[:, None] == np.array(CLASSES)
-    return dict(macro_nsvf=nsvf(auroc)[0], macro_nsv=nsv(auroc)[0], per_class=dict(zip(CLASSES, auroc[0])), ci95=interval(nsv(auroc)[1:]),
+    return dict(macro_nsvf=nsvf(auroc)[0], macro_nsv=nsv(auroc)[0], per_class=dict(zip(CLASSES, auroc[0])),
+                ci95=interval(nsv(auroc)[1:]),
                 s_without_232=resampled_auroc(p[without], cls[without], record[without], plain)[0, 1],
                 detection=detection(p, cls), calibration=calibration(p, y)), auroc
 
@@ -226,16 +240,19 @@ def report(result):
     n, rows = result["n"], {}
     for group in ("features", "controls"):
         for name, r in result[group].items():
-            rows[name] = {"C": r["c"], "N,S,V": show(r["macro_nsv"], r["ci95"]), "N,S,V,F": r["macro_nsvf"], **r["per_class"], "S without 232": r["s_without_232"],
+            rows[name] = {"C": r["c"], "N,S,V": show(r["macro_nsv"], r["ci95"]), "N,S,V,F": r["macro_nsvf"],
+                          **r["per_class"], "S without 232": r["s_without_232"],
                           "Brier": r["calibration"]["brier"], "ECE": r["calibration"]["ece"]}
             if group == "features":
                 rows[name] |= {"untrained": r["untrained"], "difference": show(r["difference"], r["difference_ci95"])}
     mapping = "; ".join(f"{name}: {' '.join(symbols)}" for name, symbols in AAMI.items())
     return "\n".join((
-        f"MIT-BIH, DS1 ({n['train_records']} records, {n['train']} beats, N thinned to {MAX_N_TRAIN} a record) to DS2 ({n['test_records']} records, {n['test']} beats: "
+        f"MIT-BIH, DS1 ({n['train_records']} records, {n['train']} beats, N thinned to {MAX_N_TRAIN} a record) "
+        f"to DS2 ({n['test_records']} records, {n['test']} beats: "
         + ", ".join(f"{k} {v}" for k, v in n["test_beats"].items()) + ")",
         f"classes by symbol: {mapping}; Q is neither trained nor scored; C by {FOLDS} folds of DS1 records",
-        "AUROC, one against the rest [95 %, records resampled]" + (f"; no beats of {', '.join(n['absent'])} in DS2: macros go over the others" if n["absent"] else ""),
+        "AUROC, one against the rest [95 %, records resampled]"
+        + (f"; no beats of {', '.join(n['absent'])} in DS2: macros go over the others" if n["absent"] else ""),
         pd.DataFrame.from_dict(rows, orient="index").to_string(na_rep="-", float_format="{:.3f}".format)))
 
 
@@ -244,7 +261,8 @@ def draw(path, result):
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     axis = figure.subplots()
     best = result["features"]["neighbourhood"]
-    series = {"RR intervals alone": result["controls"]["rr"], "raw waveform": result["controls"]["raw"], "untrained": best["untrained_scores"]}
+    series = {"RR intervals alone": result["controls"]["rr"], "raw waveform": result["controls"]["raw"],
+              "untrained": best["untrained_scores"]}
     if not result["untrained_only"]:
         series["pre-trained"] = best
     labels, width = ["macro N, S, V", *CLASSES], 0.8 / len(series)
@@ -255,15 +273,18 @@ def draw(path, result):
         axis.bar_label(bars, ["-" if np.isnan(v) else f"{v:.2f}" for v in value], fontsize=8)
         axis.vlines(at[0], *np.array(r["ci95"], dtype=float), color="#333333", linewidth=1)
     axis.axvline(0.5, color="#bbbbbb", linewidth=1)
-    axis.set(ylim=(min(0.5, axis.get_ylim()[0]), 1.03), ylabel="AUROC on DS2, one against the rest", xticks=range(len(labels)), xticklabels=labels)
-    axis.set_title(f"Heartbeats of MIT-BIH, {result['n']['test_records']} test records; features: R token and its neighbourhood; lines: 95 %, record bootstrap", loc="left", fontsize=10)
+    axis.set(ylim=(min(0.5, axis.get_ylim()[0]), 1.03), ylabel="AUROC on DS2, one against the rest",
+             xticks=range(len(labels)), xticklabels=labels)
+    axis.set_title(f"Heartbeats of MIT-BIH, {result['n']['test_records']} test records; features: R token and its "
+                   "neighbourhood; lines: 95 %, record bootstrap", loc="left", fontsize=10)
     axis.legend(frameon=False, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, -0.08))
     axis.spines[["top", "right"]].set_visible(False)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=130))
 
 
 def parse_args(argv=None):
-    return parser_of("Linear probes of single heartbeats on MIT-BIH, of an encoder and of its untrained control.").parse_args(argv)
+    return parser_of(
+        "Linear probes of single heartbeats on MIT-BIH, of an encoder and of its untrained control.").parse_args(argv)
 
 
 def main(args):
@@ -272,7 +293,8 @@ def main(args):
     train, test = (np.isin(data["record"], names) for names in (MITDB_DS1, MITDB_DS2))
     cls, record = data["cls"][test], data["record"][test]
     n_records = len(np.unique(record))
-    resampled = np.random.default_rng(args.seed).multinomial(n_records, np.full(n_records, 1 / n_records), size=BOOTSTRAPS)
+    resampled = np.random.default_rng(args.seed).multinomial(n_records, np.full(n_records, 1 / n_records),
+                                                             size=BOOTSTRAPS)
     counts = np.concatenate((np.ones((1, n_records)), resampled))
 
     stored, result = dict(record=record, beat_s=data["beat_s"][test], cls=cls), dict(features={}, controls={})
@@ -282,17 +304,20 @@ def main(args):
         stored[f"p_{name}"] = p
     for name in ("r_token", "neighbourhood"):
         runs = [probe(data[f"{name} {e}"], data, train, test) for e in range(len(encoders))]
-        (p, c), (p0, c0) = runs[0], runs[-1]                                                # the control alone: both are the same
+        (p, c), (p0, c0) = runs[0], runs[-1]  # the control alone: both are the same
         (entry, auroc), (control, auroc0) = score(p, cls, record, counts), score(p0, cls, record, counts)
         difference = nsv(auroc) - nsv(auroc0)
-        result["features"][name] = dict(entry, c=c, untrained=control["macro_nsv"], untrained_scores=dict(control, c=c0),
+        result["features"][name] = dict(entry, c=c, untrained=control["macro_nsv"],
+                                        untrained_scores=dict(control, c=c0),
                                         difference=difference[0], difference_ci95=interval(difference[1:]))
         stored |= {f"p_{name}": p, f"p_untrained_{name}": p0, f"difference_{name}": difference}
 
-    n = dict(train=train.sum(), test=len(cls), train_records=len(np.unique(data["record"][train])), test_records=n_records,
-             train_beats={c: np.sum(data["cls"][train] == c) for c in CLASSES}, test_beats={c: np.sum(cls == c) for c in CLASSES},
+    n = dict(train=train.sum(), test=len(cls), train_records=len(np.unique(data["record"][train])),
+             test_records=n_records, train_beats={c: np.sum(data["cls"][train] == c) for c in CLASSES},
+             test_beats={c: np.sum(cls == c) for c in CLASSES},
              absent=[c for c in CLASSES if not (cls == c).any()])
-    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=len(encoders) == 1, n=n, mapping=AAMI, **result))
+    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=len(encoders) == 1,
+                          n=n, mapping=AAMI, **result))
     print(report(result))
     args.out.mkdir(parents=True, exist_ok=True)
     write_whole(args.out / "predictions.npz", lambda path: np.savez_compressed(path, **stored))
