@@ -1,8 +1,9 @@
-"""Speed of the hot paths, each as a ratio to something measured in the same run, because machines differ and are shared.
+"""Speed of the hot paths, each as a ratio to something measured in the same run: machines differ and are shared.
 
     python bench.py [--data DIR [DIR ...]] [--noise DIR] [--size tiny] [--batch 64] [--device auto]
 
-Without --data, synthetic recordings are prepared in a temporary folder. Prints one line per path, medians after a warm-up:
+Without --data, synthetic recordings are prepared in a temporary folder. Prints one line per path, medians after a
+warm-up:
     matmul    fp32 (bf16 on a GPU) matrix multiplication of this machine, the yardstick of `step`
     loader    batches per second of train.host_batch, and the share of a training step that they take
     views     windows, leads, gain and noise of a batch, as a share of a training step
@@ -56,11 +57,13 @@ def matmul_rate(device):
 
 
 def bench(args):
-    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu" if args.device == "auto" else args.device)
+    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else
+                          "cpu" if args.device == "auto" else args.device)
     corpora, noise = [open_corpus(d) for d in args.data], load_noise(open_corpus(args.noise)).to(device)
     encoder = build_encoder(args.size)
     P = encoder.patch_samples
-    student, teacher = (n.to(device) for n in build_networks(encoder, train.HEAD_HIDDEN, train.HEAD_BOTTLENECK, 512, 512))
+    student, teacher = (n.to(device) for n in build_networks(encoder, train.HEAD_HIDDEN, train.HEAD_BOTTLENECK,
+                                                             512, 512))
     optimizer = train.build_optimizer(student)
     train.set_schedules(optimizer, train.schedules(50, 100, 1e-3))
     sampler = train.Sampler(corpora, args.batch, 0, round(train.WINDOW_S * FS))
@@ -92,14 +95,17 @@ def bench(args):
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"size {args.size}, batch {args.batch}, {name}, torch {torch.__version__}")
     print(f"matmul  {rate / 1e9:10.1f} GFLOP/s")
-    print(f"loader  {1 / t_loader:10.1f} batches/s     {100 * t_loader / t_step:6.1f} % of a step (runs beside it in a thread)")
+    print(f"loader  {1 / t_loader:10.1f} batches/s     {100 * t_loader / t_step:6.1f} % of a step "
+          "(runs beside it in a thread)")
     print(f"views   {1 / t_views:10.1f} batches/s     {100 * t_views / t_step:6.1f} % of a step")
-    print(f"step    {args.batch / t_step:10.1f} recordings/s  {100 * flops(step) / t_step / rate:6.1f} % of the matmul rate   ({t_step:.3f} s)")
+    print(f"step    {args.batch / t_step:10.1f} recordings/s  {100 * flops(step) / t_step / rate:6.1f} % of the matmul "
+          f"rate   ({t_step:.3f} s)")
     print(f"embed   {32 / t_embed:10.1f} recordings/s  {100 * flops(embed) / t_embed / rate:6.1f} % of the matmul rate")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
     p.add_argument("--data", nargs="+", type=Path, default=[], help="prepared corpora")
     p.add_argument("--noise", type=Path, help="prepared noise corpus")
     p.add_argument("--size", choices=SIZES, default="tiny", help="(default: %(default)s)")
@@ -114,7 +120,8 @@ def main(args):
     if args.data:
         return bench(args)
     with tempfile.TemporaryDirectory() as folder:
-        prepare.main(prepare.parse_args(["synth", "--raw", f"{folder}/raw", "--out", f"{folder}/data", "--records", "200"]))
+        prepare.main(prepare.parse_args(["synth", "--raw", f"{folder}/raw", "--out", f"{folder}/data",
+                                         "--records", "200"]))
         args.data, args.noise = [Path(folder, "data/ptbxl"), Path(folder, "data/mitdb")], Path(folder, "data/nstdb")
         bench(args)
 
