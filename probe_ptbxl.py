@@ -8,9 +8,10 @@ counts, whatever its likelihood; folds 1-8 train, fold 9 chooses the regularisat
 Recordings without any label of a set stay in it as rows of zeros (the benchmark drops them: about 0.001 of AUROC).
 Features are [CLS, mean patch] of all 12 leads over 10 s. Untrained means the weights that the encoder started from.
 With --noise, fold 10 is also scored under real noise (minutes 20-30 of the Noise Stress Test records, which no encoder
-was trained with), by the same probes, which saw clean recordings only; the signal-to-noise ratio is augment.add_noise's.
+was trained with), by the same probes, which saw clean recordings only; signal-to-noise ratios are augment.add_noise's.
 
-Writes OUT/ptbxl.json (scores, intervals, calibration, robustness, every label), OUT/predictions.npz (fold 10) and OUT/ptbxl.png.
+Writes OUT/ptbxl.json (scores, intervals, calibration, robustness, every label), OUT/predictions.npz (fold 10) and
+OUT/ptbxl.png.
 Size tiny on one core: 3 minutes for 2,000 records, nearly all of it for the features.
 
 Shapes: B batch, L leads, T samples, P patch length, D width; R recordings, F features, C labels, G values of the
@@ -180,8 +181,8 @@ def fit_label(x, y, x_new):
 def fit_labels(features, y, train):
     """Logits (G, R', C) on the rows that are not in train (R,), of labels y (R, C) fitted on those that are.
 
-    features (R, F), or more rows, which follow in the logits. A label without both classes in train gets NaN. Labels that are the same column (a statement is
-    in several sets) are fitted once, in parallel threads.
+    features (R, F), or more rows, which follow in the logits. A label without both classes in train gets NaN. Labels
+    that are the same column (a statement is in several sets) are fitted once, in parallel threads.
     """
     train = np.pad(train, (0, len(features) - len(train)))
     y = np.pad(y, ((0, len(features) - len(y)), (0, 0)))
@@ -288,11 +289,13 @@ def score_task(logits, y, fold, scored, counts):
 
 
 def robustness(runs, noisy, y, counts):
-    """Macro AUROC at every level of noise, and the mean over levels as a share of the clean one; noisy: [(G, H, R', C')]."""
+    """Macro AUROC at every level of noise, and the mean over levels as a share of the clean one;
+    noisy: [(G, H, R', C')]."""
     scores = {}
     for key, run, z in (("macro_auroc", runs[0], noisy[0]), ("untrained", runs[-1], noisy[-1])):
         z, draws = z[C_GRID.index(run["c"])], np.concatenate((np.ones((1, len(y)), dtype=counts.dtype), counts))
-        auroc = [macro(np.stack([resampled_auroc(y[:, k], level[:, k], draws) for k in range(y.shape[1])], axis=1)) for level in z]
+        auroc = [macro(np.stack([resampled_auroc(y[:, k], level[:, k], draws) for k in range(y.shape[1])], axis=1))
+                 for level in z]
         scores |= {key: [a[0] for a in auroc], f"{key}_ci95": [interval(a[1:]) for a in auroc],
                    f"{key}_kept": np.mean([a[0] for a in auroc]) / macro(run["auroc"])[0]}
     return dict(snr_db=list(NOISE_DB), **scores)
@@ -371,8 +374,9 @@ def report(result):
         f"fold 10 is scored ({n['test']} recordings, {n['test_patients']} patients); no refit with fold 9",
         f"{n['features']} features; {n['with_gaps']} recordings with missing samples (mean over valid patches), "
         f"{n['unusable']} without a valid patch (taken as the mean recording)",
-        "macro AUROC [95 %] over the labels with both classes in folds 1-8 and in fold 10 (of those defined); 10+: over "
-        f"those with {MIN_POSITIVES} positives or more in fold 10" + FEW_NOTE * (n["test_patients"] < FEW_PATIENTS),
+        "macro AUROC [95 %] over the labels with both classes in folds 1-8 and in fold 10 (of those defined); "
+        f"10+: over those with {MIN_POSITIVES} positives or more in fold 10"
+        + FEW_NOTE * (n["test_patients"] < FEW_PATIENTS),
         pd.DataFrame.from_dict(rows, orient="index").to_string(na_rep="-", float_format="{:.3g}".format)))
 
 
@@ -420,7 +424,8 @@ def draw_robustness(axis, noise, series):
     """Macro AUROC of the superclasses against the signal-to-noise ratio, with intervals."""
     at = range(len(noise["snr_db"]))
     for name, (key, _) in series.items():
-        axis.fill_between(at, *np.array(noise[f"{key}_ci95"], dtype=float).T, color=COLORS[name], alpha=0.3, linewidth=0)
+        axis.fill_between(at, *np.array(noise[f"{key}_ci95"], dtype=float).T, color=COLORS[name], alpha=0.3,
+                          linewidth=0)
         axis.plot(at, noise[key], marker="o", color=COLORS[name], label=f"{name}, keeps {noise[f'{key}_kept']:.1%}")
     axis.set(xticks=list(at), xticklabels=noise["snr_db"], xlabel="signal-to-noise ratio (dB)", ylabel="macro AUROC")
     axis.set_title("Superclasses under noise", loc="left")
@@ -455,7 +460,8 @@ def load_encoders(path, device):
 def parse_args(argv=None):
     parser = parser_of("Linear probes on PTB-XL, of an encoder and of its untrained control.")
     parser.add_argument("--noise", type=Path, default=argparse.SUPPRESS,
-                        help="noise corpus (prepare.py nstdb): score fold 10 under noise too, which takes as long again")
+                        help="noise corpus (prepare.py nstdb): score fold 10 under noise too, which takes "
+                             "as long again")
     parser.add_argument("--batch", type=int, default=32, help="recordings per forward pass; less if memory runs out")
     return parser.parse_args(argv)
 
