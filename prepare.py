@@ -313,7 +313,8 @@ def list_nstdb(raw, rate):
 
 def list_wfdb(raw, rate):
     """Jobs for every WFDB record under raw; the segments of a multi-segment record are read with it, not twice."""
-    headers, segments = sorted(path for path in raw.rglob("*.hea") if path.is_file()), set()  # no folders, no links to nowhere
+    # No folders, no links to nowhere.
+    headers, segments = sorted(path for path in raw.rglob("*.hea") if path.is_file()), set()
     for path in headers:
         lines = header_lines(path)
         if lines and "/" in lines[0][0]:  # NAME/SEGMENTS, then a line for each segment
@@ -479,8 +480,8 @@ def map_in_order(function, items, workers):
     try:
         yield from pool.map(function, items, chunksize=max(1, min(16, len(items) // (4 * workers))))
     except BrokenProcessPool:
-        raise OSError(f"one of the {workers} workers was killed, most often because memory ran out; nothing was written: "
-                      "try again with a smaller --workers") from None
+        raise OSError(f"one of the {workers} workers was killed, most often because memory ran out; "
+                      "nothing was written: try again with a smaller --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -502,7 +503,8 @@ def make_manifest(source, index, rejects, changes, sums, command):
     patients = [set(rows["patient"].tolist()) for rows in by_split.values()]
     overlap = len(patients[0] & patients[1] | patients[0] & patients[2] | patients[1] & patients[2])
     if overlap:
-        raise ValueError(f"{overlap} patients are in more than one split, so training would see patients of the test; check the source's table of folds")
+        raise ValueError(f"{overlap} patients are in more than one split, so training would see patients of the test; "
+                         "check the source's table of folds")
     return {
         "magic": MAGIC, "format_version": FORMAT_VERSION, "source": source, "fs_hz": FS,
         "units": f"int16 little-endian, 1 uV per step, {MISSING} = missing", "leads": LEADS, "labels": SUPERCLASSES,
@@ -573,9 +575,9 @@ def fetch(database, raw, names):
 
 # ---- synthetic recordings: the body and the data sets ---------------------------------------------------------------
 
-# A moving heart dipole seen by nine electrodes, so that Einthoven's and Goldberger's relations hold; written in the publishers'
-# layouts. Beside every ECG lies NAME.waves, a WFDB annotation of the true borders of P, QRS and T: ( p )  ( N )  ( t ).
-# The last axis of a dipole is x to the patient's left, y to the feet, z to the back (Frank).
+# A moving heart dipole seen by nine electrodes, so that Einthoven's and Goldberger's relations hold; written in the
+# publishers' layouts. Beside every ECG lies NAME.waves, a WFDB annotation of the true borders of P, QRS and T:
+# ( p )  ( N )  ( t ). The last axis of a dipole is x to the patient's left, y to the feet, z to the back (Frank).
 
 SYNTH_ELECTRODES = ("RA", "LA", "LL", "V1", "V2", "V3", "V4", "V5", "V6")
 # I, II, V1 .. V6 from Frank's x, y, z: Dower, Machado and Osborne, Clin Cardiol 1980. The limb electrodes follow from I
