@@ -86,7 +86,7 @@ ADAM_BETAS = (0.9, 0.99)
 CLIP_NORM = 3.0                                 # for encoder and heads each
 FREEZE_PROTOTYPES_SHARE = 0.01                  # of the steps, with learning rate 0 for the prototypes
 KEEP_CHECKPOINTS = 2
-DEFAULT_STEPS, DEMO_STEPS = 1500, 150
+DEFAULT_STEPS, DEMO_STEPS = 2000, 150
 
 
 # ---------------------------------------------------------------------------------------------------------------------
