@@ -461,6 +461,14 @@ def folder(tmp_path_factory):
     return run("wfdb", folder / "raw", folder / "out"), good, bad
 
 
+def test_folders_and_links_to_nowhere_named_like_headers_are_no_records(tmp_path):
+    write(tmp_path / "raw", "good", noise(0))
+    (tmp_path / "raw" / "folder.hea").mkdir()
+    os.symlink("nowhere", tmp_path / "raw" / "dangling.hea")
+    corpus = run("wfdb", tmp_path / "raw", tmp_path / "out")
+    assert names_of(corpus) == ["good"] and not corpus.manifest["rejected"]
+
+
 def stored_name(name):
     return prepare.shorten(name, 64)
 
@@ -611,7 +619,7 @@ def processes_of(session):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker processes in /proc")
-@pytest.mark.parametrize("end", ["SIGINT", "SIGKILL", "a worker is killed"])
+@pytest.mark.parametrize("end", ["SIGINT", "SIGTERM", "SIGKILL", "a worker is killed"])
 def test_an_interrupted_run_leaves_no_corpus(end, tmp_path):
     """One record's signal file is a pipe that nobody writes to, so the run stands in the middle until it is ended."""
     raw, out = tmp_path / "raw", tmp_path / "out"
@@ -620,8 +628,10 @@ def test_an_interrupted_run_leaves_no_corpus(end, tmp_path):
     shutil.move(raw / "r4.dat", tmp_path / "r4.dat")
     os.mkfifo(raw / "r4.dat")
     command = [sys.executable, str(ROOT / "prepare.py"), "wfdb", "--raw", str(raw), "--out", str(out)]
-    process = subprocess.Popen([*command, "--workers", "1" if end == "SIGINT" else "2"], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([*command, "--workers", "1" if end in ("SIGINT", "SIGTERM") else "2"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               # A shell that runs the tests in the background has Ctrl-C ignored, which is inherited.
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         until(lambda: list(tmp_path.glob("out.tmp-*/signal.i16")), "the first samples")
         if end == "a worker is killed":
@@ -631,13 +641,15 @@ def test_an_interrupted_run_leaves_no_corpus(end, tmp_path):
         else:
             (os.killpg if end == "SIGINT" else os.kill)(process.pid, signal.Signals[end])   # Ctrl-C goes to all of them
         code, errors = process.wait(60), "" if end == "SIGKILL" else process.stderr.read()
+        until(lambda: not processes_of(process.pid), "the workers, which end with their parent", 20)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)                 # what a killed parent leaves behind
+            os.killpg(process.pid, signal.SIGKILL)
     assert code == (-signal.SIGKILL if end == "SIGKILL" else 1)
     assert not out.exists()
-    if end == "SIGINT":
-        assert errors.strip().endswith("interrupted, nothing was written") and "Traceback" not in errors
+    said = {"SIGINT": "interrupted, nothing was written", "SIGTERM": "terminated, nothing was written",
+            "a worker is killed": "try again with a smaller --workers", "SIGKILL": ""}[end]
+    assert errors.strip().endswith(said) and "Traceback" not in errors
     if end != "SIGKILL":
         assert sorted(path.name for path in tmp_path.iterdir()) == ["r4.dat", "raw"]
     os.replace(tmp_path / "r4.dat", raw / "r4.dat")
