@@ -6,6 +6,7 @@ gradient.
     iBOT      a masked patch should fall on the prototypes of the patch that the teacher saw there (Zhou et al. 2022)
     Sinkhorn  the teacher's assignments use every prototype equally, so not all recordings share one (SwAV 2020, DINOv2)
     KoLeo     CLS features of different recordings keep a distance (Sablayrolles et al. 2019)
+    Contrast  a view is told from those of other recordings (InfoNCE): not in DINOv3; what a short run learns from
     Gram      similarities between patches stay those of an earlier teacher (Simeoni et al. 2025)
 
 Everything here is computed in fp32 and stays finite for any finite logits. Where a process group exists, Sinkhorn sums
@@ -28,6 +29,7 @@ STUDENT_TEMPERATURE = 0.1
 # at first, and thousands of steps to leave them, which a short run does not have.
 PROTOTYPE_NORM = 1.0
 KOLEO_EPS = 1e-8
+CONTRAST_TEMPERATURE = 0.15
 LOWEST = -1e30                   # a logit this far below the best one counts for nothing; no -inf in sums and products
 
 
@@ -37,7 +39,8 @@ LOWEST = -1e30                   # a logit this far below the best one counts fo
 class DINOHead(nn.Module):
     """Three-layer MLP to a bottleneck on the unit sphere, then bias-free prototypes, without weight norm (DINOv3).
 
-    x (..., in_dim) -> logits (..., num_prototypes)
+    x (..., in_dim) -> logits (..., num_prototypes), and with_bottleneck also the points on the sphere
+    (..., bottleneck_dim).
     """
 
     def __init__(self, in_dim, hidden_dim, bottleneck_dim, num_prototypes):
@@ -55,15 +58,17 @@ class DINOHead(nn.Module):
         nn.init.normal_(self.prototypes.weight, std=PROTOTYPE_NORM * self.prototypes.in_features ** -0.5,
                         generator=generator)
 
-    def forward(self, x):
+    def forward(self, x, with_bottleneck=False):
         x = self.mlp(x)
-        return self.prototypes(F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
+        x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+        return (self.prototypes(x), x) if with_bottleneck else self.prototypes(x)
 
 
 def build_networks(encoder, hidden_dim, bottleneck_dim, cls_prototypes, patch_prototypes):
-    """Student and teacher, each a ModuleDict of encoder, dino_head and ibot_head; the teacher is a frozen copy."""
+    """Student and teacher, each a ModuleDict of encoder, dino_head (of [CLS, mean patch]) and ibot_head (of patches);
+    the teacher is a frozen copy."""
     student = nn.ModuleDict(dict(encoder=encoder,
-                                 dino_head=DINOHead(encoder.width, hidden_dim, bottleneck_dim, cls_prototypes),
+                                 dino_head=DINOHead(2 * encoder.width, hidden_dim, bottleneck_dim, cls_prototypes),
                                  ibot_head=DINOHead(encoder.width, hidden_dim, bottleneck_dim, patch_prototypes)))
     for i, head in enumerate(("dino_head", "ibot_head")):
         student[head].init_weights(encoder.config["init_seed"] + 1 + i)
@@ -203,6 +208,25 @@ def koleo_loss(x):
             nearest = similarity.argmax(dim=1)
         distance = F.pairwise_distance(x, everyone[nearest], eps=KOLEO_EPS)
         return -(distance + KOLEO_EPS).log().mean()
+
+
+def contrast_loss(x, num_anchors):
+    """Every view of a recording nearer to its global views than to those of other recordings (InfoNCE, van den Oord et
+    al. 2018); x (V, B, D), of which the first num_anchors views are the global ones, recordings from all ranks.
+
+    for v, t, b with v != t: - log softmax_c(cos(x[v, b], x[t, c]) / CONTRAST_TEMPERATURE)[c = b], averaged.
+    """
+    with full_precision(x):
+        x = F.normalize(x.float(), dim=-1, eps=KOLEO_EPS)
+        V, B, D = x.shape
+        anchors = x[:num_anchors].transpose(0, 1).reshape(B, num_anchors * D)
+        anchors = (GatherRows.apply(anchors) if distributed() else anchors).unflatten(1, (num_anchors, D))
+        log_probs = (torch.einsum("vbd,ctd->vtbc", x, anchors) / CONTRAST_TEMPERATURE).log_softmax(dim=-1)
+        rows = torch.arange(B, device=x.device)
+        own = dist.get_rank() * B + rows if distributed() else rows
+        pairs = -log_probs[:, :, rows, own].mean(dim=-1)                                     # (V, T)
+        return pairs.masked_fill(torch.eye(V, num_anchors, dtype=torch.bool, device=x.device), 0.0).sum() / (
+            num_anchors * max(1, V - 1))
 
 
 def gram_loss(student, teacher):

@@ -36,8 +36,10 @@ COMPRESS_MV = 0.1
 NORM_EPS = 1e-5
 # mV; from 1 to 99 % of the samples of the largest lead of an ECG: beyond, the units are wrong.
 MIN_SPREAD_MV, MAX_SPREAD_MV = 0.005, 20.0
+# {leads or more: patches}: windows of about 120 tokens of independent leads, 8 s at most. train.py trains on these.
+WINDOW_PATCHES = {8: 15, 1: 40}
 MAX_EMBED_BATCH = 32             # windows that embed() runs at once: bounds its memory for long recordings
-FORMAT = "ecg-dino encoder 2"
+FORMAT = "ecg-dino encoder 3"
 PREPROCESSING = dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES,
                      compress_mv=COMPRESS_MV)  # stored with the weights
 
@@ -118,18 +120,18 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """ViT over (lead, time) patches.
 
-    `config` holds all that is needed to build it again: `init_seed` its first weights, `window_patches` the length of
-    the windows that it was trained on, through which longer recordings go.
+    `config` holds all that is needed to build it again: `init_seed` its first weights, `window_patches` the lengths of
+    the windows that it was trained on, {number of leads or more: patches}, through which longer recordings go.
     """
 
-    def __init__(self, width, depth, heads, layer_scale, init_seed=0, window_patches=50,
+    def __init__(self, width, depth, heads, layer_scale, init_seed=0, window_patches=WINDOW_PATCHES,
                  patch_samples=round(PATCH_S * FS), registers=REGISTERS):
         super().__init__()
         if width % (2 * heads) or width // heads < 4:
             raise ValueError(f"width {width} with {heads} heads: rotary position needs heads of an even width, "
                              "4 or more; choose another width")
         self.config = dict(width=width, depth=depth, heads=heads, layer_scale=layer_scale, init_seed=init_seed,
-                           window_patches=window_patches, patch_samples=patch_samples, registers=registers)
+                           window_patches=dict(window_patches), patch_samples=patch_samples, registers=registers)
         self.width, self.patch_samples, self.num_registers = width, patch_samples, registers
         self.head_width = width // heads
         self.patch_embedding = nn.Linear(patch_samples, width)
@@ -221,7 +223,7 @@ class Encoder(nn.Module):
         """Features of one recording as it is: any leads, rate, duration; see prepare.preprocess for what it accepts.
 
         signal (L, T) or (T, L), `leads` a name per lead, `units` mV, uV or V. A recording longer than window_s (the
-        length of the global views in training) goes through windows every stride_s (half of that); each patch is
+        length of the global views with as many leads in training) goes through windows every stride_s (half of that); each patch is
         taken from the window in which it lies most centrally, and the global feature is the mean of the windows' CLS.
         A rest shorter than a patch at the end is left out. Returns Embedding.
         """
@@ -232,7 +234,7 @@ class Encoder(nn.Module):
             raise ValueError(f"the recording lasts {signal_mv.shape[1] / FS:.3f} s; at least one patch of "
                              f"{P / FS:.1f} s is needed")
         check_amplitude(signal_mv, units)
-        window, stride = self.window_and_stride(window_s, stride_s)
+        window, stride = self.window_and_stride(len(lead_ids), window_s, stride_s)
         patches = torch.from_numpy(signal_mv[:, :N * P]).unflatten(1, (N, P))           # (L, N, P)
         starts = window_starts(N, window, stride)
         window = min(window, N)
@@ -258,17 +260,19 @@ class Encoder(nn.Module):
         arguments as in forward."""
         P = self.patch_samples
         N = signal.shape[-1] // P
-        window, stride = self.window_and_stride()
+        window, stride = self.window_and_stride(leads.shape[1])
         out = [self(signal[..., s * P:(s + window) * P], leads) for s in window_starts(N, window, stride)]
         return torch.cat((torch.stack([o.cls for o in out]).mean(0),
                           torch.stack([o.patches.mean((1, 2)) for o in out]).mean(0)), dim=1).float()
 
-    def window_and_stride(self, window_s=None, stride_s=None):
-        """Length and step of the windows of a long recording, in patches; None: as trained, and half of that."""
+    def window_and_stride(self, num_leads, window_s=None, stride_s=None):
+        """Length and step of the windows of a recording, in patches; None: as trained on so many leads, and half of
+        that."""
         for name, value in (("window_s", window_s), ("stride_s", stride_s)):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}; expected seconds above 0")
-        window = (self.config["window_patches"] if window_s is None else
+        trained = self.config["window_patches"]
+        window = (trained[max(n for n in trained if n <= num_leads)] if window_s is None else
                   max(1, round(window_s * FS / self.patch_samples)))
         stride = max(1, window // 2) if stride_s is None else max(1, round(stride_s * FS / self.patch_samples))
         if stride > window:

@@ -66,7 +66,7 @@ def token_features(encoder, signal, fs, leads, beats_s):
     as not. Samples that are missing count as 0 mV.
     """
     signal_mv, ids = preprocess(signal, fs, leads)
-    P, window = encoder.patch_samples, encoder.window_and_stride()[0]
+    P, window = encoder.patch_samples, encoder.window_and_stride(len(ids))[0]
     r = np.rint(beats_s * FS).astype(int)
     start = np.clip(r - window // 2 * P - P // 2, 0, signal_mv.shape[1] - window * P)       # (K,)
     at = np.clip((r - start) // P, 0, window - 1)                                           # (K,) patch that holds R

@@ -24,6 +24,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -42,23 +43,29 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from augment import ViewSpec, draw_masks, draw_views, load_noise, make_views, take_rows
-from dino import (build_networks, dino_loss, distributed, gram_loss, ibot_loss, koleo_loss, reduce_, sinkhorn_knopp,
+from dino import (build_networks, contrast_loss, dino_loss, distributed, gram_loss, ibot_loss, koleo_loss, reduce_, sinkhorn_knopp,
                   update_teacher)
 import prepare
 import probe_mitbih
 import probe_ptbxl
-from model import SIZES, build_encoder, load_encoder, save_encoder
+from model import SIZES, WINDOW_PATCHES, build_encoder, load_encoder, save_encoder
 from prepare import FS, LEADS, MISSING, SPLITS, open_corpus
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
 
-# Views. A recording falls into the first group whose lead count it reaches:
-# (leads of a global view, leads that a batch carries).
-LEAD_GROUPS = ((8, 12), (2, 4), (1, 1))
-WINDOW_S = 8.0                   # s; the stretch of a recording from which its views are cut
-# 3 s and 1.6 s at 0.2 s: three or four beats, and at least one; longer costs as much more.
-GLOBAL_PATCHES, LOCAL_PATCHES = 15, 8
+class LeadGroup(NamedTuple):
+    """A part of every batch whose views have one shape."""
+    leads: int                   # of a global view; recordings with as many or more take part
+    slots: int                   # leads that a batch carries
+    local_patches: int           # of a local view; a global one is as long as model.WINDOW_PATCHES says
+    share: float                 # of the batch
+
+
+# Few leads get longer views for the same number of tokens: what can be told from one lead is rhythm, and that takes
+# several beats. Recordings with many leads take part in the groups of few as well, with random ones of their leads.
+LEAD_GROUPS = (LeadGroup(8, 12, 8, 0.5), LeadGroup(2, 4, 15, 0.25), LeadGroup(1, 1, 15, 0.25))
+WINDOW_S = 9.0                   # s; the stretch of a recording from which its views are cut
 GLOBAL_VIEWS, LOCAL_FULL_VIEWS, LOCAL_FEW_VIEWS = 2, 3, 1
 FEW_LEADS = (1, 2, 3)            # lead count of the last list, drawn per step
 # I, II and the chest leads come first: every other limb lead follows from I and II.
@@ -69,10 +76,12 @@ LEAD_PRIORITY = np.array([
 BATCH_GRAIN = 16
 WINDOW_TRIES = 8                 # random starts before a window with missing samples is taken after all
 
-# Objective (weights as in DINOv3).
+# Objective. DINO and Contrast weigh otherwise than in DINOv3 (1 and none), because in a run of an hour on a CPU the
+# teacher's targets say more about phase and noise than about the patient; a long run can go back to 1 and 0 (LOG.md).
+DINO_WEIGHT = 0.1
 KOLEO_WEIGHT = 0.1
-# At 1, patches are spent on lead and phase of the beat, which are easy to predict (LOG.md).
-IBOT_WEIGHT = 0.1
+IBOT_WEIGHT = 1.0
+CONTRAST_WEIGHT = 1.0
 GRAM_WEIGHT = 2.0
 TEACHER_TEMPERATURE = (0.015, 0.015, 0.3)       # start, end, share of the steps until the end is reached
 TEACHER_MOMENTUM = (0.98, 0.998)                 # cosine
@@ -96,110 +105,116 @@ class Sampler:
     """Draws windows of recordings from several corpora, at most one per patient in a batch.
 
     A corpus weighs (patients x hours) ** 0.25, the square root of what lies between the two: neither many short
-    recordings nor a few long ones crowd the others out. Its patients weigh the same. Recordings are grouped by lead
-    count, and each group has a fixed share of the batch, so that shapes never change.
+    recordings nor a few long ones crowd the others out. Its patients weigh the same. Each of LEAD_GROUPS has a fixed
+    share of the batch, so that shapes never change.
     """
 
     def __init__(self, corpora, batch, seed, window):
         self.corpora, self.seed, self.window, self.batch = corpora, seed, window, batch
         self.skipped = {"not in split train": 0, f"shorter than {window / FS:g} s": 0}
-        pools = [self._pools(c, corpus) for c, corpus in enumerate(corpora)]
-        weights = [self._weight(corpus, pool) for corpus, pool in zip(corpora, pools)]
+        pools = [self._pools(corpus) for corpus in corpora]
         self.groups = []
-        for g in range(len(LEAD_GROUPS)):
-            members = [dict(pool[g], corpus=c, weight=weights[c] * len(pool[g]["first"]))
-                       for c, pool in enumerate(pools) if g in pool]
+        for group in LEAD_GROUPS:
+            members = [dict(pool[group], corpus=c) for c, pool in enumerate(pools) if group in pool]
             if members:
-                self.groups.append(dict(leads=LEAD_GROUPS[g][0], slots=LEAD_GROUPS[g][1], members=members))
+                self.groups.append(dict(shape=group, members=members,
+                                        weight=np.array([m["weight"] for m in members]),
+                                        patients=np.array([len(m["first"]) for m in members])))
         if not self.groups:
             raise ValueError(f"no recording to train on in {', '.join(str(c.dir) for c in corpora)}: {self.skipped}")
         self._share_batch()
 
-    def _pools(self, c, corpus):
-        """Per lead group of one corpus: index rows sorted by patient, and where each patient's rows begin."""
+    def _pools(self, corpus):
+        """Per lead group of one corpus: index rows sorted by patient, where each patient's rows begin, the corpus'
+        weight."""
         index = corpus.index
         train = index["split"] == SPLITS.index("train")
         long_enough = index["length"] >= self.window
         self.skipped["not in split train"] += int((~train).sum())
         self.skipped[f"shorter than {self.window / FS:g} s"] += int((train & ~long_enough).sum())
         rows = np.flatnonzero(train & long_enough)
-        group = np.select([index["n_leads"][rows] >= least for least, _ in LEAD_GROUPS], range(len(LEAD_GROUPS)))
+        rows = rows[np.argsort(index["patient"][rows], kind="stable")]
         pools = {}
-        for g in np.unique(group):
-            members = rows[group == g]
-            members = members[np.argsort(index["patient"][members], kind="stable")]
-            _, first = np.unique(index["patient"][members], return_index=True)
-            pools[int(g)] = dict(rows=members, first=first, count=np.diff(np.append(first, len(members))))
+        for group in LEAD_GROUPS:
+            members = rows[index["n_leads"][rows] >= group.leads]
+            if len(members):
+                _, first = np.unique(index["patient"][members], return_index=True)
+                hours = float(index["length"][members].sum()) / FS / 3600
+                pools[group] = dict(rows=members, first=first, count=np.diff(np.append(first, len(members))),
+                                    weight=(len(first) * hours) ** 0.25)
         return pools
 
-    @staticmethod
-    def _weight(corpus, pool):
-        """Weight of one patient of a corpus."""
-        patients = sum(len(p["first"]) for p in pool.values())
-        hours = sum(float(corpus.index["length"][p["rows"]].sum()) for p in pool.values()) / FS / 3600
-        return (patients * hours) ** 0.25 / max(1, patients)
-
     def _share_batch(self):
-        """Split the batch among the groups by weight, in grains: at least one each, and no more than a group has
-        patients for."""
+        """Split the batch among the groups by their shares, in grains: at least one each, and no more than a group
+        has patients for."""
         if len(self.groups) > 1 and self.batch % BATCH_GRAIN:
             raise ValueError(f"--batch {self.batch} must be a multiple of {BATCH_GRAIN}: the data have "
                              f"{len(self.groups)} groups of lead counts that share it; "
                              f"try {max(1, round(self.batch / BATCH_GRAIN)) * BATCH_GRAIN}")
         total = BATCH_GRAIN if len(self.groups) > 1 else 1
         grain = self.batch // total
-        patients = [sum(len(m["first"]) for m in g["members"]) for g in self.groups]
+        # Whoever has many leads counts in the groups of few too, and a batch holds a patient once.
+        patients = [int(g["patients"].sum()) for g in self.groups]
         most = np.array(patients) // grain
-        if most.min() < 1 or most.sum() < total:
+        share = np.array([g["shape"].share for g in self.groups])
+        exact, grains = share / share.sum() * total, np.ones(len(self.groups), int)
+        while grains.sum() < total:  # the next grain goes where the most is owed, of the groups that can take it
+            possible = (np.cumsum(grains) + np.tri(len(grains)).T <= most).all(axis=1)
+            if not possible.any():
+                break
+            grains[np.argmax(np.where(possible, exact - grains, -np.inf))] += 1
+        if grains.sum() < total or (np.cumsum(grains) > most).any():
             raise ValueError(f"a batch of {self.batch} needs {self.batch} different patients, and {grain} of each lead "
                              "count there is; the data have "
-                             + ", ".join(f"{n} with {g['leads']} or more leads" for n, g in zip(patients, self.groups))
+                             + ", ".join(f"{n} with {g['shape'].leads} or more leads"
+                                         for n, g in zip(patients, self.groups))
                              + "; use a smaller --batch or more data")
-        weight = np.array([sum(m["weight"] for m in g["members"]) for g in self.groups])
-        exact = weight / weight.sum() * total
-        grains = np.ones(len(self.groups), int)
-        while grains.sum() < total:  # the next grain goes where the most is owed, of the groups that can take it
-            grains[np.argmax(np.where(grains < most, exact - grains, -np.inf))] += 1
         for group, n in zip(self.groups, grains):
             group["size"] = int(n) * grain
 
-    def draw(self, step, g, rows):
-        """Recordings `rows` (slice) of group g in the batch of `step`.
+    def choose(self, step):
+        """Per group (member, patient) for each place of the batch of `step`, no patient twice; the cost does not
+        depend on the size of the corpora."""
+        taken, chosen = set(), []
+        for g, group in enumerate(self.groups):
+            rng, places = np.random.default_rng([self.seed, step, g, 0]), []
+            while len(places) < group["size"]:
+                member = rng.choice(len(group["weight"]), 4 * group["size"], p=group["weight"] / group["weight"].sum())
+                patient = (rng.random(len(member)) * group["patients"][member]).astype(np.int64)
+                for m, p in zip(member.tolist(), patient.tolist()):
+                    pool = group["members"][m]
+                    who = self.corpora[pool["corpus"]].index["patient"][pool["rows"][pool["first"][p]]]
+                    if who not in taken and len(places) < group["size"]:
+                        taken.add(who)
+                        places.append((m, p))
+            chosen.append(places)
+        return chosen
+
+    def draw(self, step, g, chosen, rows):
+        """Recordings `rows` (slice) of group g, chosen for the batch of `step`.
 
         Returns int16 windows (B, S, W), lead ids (B, S) and how many slots hold a lead (B,); further slots repeat
         the first.
         """
         group = self.groups[g]
-        chosen = self._patients(np.random.default_rng([self.seed, step, g, 0]), group)
-        batch = np.empty((group["size"], group["slots"], self.window), np.int16)[rows]
+        batch = np.empty((group["size"], group["shape"].slots, self.window), np.int16)[rows]
         leads, available = np.empty(batch.shape[:2], np.int64), np.empty(len(batch), np.int64)
         for i, r in enumerate(range(*rows.indices(group["size"]))):
             rng = np.random.default_rng([self.seed, step, g, 1, r])
             window, ids = self._window(rng, *chosen[r], group)
             available[i] = len(ids)
-            order = np.arange(group["slots"]) % len(ids)
+            order = np.arange(group["shape"].slots) % len(ids)
             batch[i], leads[i] = window[order], ids[order]
         return batch, leads, available
 
-    def _patients(self, rng, group):
-        """(member, patient) for each place of the group, without repeats; the cost does not depend on the size of
-        the corpora."""
-        weight = np.array([m["weight"] for m in group["members"]])
-        chosen = {}
-        while len(chosen) < group["size"]:
-            member = rng.choice(len(weight), 4 * group["size"], p=weight / weight.sum())
-            patient = (rng.random(4 * group["size"])
-                       * np.array([len(m["first"]) for m in group["members"]])[member]).astype(np.int64)
-            chosen.update(dict.fromkeys(zip(member.tolist(), patient.tolist())))
-        return list(chosen)[:group["size"]]
-
     def _window(self, rng, m, patient, group):
-        """A random window of a patient: (L, W) int16 with leads from which all others follow first, and their ids.
+        """A random window of a patient: (L, W) int16 and the ids of its leads, those from which all others follow
+        first; where not all of those are wanted, random ones.
 
         Windows with too few complete leads are drawn again; if none is complete, missing samples of the last one
         become 0.
         """
-        member = group["members"][m]
+        member, shape = group["members"][m], group["shape"]
         corpus = self.corpora[member["corpus"]]
         for _ in range(WINDOW_TRIES):
             row = member["rows"][member["first"][patient] + rng.integers(member["count"][patient])]
@@ -207,32 +222,35 @@ class Sampler:
             window, ids = (np.asarray(corpus.read(row, start, self.window)),
                            corpus.index["leads"][row][:corpus.index["n_leads"][row]])
             complete = ~(window == MISSING).any(axis=1)
-            if complete.sum() >= group["leads"]:
+            if complete.sum() >= shape.leads:
                 window, ids = window[complete], ids[complete]
                 break
         window = np.where(window == MISSING, 0, window)
-        best_first = np.argsort(LEAD_PRIORITY[ids], kind="stable")[:group["slots"]]
-        return window[best_first], ids[best_first].astype(np.int64)
+        few = len(ids) > shape.slots and shape.leads < LEAD_GROUPS[0].leads
+        order = rng.permutation(len(ids)) if few else np.argsort(LEAD_PRIORITY[ids], kind="stable")
+        return window[order[:shape.slots]], ids[order[:shape.slots]].astype(np.int64)
 
 
-def view_specs(leads, few):
+def view_specs(shape, few):
     """View lists of a lead group: globals, locals with all its leads, locals with few; the last count is drawn per
     step."""
-    return (ViewSpec(GLOBAL_VIEWS, leads, GLOBAL_PATCHES, True), ViewSpec(LOCAL_FULL_VIEWS, leads, LOCAL_PATCHES, True),
-            ViewSpec(LOCAL_FEW_VIEWS, min(few, leads), LOCAL_PATCHES, False))
+    patches = WINDOW_PATCHES[max(n for n in WINDOW_PATCHES if n <= shape.leads)]
+    return (ViewSpec(GLOBAL_VIEWS, shape.leads, patches, True),
+            ViewSpec(LOCAL_FULL_VIEWS, shape.leads, shape.local_patches, True),
+            ViewSpec(LOCAL_FEW_VIEWS, min(few, shape.leads), shape.local_patches, False))
 
 
 def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
     """Everything random or read from disk in a step, for this rank: per group windows, lead ids, draws of views,
     masks."""
     few = int(np.random.default_rng([sampler.seed, step, 99]).choice(FEW_LEADS))
-    groups = []
+    groups, chosen = [], sampler.choose(step)
     for g, group in enumerate(sampler.groups):
         rng = np.random.default_rng([sampler.seed, step, g, 2])
         rows = slice(rank, group["size"], world_size)
-        batch, leads, available = sampler.draw(step, g, rows)
-        specs = view_specs(group["leads"], few)
-        draws = [take_rows(draw_views(rng, spec, group["size"], group["slots"], sampler.window, noise_length,
+        batch, leads, available = sampler.draw(step, g, chosen[g], rows)
+        specs = view_specs(group["shape"], few)
+        draws = [take_rows(draw_views(rng, spec, group["size"], group["shape"].slots, sampler.window, noise_length,
                                       patch_samples), rows, spec, available) for spec in specs]
         masks = draw_masks(rng, GLOBAL_VIEWS * group["size"], specs[0].leads, specs[0].patches)
         masks = masks.reshape(GLOBAL_VIEWS, group["size"], *masks.shape[1:])[:, rows].reshape(-1, *masks.shape[1:])
@@ -244,8 +262,13 @@ def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
 # ---------------------------------------------------------------------------------------------------------------------
 # the objective on one batch
 
+def global_feature(out):
+    """[CLS, mean patch] (B, 2D): what the probes read is what the DINO head sees, so training shapes both."""
+    return torch.cat((out.cls, out.patches.mean((1, 2))), dim=1)
+
+
 def group_features(student, teacher, gram_teacher, group, noise, patch_samples, device):
-    """Forward passes of one lead group. CLS features come view-major (V, B, D), patches of the masked places only
+    """Forward passes of one lead group. Global features come view-major (V, B, 2D), patches of the masked places only
     (M, D)."""
     batch, leads, masks = (group[k].to(device, non_blocking=True) for k in ("batch", "leads", "masks"))
     B = len(batch)
@@ -257,40 +280,43 @@ def group_features(student, teacher, gram_teacher, group, noise, patch_samples, 
         anchor = gram_teacher(clean, named).patches if gram_teacher is not None else None
     for (signal, _, ids, _), mask in zip(views, (masks, None, None)):
         out = student["encoder"](signal, ids, mask)
-        cls.append(out.cls.unflatten(0, (-1, B)))
+        cls.append(global_feature(out).unflatten(0, (-1, B)))
         if mask is not None:
             patches = out.patches
     per_crop = masks.sum((1, 2))                                                     # (2B,)
     return dict(cls=cls, patches=patches[masks],
                 weights=(1.0 / per_crop.clamp(min=1))[:, None, None].expand_as(masks)[masks],
-                target_cls=target.cls.unflatten(0, (-1, B)), target_patches=target.patches[masks],
+                target_cls=global_feature(target).unflatten(0, (-1, B)), target_patches=target.patches[masks],
                 gram=gram_loss(patches.flatten(1, 2), anchor.flatten(1, 2)) if anchor is not None else None)
 
 
 def objective(student, teacher, gram_teacher, groups, noise, temperature, patch_samples, device):
-    """All losses of a batch and health of its targets: dict of scalars, and the teacher's CLS features (2, B, D)."""
+    """Loss of a batch, its parts and the health of its targets (dict of scalars), the teacher's global features
+    (2, B, 2D) and the student's logits."""
     features = [group_features(student, teacher, gram_teacher, g, noise, patch_samples, device) for g in groups]
     B = sum(f["target_cls"].shape[1] for f in features)
-    globals_ = torch.cat([f["cls"][0] for f in features], dim=1)                      # (2, B, D)
-    locals_ = torch.cat([torch.cat(f["cls"][1:]) for f in features], dim=1)           # (V, B, D)
-    target_cls = torch.cat([f["target_cls"] for f in features], dim=1)                # (2, B, D)
+    globals_ = torch.cat([f["cls"][0] for f in features], dim=1)                      # (2, B, 2D)
+    locals_ = torch.cat([torch.cat(f["cls"][1:]) for f in features], dim=1)           # (V, B, 2D)
+    target_cls = torch.cat([f["target_cls"] for f in features], dim=1)                # (2, B, 2D)
     with torch.no_grad():
         probs = sinkhorn_knopp(teacher["dino_head"](target_cls).flatten(0, 1),
                                temperature).unflatten(0, (GLOBAL_VIEWS, B))
         patch_probs = sinkhorn_knopp(teacher["ibot_head"](torch.cat([f["target_patches"] for f in features])),
                                      temperature)
-    logits = student["dino_head"](torch.cat((globals_, locals_)))                     # (2 + V, B, K)
+    logits, points = student["dino_head"](torch.cat((globals_, locals_)), with_bottleneck=True)    # (2 + V, B, K)
     patch_logits = student["ibot_head"](torch.cat([f["patches"] for f in features]))
     dino_global = dino_loss(logits[:GLOBAL_VIEWS], probs, ignore_diagonal=True)
     dino_local = dino_loss(logits[GLOBAL_VIEWS:], probs)
     ibot = ibot_loss(patch_logits, patch_probs, torch.cat([f["weights"] for f in features]), GLOBAL_VIEWS * B)
     # Neighbours only among views with the same leads, else distances would be about the lead set.
     koleo = sum(f["cls"][0].shape[1] / B * koleo_loss(crop) for f in features for crop in f["cls"][0])
+    sizes = [f["target_cls"].shape[1] for f in features]
+    contrast = sum(n / B * contrast_loss(x, GLOBAL_VIEWS) for n, x in zip(sizes, points.split(sizes, dim=1)))
     # Every (student view, teacher view) pair counts the same: 2 among globals, 2 per local view.
     pairs_global, pairs_local = GLOBAL_VIEWS * (GLOBAL_VIEWS - 1), GLOBAL_VIEWS * len(locals_)
-    loss = ((pairs_global * dino_global + pairs_local * dino_local) / (pairs_global + pairs_local)
-            + KOLEO_WEIGHT * koleo + IBOT_WEIGHT * ibot)
-    parts = dict(dino_global=dino_global, dino_local=dino_local, ibot=ibot, koleo=koleo)
+    loss = (DINO_WEIGHT * (pairs_global * dino_global + pairs_local * dino_local) / (pairs_global + pairs_local)
+            + KOLEO_WEIGHT * koleo + IBOT_WEIGHT * ibot + CONTRAST_WEIGHT * contrast)
+    parts = dict(dino_global=dino_global, dino_local=dino_local, ibot=ibot, koleo=koleo, contrast=contrast)
     if gram_teacher is not None:
         parts["gram"] = sum(f["target_cls"].shape[1] / B * f["gram"] for f in features)
         loss = loss + GRAM_WEIGHT * parts["gram"]
@@ -441,7 +467,7 @@ def barrier():
 
 @torch.no_grad()
 def health(cls, logits, parts):
-    """Signs that the loss does not show. cls (2, B, D) teacher features, logits (V, B, K) of the student."""
+    """Signs that the loss does not show. cls (2, B, 2D) teacher features, logits (V, B, K) of the student."""
     x = torch.nan_to_num(cls[0] - cls[0].mean(0)).float()
     spectrum = torch.linalg.svdvals(x)
     share = spectrum / spectrum.sum().clamp(min=1e-12)
@@ -508,8 +534,8 @@ def run_about(args, world_size, device, sampler, student):
                              f"{torch.get_num_threads()} CPU threads"),
                 precision="bf16 with fp32 weights and losses" if bf16(args, device) else "fp32",
                 parameters={k: sum(p.numel() for p in part.parameters()) for k, part in student.items()},
-                groups=[dict(leads=g["leads"], recordings_per_batch=g["size"],
-                             patients=sum(len(m["first"]) for m in g["members"])) for g in sampler.groups],
+                groups=[dict(leads=g["shape"].leads, recordings_per_batch=g["size"],
+                             patients=int(g["patients"].sum())) for g in sampler.groups],
                 skipped=sampler.skipped,
                 data=[dict(dir=str(c.dir), **{k: c.manifest[k] for k in ("source", "sha256") if k in c.manifest})
                       for c in sampler.corpora])
@@ -518,16 +544,16 @@ def run_about(args, world_size, device, sampler, student):
 def train(args, rank=0, world_size=1, device=torch.device("cpu")):
     """Pre-train into args.out."""
     corpora = [open_corpus(d) for d in args.data]
-    encoder = build_encoder(args.size, args.seed, window_patches=GLOBAL_PATCHES)
+    encoder = build_encoder(args.size, args.seed)
     patch = encoder.patch_samples
     sampler = Sampler(corpora, args.batch, args.seed, round(WINDOW_S * FS))
     for g in sampler.groups:
         if g["size"] % world_size:
-            raise ValueError(f"{world_size} processes cannot share the {g['size']} recordings with {g['leads']} or "
+            raise ValueError(f"{world_size} processes cannot share the {g['size']} recordings with {g['shape'].leads} or "
                              f"more leads of a batch of {args.batch}; "
                              f"use a --batch that is a multiple of {BATCH_GRAIN * world_size}")
     noise = load_noise(open_corpus(args.noise)).to(device) if args.noise else None
-    noise_length = noise.shape[-1] if noise is not None else GLOBAL_PATCHES * patch
+    noise_length = noise.shape[-1] if noise is not None else sampler.window
     student, teacher = build_networks(encoder, HEAD_HIDDEN, HEAD_BOTTLENECK, args.prototypes, args.prototypes)
     student, teacher = student.to(device), teacher.to(device)
     gram_teacher = copy.deepcopy(teacher["encoder"]) if args.gram_from >= 0 else None
@@ -557,7 +583,7 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
         (out / "run.json").write_text(json.dumps(about, indent=1, default=str))
         trim_log(out / "log.jsonl", start)
         print_header(about, args, start)
-    probe = OnlineProbe(corpora, GLOBAL_PATCHES * patch)
+    probe = OnlineProbe(corpora, WINDOW_PATCHES[8] * patch)
     # Sharded on CUDA, parameters are bf16 already.
     autocast = (torch.autocast(device.type, torch.bfloat16)
                 if bf16(args, device) and not (world_size > 1 and device.type == "cuda") else contextlib.nullcontext())
@@ -634,7 +660,7 @@ def print_header(about, args, start):
     print(f"encoder {args.size} {about['parameters']['encoder'] / 1e6:.2f} M parameters, with heads "
           f"{total / 1e6:.2f} M | {about['device_name']} x {about['world_size']}, {about['precision']}")
     for g in about["groups"]:
-        print(f"  {g['recordings_per_batch']} of {args.batch} recordings per batch have {g['leads']} or more leads "
+        print(f"  {g['recordings_per_batch']} of {args.batch} recordings per batch show {g['leads']} leads "
               f"({g['patients']} patients)")
     print(f"  left out: {', '.join(f'{n} {why}' for why, n in about['skipped'].items())}")
     print(f"steps {start} to {args.steps}, checkpoints and log in {args.out}")

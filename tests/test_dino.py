@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dino import (DINOHead, PROTOTYPE_NORM, STUDENT_TEMPERATURE, build_networks, dino_loss, gram_loss, ibot_loss, koleo_loss,
+from dino import (DINOHead, PROTOTYPE_NORM, STUDENT_TEMPERATURE, build_networks, contrast_loss, dino_loss, gram_loss, ibot_loss, koleo_loss,
                   sinkhorn_knopp, update_teacher)
 
 LARGEST = torch.finfo(torch.float32).max
@@ -61,6 +61,18 @@ def plain_koleo(x):
         nearest = others[int(np.argmax([(row @ other).item() for other in others]))]
         total = total - torch.log(torch.sqrt(((row - nearest + 1e-8) ** 2).sum()) + 1e-8)
     return total / len(unit)
+
+
+def plain_contrast(x, num_anchors):
+    def cosine(a, b):
+        return a @ b / torch.sqrt((a @ a) * (b @ b))
+    terms = []
+    for v in range(len(x)):
+        for t in range(num_anchors):
+            for b in range(x.shape[1] if v != t else 0):
+                all_ = [torch.exp(cosine(x[v, b], x[t, c]) / 0.15) for c in range(x.shape[1])]
+                terms.append(-torch.log(all_[b] / sum(all_)))
+    return sum(terms) / len(terms)
 
 
 def plain_gram(student, teacher):
@@ -196,6 +208,11 @@ def test_koleo_of_one_recording_is_zero():
     assert loss.item() == 0 and torch.equal(x.grad, torch.zeros(1, 6))
 
 
+@pytest.mark.parametrize("V, num_anchors", [(2, 2), (5, 2), (3, 1)])
+def test_contrast_loss(V, num_anchors):
+    assert_same_loss(contrast_loss, plain_contrast, randn(V, 4, 6), num_anchors)
+
+
 @pytest.mark.parametrize("B", [1, 3])
 def test_gram_loss(B):
     assert_same_loss(gram_loss, plain_gram, randn(B, 4, 5), 2 * randn(B, 4, 5, seed=1))
@@ -209,7 +226,7 @@ def test_gram_loss_is_about_directions_only():
 
 LOSSES = {"dino": lambda x: dino_loss(x[None], probabilities(2, 8, 16)),
           "ibot": lambda x: ibot_loss(x, probabilities(8, 16), torch.full((8,), 0.5), 3),
-          "koleo": koleo_loss, "gram": lambda x: gram_loss(x[None], randn(1, 8, 16, seed=3)),
+          "koleo": koleo_loss, "contrast": lambda x: contrast_loss(torch.stack((x, x.flip(0), x.roll(1, 0))), 2), "gram": lambda x: gram_loss(x[None], randn(1, 8, 16, seed=3)),
           "sinkhorn": lambda x: sinkhorn_knopp(x, 0.05)}
 
 
@@ -344,6 +361,10 @@ def run_rank(rank, folder):
         loss = koleo_loss(x)
         loss.backward()
         results[f"koleo {B}"] = (loss.detach(), x.grad)
+    x = randn(3, 6, 5).split(3, dim=1)[rank].requires_grad_()
+    loss = contrast_loss(x, 2)
+    loss.backward()
+    results["contrast"] = (loss.detach(), x.grad)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -374,3 +395,13 @@ def test_koleo_over_ranks(ranks, B):
     values, gradients = zip(*(results[f"koleo {B}"] for results in ranks))
     torch.testing.assert_close(sum(values) / 2, loss.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.cat(gradients) / 2, x.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_contrast_over_ranks(ranks):
+    """The mean of the ranks' losses is the loss of all recordings; gradients summed over ranks are twice its own."""
+    x = randn(3, 6, 5).requires_grad_()
+    whole = contrast_loss(x, 2)
+    whole.backward()
+    losses, gradients = zip(*(results["contrast"] for results in ranks))
+    torch.testing.assert_close(sum(losses) / 2, whole.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(torch.cat(gradients, dim=1) / 2, x.grad, rtol=1e-5, atol=1e-7)

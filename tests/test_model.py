@@ -484,7 +484,7 @@ def test_patches_come_from_the_most_central_window(encoder, monkeypatch, at_once
 
 
 def test_windows_are_as_long_as_in_training():
-    encoder = Encoder(width=32, depth=1, heads=2, layer_scale=1.0, window_patches=20).eval()
+    encoder = Encoder(width=32, depth=1, heads=2, layer_scale=1.0, window_patches={1: 20}).eval()
     signal = draw_ecg(250, 13, ("II", "V1"))
     a, b = (encoder.embed(signal, fs=250, leads=("II", "V1"), **windows) for windows in ({}, dict(window_s=4, stride_s=2)))
     assert np.array_equal(a.local_features, b.local_features) and np.array_equal(a.global_feature, b.global_feature)
@@ -494,7 +494,7 @@ def test_windows_are_as_long_as_in_training():
 @pytest.mark.parametrize("samples, starts", [(65 * P, (0, 10, 20, 30, 40, 45)), (20 * P, (0,)), (12 * P, (0,))])
 def test_pool_is_the_mean_over_windows(samples, starts):
     """[CLS, mean patch], mean over the windows that embed() would take."""
-    encoder = Encoder(width=32, depth=1, heads=2, layer_scale=1.0, window_patches=20).eval()
+    encoder = Encoder(width=32, depth=1, heads=2, layer_scale=1.0, window_patches={1: 20}).eval()
     signal, leads = 0.3 * randn(3, 2, samples), ids("I", "V1").expand(3, -1)
     n = min(20, samples // P)
     windows = [encoder(signal[..., s * P:(s + n) * P], leads) for s in starts]

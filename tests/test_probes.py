@@ -21,7 +21,7 @@ WIDTH, WINDOW, PATCH = 16, 5, 50
 @pytest.fixture(scope="module")
 def encoder_path(tmp_path_factory):
     """A narrow encoder whose weights are not those that it started from."""
-    encoder = Encoder(width=WIDTH, depth=1, heads=1, layer_scale=1.0, window_patches=WINDOW)
+    encoder = Encoder(width=WIDTH, depth=1, heads=1, layer_scale=1.0, window_patches={1: WINDOW})
     with torch.no_grad():
         encoder.patch_embedding.weight.mul_(0.5)
     path = tmp_path_factory.mktemp("encoder") / "encoder.pt"

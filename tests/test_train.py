@@ -80,15 +80,24 @@ def test_ranks_share_the_batch_of_one_process(data):
 
 def test_batch_holds_one_window_per_patient_of_the_train_split(data):
     s = sampler(data)
+    chosen, patients = s.choose(0), []
     for g, group in enumerate(s.groups):
-        chosen = s._patients(np.random.default_rng(0), group)
-        assert len(set(chosen)) == group["size"]
-        for m, patient in chosen:
+        assert len(chosen[g]) == group["size"]
+        for m, patient in chosen[g]:
             member = group["members"][m]
             index = s.corpora[member["corpus"]].index
             rows = member["rows"][member["first"][patient]:member["first"][patient] + member["count"][patient]]
             assert len(set(index["patient"][rows])) == 1
+            patients.append(index["patient"][rows[0]])
             assert set(index["split"][rows]) == {SPLITS.index("train")}
+    assert len(set(patients)) == 32                # once in a batch, though those with many leads are in every group
+
+
+def test_recordings_with_many_leads_show_few_of_them_for_longer(data):
+    groups = train.host_batch(sampler(data), 0, 0, 1, 5000, 50)
+    assert [(g["specs"][0].leads, g["specs"][0].patches) for g in groups] == [(8, 15), (2, 40), (1, 40)]
+    assert [len(g["batch"]) for g in groups] == [16, 8, 8]
+    assert len(set(groups[2]["leads"].flatten().tolist())) > 2 and (groups[2]["leads"] > 2).any()
 
 
 def test_held_out_patients_never_reach_a_batch(data):
@@ -100,7 +109,7 @@ def test_held_out_patients_never_reach_a_batch(data):
 
 def test_independent_leads_come_first_and_windows_are_those_of_the_corpus(data):
     s = sampler(data)
-    batch, leads, available = s.draw(0, 0, slice(0, 8))
+    batch, leads, available = s.draw(0, 0, s.choose(0)[0], slice(0, 8))
     names = [[prepare.LEADS[i] for i in row] for row in leads]
     assert all(row[:8] == ["I", "II", "V1", "V2", "V3", "V4", "V5", "V6"] for row in names)
     assert batch.dtype == np.int16 and batch.shape == (8, 12, s.window) and (available == 12).all()
