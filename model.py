@@ -234,7 +234,8 @@ class Encoder(nn.Module):
             raise ValueError(f"the recording lasts {signal_mv.shape[1] / FS:.3f} s; at least one patch of "
                              f"{P / FS:.1f} s is needed")
         check_amplitude(signal_mv, units)
-        window, stride = self.window_and_stride(len(lead_ids), window_s, stride_s)
+        present = max(1, np.isfinite(signal_mv).any(axis=1).sum())                       # a dead lead is no lead
+        window, stride = self.window_and_stride(present, window_s, stride_s)
         patches = torch.from_numpy(signal_mv[:, :N * P]).unflatten(1, (N, P))           # (L, N, P)
         starts = window_starts(N, window, stride)
         window = min(window, N)

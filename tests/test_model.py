@@ -378,7 +378,7 @@ def write_bad_file(path, kind, saved):
 @pytest.mark.parametrize("kind, text", [
     ("text", "not an encoder.*train.py"), ("empty", "not an encoder.*train.py"), ("truncated", "not an encoder.*train.py"),
     ("foreign", "not an encoder.*train.py"), ("a tensor", "not an encoder.*train.py"), ("code inside", "not an encoder.*train.py"),
-    ("other format", "expected format 'ecg-dino encoder 2'.*ecg-dino encoder 99"),
+    ("other format", "expected format 'ecg-dino encoder 3'.*ecg-dino encoder 99"),
     ("other rate", "500 Hz.*250 Hz"), ("other leads", "1 leads.*21"),
     ("other baseline", "the commit that wrote it"), ("other compression", "the commit that wrote it"),
     ("unknown compression", "the commit that wrote it"), ("no preprocessing", "encoder.pt that train.py wrote"),
@@ -548,11 +548,19 @@ def test_dc_offset_does_not_matter_beside_a_gap(encoder):
     assert_close(a.local_features, b.local_features, atol=1e-4)
 
 
+def test_windows_are_as_long_as_in_training_with_as_many_leads(encoder):
+    assert [encoder.window_and_stride(n) for n in (12, 8, 7, 2, 1)] == [(15, 7), (15, 7), (40, 20), (40, 20), (40, 20)]
+    signal, leads = draw_ecg(250, 8, TWELVE), list(TWELVE)
+    for n, window_s in ((12, 3), (2, 8)):
+        assert_close(encoder.embed(signal[:n], fs=250, leads=leads[:n]).global_feature,
+                     encoder.embed(signal[:n], fs=250, leads=leads[:n], window_s=window_s).global_feature)
+
+
 def test_windows_without_signal_do_not_count(encoder):
     signal = draw_ecg(250, 60)
     signal[0, 10 * 250:50 * 250] = np.nan
     out = encoder.embed(signal, fs=250, leads=["II"], window_s=10, stride_s=10)
-    ends = [encoder.embed(part, fs=250, leads=["II"]) for part in (signal[:, :2500], signal[:, -2500:])]
+    ends = [encoder.embed(part, fs=250, leads=["II"], window_s=10) for part in (signal[:, :2500], signal[:, -2500:])]
     assert_close(out.global_feature, (ends[0].global_feature + ends[1].global_feature) / 2)
     assert_close(out.local_features[:, :50], ends[0].local_features)
     assert np.isnan(out.local_features[:, 50:250]).all()

@@ -17,7 +17,7 @@ from model import Encoder, load_encoder
 from prepare import SPLITS, open_corpus
 
 ROOT = Path(__file__).parents[1]
-RUN = ["--batch", "32", "--log-every", "1", "--checkpoint-every", "2", "--probe-every", "0", "--prototypes", "64", "--device", "cpu"]
+RUN = ["--batch", "16", "--log-every", "1", "--checkpoint-every", "2", "--probe-every", "0", "--prototypes", "64", "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
