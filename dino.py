@@ -5,7 +5,7 @@ gradient.
     DINO      the CLS tokens of two views of a recording should fall on the same prototypes (Caron et al. 2021)
     iBOT      a masked patch should fall on the prototypes of the patch that the teacher saw there (Zhou et al. 2022)
     Sinkhorn  the teacher's assignments use every prototype equally, so not all recordings share one (SwAV 2020, DINOv2)
-    KoLeo     CLS features of different recordings keep a distance (Sablayrolles et al. 2019)
+    KoLeo     global features of different recordings keep a distance (Sablayrolles et al. 2019)
     Contrast  a view is told from those of other recordings (InfoNCE): not in DINOv3; what a short run learns from
     Gram      similarities between patches stay those of an earlier teacher (Simeoni et al. 2025)
 
@@ -29,7 +29,7 @@ STUDENT_TEMPERATURE = 0.1
 # at first, and thousands of steps to leave them, which a short run does not have.
 PROTOTYPE_NORM = 1.0
 KOLEO_EPS = 1e-8
-CONTRAST_TEMPERATURE = 0.15
+CONTRAST_TEMPERATURE = 0.15      # of InfoNCE; no other value was tried
 LOWEST = -1e30                   # a logit this far below the best one counts for nothing; no -inf in sums and products
 
 
@@ -109,6 +109,11 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return reduce_(gradient.contiguous()).chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_rows(x):
+    """Rows (B, D) of all ranks, with gradient, and the place of this rank's first row among them."""
+    return (GatherRows.apply(x), dist.get_rank() * len(x)) if distributed() else (x, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,10 +202,9 @@ def koleo_loss(x):
     """
     with full_precision(x):
         x = F.normalize(x.float(), dim=-1, eps=KOLEO_EPS)
-        everyone = GatherRows.apply(x) if distributed() else x
+        everyone, first = gather_rows(x)
         if len(everyone) < 2:
             return x.sum() * 0.0
-        first = dist.get_rank() * len(x) if distributed() else 0
         rows = torch.arange(len(x), device=x.device)
         with torch.no_grad():
             similarity = x @ everyone.T
@@ -219,12 +223,11 @@ def contrast_loss(x, num_anchors):
     with full_precision(x):
         x = F.normalize(x.float(), dim=-1, eps=KOLEO_EPS)
         V, B, D = x.shape
-        anchors = x[:num_anchors].transpose(0, 1).reshape(B, num_anchors * D)
-        anchors = (GatherRows.apply(anchors) if distributed() else anchors).unflatten(1, (num_anchors, D))
-        log_probs = (torch.einsum("vbd,ctd->vtbc", x, anchors) / CONTRAST_TEMPERATURE).log_softmax(dim=-1)
+        anchors, first = gather_rows(x[:num_anchors].transpose(0, 1).reshape(B, num_anchors * D))
+        cosine = torch.einsum("vbd,ctd->vtbc", x, anchors.unflatten(1, (num_anchors, D)))
         rows = torch.arange(B, device=x.device)
-        own = dist.get_rank() * B + rows if distributed() else rows
-        pairs = -log_probs[:, :, rows, own].mean(dim=-1)                                     # (V, T)
+        log_probs = (cosine / CONTRAST_TEMPERATURE).log_softmax(dim=-1)[:, :, rows, first + rows]      # (V, T, B)
+        pairs = -log_probs.mean(dim=-1)                                                                # (V, T)
         return pairs.masked_fill(torch.eye(V, num_anchors, dtype=torch.bool, device=x.device), 0.0).sum() / (
             num_anchors * max(1, V - 1))
 

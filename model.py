@@ -58,6 +58,10 @@ class Features(NamedTuple):
     registers: torch.Tensor      # (B, R, D)
     patches: torch.Tensor        # (B, L, N, D) local features
 
+    def pooled(self):
+        """[CLS, mean patch] (B, 2D): what the probes read and the DINO head sees, so that training shapes both."""
+        return torch.cat((self.cls, self.patches.mean((1, 2))), dim=1)
+
 
 class Embedding(NamedTuple):
     global_feature: np.ndarray   # (D,) CLS token, mean over windows
@@ -223,9 +227,9 @@ class Encoder(nn.Module):
         """Features of one recording as it is: any leads, rate, duration; see prepare.preprocess for what it accepts.
 
         signal (L, T) or (T, L), `leads` a name per lead, `units` mV, uV or V. A recording longer than window_s (the
-        length of the global views with as many leads in training) goes through windows every stride_s (half of that); each patch is
-        taken from the window in which it lies most centrally, and the global feature is the mean of the windows' CLS.
-        A rest shorter than a patch at the end is left out. Returns Embedding.
+        length of the global views with as many leads in training) goes through windows every stride_s (half of that);
+        each patch is taken from the window in which it lies most centrally, and the global feature is the mean of the
+        windows' CLS. A rest shorter than a patch at the end is left out. Returns Embedding.
         """
         signal_mv, lead_ids = preprocess(signal, fs, leads, units)
         P = self.patch_samples
@@ -262,9 +266,8 @@ class Encoder(nn.Module):
         P = self.patch_samples
         N = signal.shape[-1] // P
         window, stride = self.window_and_stride(leads.shape[1])
-        out = [self(signal[..., s * P:(s + window) * P], leads) for s in window_starts(N, window, stride)]
-        return torch.cat((torch.stack([o.cls for o in out]).mean(0),
-                          torch.stack([o.patches.mean((1, 2)) for o in out]).mean(0)), dim=1).float()
+        return torch.stack([self(signal[..., s * P:(s + window) * P], leads).pooled()
+                            for s in window_starts(N, window, stride)]).mean(0).float()
 
     def window_and_stride(self, num_leads, window_s=None, stride_s=None):
         """Length and step of the windows of a recording, in patches; None: as trained on so many leads, and half of
@@ -272,8 +275,7 @@ class Encoder(nn.Module):
         for name, value in (("window_s", window_s), ("stride_s", stride_s)):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}; expected seconds above 0")
-        trained = self.config["window_patches"]
-        window = (trained[max(n for n in trained if n <= num_leads)] if window_s is None else
+        window = (window_length(num_leads, self.config["window_patches"]) if window_s is None else
                   max(1, round(window_s * FS / self.patch_samples)))
         stride = max(1, window // 2) if stride_s is None else max(1, round(stride_s * FS / self.patch_samples))
         if stride > window:
@@ -299,6 +301,11 @@ def check_amplitude(signal_mv, units):
         raise ValueError(f"the signal spans {spread:.2g} mV if it is in {units}, and {missing.mean():.0%} of its "
                          f"samples are unusable; an ECG spans {MIN_SPREAD_MV} to {MAX_SPREAD_MV:g} mV: "
                          "check the units")
+
+
+def window_length(num_leads, window_patches=WINDOW_PATCHES):
+    """Patches of the windows with num_leads leads, of {leads or more: patches}."""
+    return window_patches[max(n for n in window_patches if n <= num_leads)]
 
 
 def window_starts(num_patches, window, stride):

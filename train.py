@@ -35,6 +35,7 @@ from matplotlib.collections import LineCollection
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict, StateDictOptions)
@@ -42,16 +43,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from augment import ViewSpec, draw_masks, draw_views, load_noise, make_views, take_rows
-from dino import (build_networks, contrast_loss, dino_loss, distributed, gram_loss, ibot_loss, koleo_loss, reduce_, sinkhorn_knopp,
-                  update_teacher)
+from dino import (build_networks, contrast_loss, dino_loss, distributed, gram_loss, ibot_loss, koleo_loss, reduce_,
+                  sinkhorn_knopp, update_teacher)
 import prepare
 import probe_mitbih
 import probe_ptbxl
-from model import SIZES, WINDOW_PATCHES, build_encoder, load_encoder, save_encoder
+from model import SIZES, build_encoder, load_encoder, save_encoder, window_length
 from prepare import FS, LEADS, MISSING, SPLITS, open_corpus
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
+
 
 class LeadGroup(NamedTuple):
     """A part of every batch whose views have one shape."""
@@ -94,6 +96,7 @@ ADAM_BETAS = (0.9, 0.99)
 CLIP_NORM = 3.0                                 # for encoder and heads each
 FREEZE_PROTOTYPES_SHARE = 0.01                  # of the steps, with learning rate 0 for the prototypes
 KEEP_CHECKPOINTS = 2
+# The best one is taken: what training teaches lies along directions of little variance, which a small C hides.
 ONLINE_PROBE_C = (0.01, 0.1, 1.0)
 DEFAULT_STEPS, DEMO_STEPS = 2000, 150
 
@@ -183,7 +186,8 @@ class Sampler:
                 patient = (rng.random(len(member)) * group["patients"][member]).astype(np.int64)
                 for m, p in zip(member.tolist(), patient.tolist()):
                     pool = group["members"][m]
-                    who = self.corpora[pool["corpus"]].index["patient"][pool["rows"][pool["first"][p]]]
+                    index = self.corpora[pool["corpus"]].index
+                    who = pool["corpus"], index["patient"][pool["rows"][pool["first"][p]]]
                     if who not in taken and len(places) < group["size"]:
                         taken.add(who)
                         places.append((m, p))
@@ -226,16 +230,15 @@ class Sampler:
                 window, ids = window[complete], ids[complete]
                 break
         window = np.where(window == MISSING, 0, window)
-        few = len(ids) > shape.slots and shape.leads < LEAD_GROUPS[0].leads
-        order = rng.permutation(len(ids)) if few else np.argsort(LEAD_PRIORITY[ids], kind="stable")
+        any_will_do = len(ids) > shape.slots and shape.leads < LEAD_GROUPS[0].leads
+        order = rng.permutation(len(ids)) if any_will_do else np.argsort(LEAD_PRIORITY[ids], kind="stable")
         return window[order[:shape.slots]], ids[order[:shape.slots]].astype(np.int64)
 
 
 def view_specs(shape, few):
     """View lists of a lead group: globals, locals with all its leads, locals with few; the last count is drawn per
     step."""
-    patches = WINDOW_PATCHES[max(n for n in WINDOW_PATCHES if n <= shape.leads)]
-    return (ViewSpec(GLOBAL_VIEWS, shape.leads, patches, True),
+    return (ViewSpec(GLOBAL_VIEWS, shape.leads, window_length(shape.leads), True),
             ViewSpec(LOCAL_FULL_VIEWS, shape.leads, shape.local_patches, True),
             ViewSpec(LOCAL_FEW_VIEWS, min(few, shape.leads), shape.local_patches, False))
 
@@ -262,11 +265,6 @@ def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
 # ---------------------------------------------------------------------------------------------------------------------
 # the objective on one batch
 
-def global_feature(out):
-    """[CLS, mean patch] (B, 2D): what the probes read is what the DINO head sees, so training shapes both."""
-    return torch.cat((out.cls, out.patches.mean((1, 2))), dim=1)
-
-
 def group_features(student, teacher, gram_teacher, group, noise, patch_samples, device):
     """Forward passes of one lead group. Global features come view-major (V, B, 2D), patches of the masked places only
     (M, D)."""
@@ -280,13 +278,13 @@ def group_features(student, teacher, gram_teacher, group, noise, patch_samples, 
         anchor = gram_teacher(clean, named).patches if gram_teacher is not None else None
     for (signal, _, ids, _), mask in zip(views, (masks, None, None)):
         out = student["encoder"](signal, ids, mask)
-        cls.append(global_feature(out).unflatten(0, (-1, B)))
+        cls.append(out.pooled().unflatten(0, (-1, B)))
         if mask is not None:
             patches = out.patches
     per_crop = masks.sum((1, 2))                                                     # (2B,)
     return dict(cls=cls, patches=patches[masks],
                 weights=(1.0 / per_crop.clamp(min=1))[:, None, None].expand_as(masks)[masks],
-                target_cls=global_feature(target).unflatten(0, (-1, B)), target_patches=target.patches[masks],
+                target_cls=target.pooled().unflatten(0, (-1, B)), target_patches=target.patches[masks],
                 gram=gram_loss(patches.flatten(1, 2), anchor.flatten(1, 2)) if anchor is not None else None)
 
 
@@ -504,18 +502,17 @@ class OnlineProbe:
         """Macro AUROC over the superclasses that both splits have, at the best of ONLINE_PROBE_C."""
         x, y = {}, {}
         for split, (signal, leads, labels) in self.sets.items():
-            parts = [encoder(s.to(device).float() * 1e-3, l.to(device))
-                     for s, l in zip(signal.split(64), leads.split(64))]
-            x[split] = torch.cat([torch.cat((f.cls, f.patches.mean((1, 2))), dim=1)
-                                  for f in parts]).float().cpu().numpy()
+            x[split] = torch.cat([encoder(s.to(device).float() * 1e-3, l.to(device)).pooled()
+                                  for s, l in zip(signal.split(64), leads.split(64))]).float().cpu().numpy()
             y[split] = labels
         scored = [k for k in range(8) if all(5 <= y[s][:, k].sum() <= len(y[s]) - 5 for s in y)]
-        scaler = StandardScaler().fit(x["train"])
-        x = {split: scaler.transform(v) for split, v in x.items()}
-        # The best of C: what training teaches may lie along directions of little variance, which a small C hides.
-        return max(float(np.mean([
-            roc_auc_score(y["val"][:, k], LogisticRegression(C=c, max_iter=200).fit(
-                x["train"], y["train"][:, k]).decision_function(x["val"])) for k in scored])) for c in ONLINE_PROBE_C)
+        auroc = []
+        for c in ONLINE_PROBE_C:
+            probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=200))
+            auroc.append(np.mean([
+                roc_auc_score(y["val"][:, k], probe.fit(x["train"], y["train"][:, k]).decision_function(x["val"]))
+                for k in scored]))
+        return float(max(auroc))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -551,8 +548,8 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
     sampler = Sampler(corpora, args.batch, args.seed, round(WINDOW_S * FS))
     for g in sampler.groups:
         if g["size"] % world_size:
-            raise ValueError(f"{world_size} processes cannot share the {g['size']} recordings with {g['shape'].leads} or "
-                             f"more leads of a batch of {args.batch}; "
+            raise ValueError(f"{world_size} processes cannot share the {g['size']} recordings that show "
+                             f"{g['shape'].leads} leads in a batch of {args.batch}; "
                              f"use a --batch that is a multiple of {BATCH_GRAIN * world_size}")
     noise = load_noise(open_corpus(args.noise)).to(device) if args.noise else None
     noise_length = noise.shape[-1] if noise is not None else sampler.window
@@ -585,7 +582,7 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
         (out / "run.json").write_text(json.dumps(about, indent=1, default=str))
         trim_log(out / "log.jsonl", start)
         print_header(about, args, start)
-    probe = OnlineProbe(corpora, WINDOW_PATCHES[8] * patch)
+    probe = OnlineProbe(corpora, window_length(12) * patch)
     # Sharded on CUDA, parameters are bf16 already.
     autocast = (torch.autocast(device.type, torch.bfloat16)
                 if bf16(args, device) and not (world_size > 1 and device.type == "cuda") else contextlib.nullcontext())

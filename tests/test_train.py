@@ -93,6 +93,12 @@ def test_batch_holds_one_window_per_patient_of_the_train_split(data):
     assert len(set(patients)) == 32                # once in a batch, though those with many leads are in every group
 
 
+def test_a_corpus_given_twice_fills_its_batches(data):
+    """Its patients count twice there; the draw must come to an end all the same."""
+    s = sampler(data, batch=64, names=("mitdb", "mitdb", "ptbxl", "ptbxl"))
+    assert [len(places) for places in s.choose(0)] == [g["size"] for g in s.groups]
+
+
 def test_recordings_with_many_leads_show_few_of_them_for_longer(data):
     groups = train.host_batch(sampler(data), 0, 0, 1, 5000, 50)
     assert [(g["specs"][0].leads, g["specs"][0].patches) for g in groups] == [(8, 15), (2, 40), (1, 40)]
