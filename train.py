@@ -77,9 +77,9 @@ LEAD_PRIORITY = np.array([
 BATCH_GRAIN = 16
 WINDOW_TRIES = 8                 # random starts before a window with missing samples is taken after all
 
-# Objective. DINO and Contrast weigh otherwise than in DINOv3 (1 and none), because in a run of an hour on a CPU the
-# teacher's targets say more about phase and noise than about the patient; a long run can go back to 1 and 0 (LOG.md).
-DINO_WEIGHT = 0.1
+# Objective: DINOv3's weights, and Contrast beside them, because in a run of an hour on a CPU the teacher's targets alone
+# say more about phase and noise than about the patient; a long run can go back to 0 (LOG.md).
+DINO_WEIGHT = 1.0
 KOLEO_WEIGHT = 0.1
 IBOT_WEIGHT = 1.0
 CONTRAST_WEIGHT = 1.0
@@ -98,7 +98,7 @@ FREEZE_PROTOTYPES_SHARE = 0.01                  # of the steps, with learning ra
 KEEP_CHECKPOINTS = 2
 # The best one is taken: what training teaches lies along directions of little variance, which a small C hides.
 ONLINE_PROBE_C = (0.01, 0.1, 1.0)
-DEFAULT_STEPS, DEMO_STEPS = 2000, 150
+DEFAULT_STEPS, DEMO_STEPS = 3400, 150
 
 
 # ---------------------------------------------------------------------------------------------------------------------
