@@ -142,9 +142,9 @@ def load_noise(corpus, split="train"):
     `ma` is high-passed once here (MUSCLE_HIGHPASS_HZ). Raises ValueError if a type is missing.
     """
     rows = {}
-    for i, entry in enumerate(corpus.index):
+    for i, (entry, record) in enumerate(zip(corpus.index, corpus.records)):
         if SPLITS[entry["split"]] == split:
-            rows[entry["record"].decode()] = i
+            rows[record.decode()] = i
     absent = [t for t in NOISE_TYPES if t not in rows]
     if absent:
         raise ValueError(f"{corpus.dir} has no {', '.join(absent)} noise in split {split!r}; "

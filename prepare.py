@@ -2,9 +2,10 @@
 
     python prepare.py SOURCE --raw DIR --out DIR           (python prepare.py --help lists the sources and examples)
 
-Writes OUT/signal.i16 (all samples), OUT/index.npy (one row per recording), OUT/manifest.json (what this corpus is, what
-was rejected and why, checksums) and OUT/rejects.csv; OUT appears whole or not at all. One core prepares about
-100 PTB-XL records a second, MIT-BIH in 5 s. Disk: 2 bytes per sample, that is 60 kB for 10 s of 12 leads.
+Writes OUT/signal/00000.i16 ... (the samples, in shards), OUT/index.npy (one row per recording), OUT/manifest.json (what
+this corpus is, what was rejected and why, checksums) and OUT/rejects.csv. Until all is done it writes into OUT.part, and
+the same command goes on there after an interruption, to the same bytes. Disk: 2 bytes per sample, that is 60 kB for
+10 s of 12 leads; the estimate of disk and time is printed before anything is written (--dry-run: nothing else).
 
 Every recording goes through `preprocess`, which is also what the probes and `encoder.embed` call on any other ECG:
 250 Hz, millivolt, leads by name, NaN where the recording says nothing. Nothing is filtered, normalised or centred.
@@ -16,8 +17,10 @@ import argparse
 import ast
 import contextlib
 import csv
+import functools
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,10 +31,10 @@ import signal as os_signal
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
-from datetime import datetime, timezone
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -65,16 +68,24 @@ for _i in range(1, 7):
     LEAD_ALIASES |= {f"MV{_i}": f"V{_i}", f"MLV{_i}": f"V{_i}"}
 MV_PER_UNIT = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "volt": 1e3, "volts": 1e3}
 
-SOURCES = ("synth", "ptbxl", "mitdb", "nstdb", "wfdb")
+SOURCES = ("synth", "ptbxl", "mitdb", "nstdb", "heedb", "code15", "code", "icentia11k", "wfdb")
 SPLITS = ("train", "val", "test")  # the index stores the place in this tuple
 SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")  # bits of the label, lowest first
 INDEX_DTYPE = np.dtype([
-    ("offset", "<i8"),  # first sample in signal.i16
+    ("shard", "<u4"), ("offset", "<i8"),  # file in signal/, and the first sample in it
     ("length", "<i4"),  # samples per lead
     ("n_leads", "u1"), ("leads", "u1", (MAX_LEADS,)),  # lead ids, the first n_leads count
     ("split", "u1"), ("label", "u1"),  # label: bit set of SUPERCLASSES, 0 = none known
-    ("patient", "S32"), ("record", "S64"), ("source", "S16")])
-MAGIC, FORMAT_VERSION = "ecg-dino corpus", 1
+    ("patient", "<u4"),  # place in patients.npy
+    ("fs_hz", "<f4"),  # rate before it was made FS
+    ("first_event", "<u4"), ("n_events", "<u4")])  # annotations, in the file of the same shard in events/
+EVENT_DTYPE = np.dtype([("sample", "<i4"), ("symbol", "S6")])  # sample at FS; a beat ("N") or a rhythm ("(AFIB", ")")
+RECORD_DTYPE, PATIENT_DTYPE = np.dtype("S64"), np.dtype("S32")
+SHARD_BYTES = 256 * 2**20  # of signal, about; so 12 million recordings are 2,800 files
+SHARDS_AT_LEAST = 64  # as far as there are recordings, so that a small corpus is shared among cores too
+OPEN_SHARDS = 500  # that a reader keeps mapped: each costs a file descriptor, of which a process has 1,024
+PROBES = 5  # recordings read beforehand, to estimate disk and time
+MAGIC, FORMAT_VERSION = "ecg-dino corpus", 2
 
 # MIT-BIH inter-patient split: de Chazal et al., IEEE TBME 51(7), 2004. The rest of the 48 are the four paced records.
 MITDB_DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
@@ -90,13 +101,21 @@ PHYSIONET = {  # database, files that are needed of it
     "ptbxl": ("ptb-xl", r"recordsRATE/.*|[^/]*\.csv|LICENSE\.txt"),
     "mitdb": ("mitdb", r"\d{3}\.(hea|dat|atr)|RECORDS"),
     "nstdb": ("nstdb", r"[^/]*\.(hea|dat|atr)|RECORDS")}
+HASHED_SPLIT = {"val": 1, "test": 1}  # per cent of the patients, of sources without a split of their own
+HASHED_NOTE = "by a hash of the patient 1 % of the patients are val and 1 % test: pre-train on the train split only"
+CODE_LEADS = ("DI", "DII", "DIII", "AVR", "AVL", "AVF", "V1", "V2", "V3", "V4", "V5", "V6")  # of code15's columns
+CODE_FS = 400
+CODE_SCALES = {"mV": 1.0, "1e-4 V": 0.1, "uV": 1e-3}  # units that code15 may be in, as factors to mV
+ANNOTATED = {"icentia11k": "atr"}  # sources whose annotations are kept
 LEAK_NOTES = {
+    "heedb": HASHED_NOTE, "code15": HASHED_NOTE, "code": HASHED_NOTE, "icentia11k": HASHED_NOTE,
     "ptbxl": "folds 1-8 are train, fold 9 is val, fold 10 is test: pre-train on the train split only",
     "mitdb": "DS2 is the test split and is never pre-trained on; 201 is held out with it, being the same person as 202 "
              "(DS2); the paced records 102 104 107 217 are in the train split",
     "nstdb": "of each noise record minutes 0-20 are train and minutes 20-30 test",
-    "wfdb": "all train, one patient per record (none is known), but copies of evaluation data, told by their names, "
-            "are test: HRnnnnn (Challenge 2021's PTB-XL), nnnnn_lr and nnnnn_hr (PTB-XL), MIT-BIH's DS2 and 201"}
+    "wfdb": "all train, one patient per record unless --patients names them, but copies of evaluation data, told by "
+            "their names, are test: HRnnnnn (Challenge 2021's PTB-XL), nnnnn_lr and nnnnn_hr (PTB-XL), MIT-BIH's DS2 "
+            "and 201"}
 
 
 class Refused(ValueError):
@@ -218,10 +237,18 @@ def to_int16(signal_mv):
 # ---- reading a corpus ----------------------------------------------------------------------------------------------
 
 class Corpus:
-    """A prepared corpus, opened without reading it: .dir, .manifest (dict), .index (INDEX_DTYPE), .signal (int16)."""
+    """A prepared corpus, opened without reading it.
 
-    def __init__(self, dir, manifest, index, signal):
-        self.dir, self.manifest, self.index, self.signal = dir, manifest, index, signal
+    .dir, .manifest (dict), .index (INDEX_DTYPE), .records (S64, a name per recording), .patients (S32, a name per
+    number in the index).
+    """
+
+    def __init__(self, dir, manifest, index, records, patients):
+        self.dir, self.manifest, self.index, self.records, self.patients = dir, manifest, index, records, patients
+        self.shard = functools.lru_cache(OPEN_SHARDS)(self._open_shard)
+
+    def _open_shard(self, number):
+        return np.memmap(self.dir / "signal" / f"{number:05d}.i16", dtype="<i2", mode="r")
 
     def read(self, i, start=0, length=None):
         """Recording i, samples start to start + length (default: to its end) of every lead: int16 (L, T), a view."""
@@ -229,7 +256,16 @@ class Corpus:
         n_leads, n_samples, offset = int(row["n_leads"]), int(row["length"]), int(row["offset"])
         stop = n_samples if length is None else start + length
         assert 0 <= start <= stop <= n_samples, f"samples {start}..{stop} of a recording of {n_samples}"
-        return self.signal[offset:offset + n_leads * n_samples].reshape(n_leads, n_samples)[:, start:stop]
+        signal = self.shard(int(row["shard"]))
+        return signal[offset:offset + n_leads * n_samples].reshape(n_leads, n_samples)[:, start:stop]
+
+    def events(self, i):
+        """Annotations of recording i, EVENT_DTYPE (K,), in order of time; none where the source has none."""
+        row = self.index[i]
+        if not row["n_events"]:
+            return np.zeros(0, EVENT_DTYPE)
+        first = int(row["first_event"])
+        return np.load(self.dir / "events" / f"{row['shard']:05d}.npy", mmap_mode="r")[first:first + row["n_events"]]
 
 
 def open_corpus(dir):
@@ -238,40 +274,54 @@ def open_corpus(dir):
     try:
         manifest = json.loads((dir / "manifest.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{dir} holds no corpus (manifest.json: {error}): make one with "
-                         f"`python prepare.py SOURCE --raw DIR --out {dir}`") from None
+        unfinished = part_of(dir)
+        hint = (f"{unfinished} holds an unfinished one: run its command again" if unfinished.is_dir() else
+                f"make one with `python prepare.py SOURCE --raw DIR --out {dir}`")
+        raise ValueError(f"{dir} holds no corpus (manifest.json: {error}): {hint}") from None
     manifest = manifest if isinstance(manifest, dict) else {}
     again = f"delete {dir} and run `{manifest.get('command', 'python prepare.py ...')}`"
     if manifest.get("magic") != MAGIC or manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{dir} is format {manifest.get('format_version')} of {manifest.get('magic')!r}, expected "
                          f"format {FORMAT_VERSION} of {MAGIC!r}: {again}")
     try:
-        index = np.load(dir / "index.npy", mmap_mode="r")
-        signal = np.memmap(dir / "signal.i16", dtype="<i2", mode="r")
-    except (OSError, EOFError, ValueError) as error:
+        index, records, patients = (np.load(dir / f"{name}.npy", mmap_mode="r")
+                                    for name in ("index", "records", "patients"))
+        for name, size in manifest["shard_bytes"].items():
+            found = os.path.getsize(dir / "signal" / name)
+            if found != size:
+                raise ValueError(f"signal/{name} has {found} bytes, the manifest says {size}")
+        if (index.dtype, records.dtype, patients.dtype) != (INDEX_DTYPE, RECORD_DTYPE, PATIENT_DTYPE):
+            raise ValueError(f"index of {index.dtype}, records of {records.dtype}, patients of {patients.dtype}")
+        if not len(index) == len(records) == manifest.get("recordings"):
+            raise ValueError(f"{len(index)} index rows and {len(records)} names, the manifest says "
+                             f"{manifest.get('recordings')}")
+    except (OSError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{dir} is damaged ({error}): {again}") from None
-    n_samples = int((index["n_leads"].astype(np.int64) * index["length"]).sum()) if index.dtype == INDEX_DTYPE else -1
-    if len(index) != manifest.get("recordings") or len(signal) != n_samples:
-        raise ValueError(f"{dir} is damaged: {len(index)} index rows and {len(signal)} samples, the manifest says "
-                         f"{manifest.get('recordings')} and the index {n_samples}: {again}")
-    return Corpus(dir, manifest, index, signal)
+    return Corpus(dir, manifest, index, records, patients)
 
 
 # ---- sources: which recordings there are ---------------------------------------------------------------------------
 
 class Job(NamedTuple):
     """One recording to prepare."""
-    path: str  # WFDB record, without suffix
-    source: str
+    path: str  # WFDB record without suffix, or an HDF5 file
     record: str
     patient: str
     split: str
     label: int = 0
     n_channels: int = 0  # what the source promises; 0 = anything
     part: tuple | None = None  # from, to: shares of the first NOISE_S
+    row: int = -1  # in the HDF5 file
+    scale: float = 1.0  # factor to mV
+    reject: tuple | None = None  # reason, detail: why it cannot be used, where the listing knows that already
 
 
-def list_ptbxl(raw, rate):
+NO_PATIENT = "records that the table of patients does not name, each a patient of its own"
+
+# A lister yields the jobs of a source in an order that depends on the raw files alone, and writes what a user should
+# know about all of them into `notes`. It holds the publisher's tables in memory, but never a list of all recordings.
+
+def list_ptbxl(raw, args, notes):
     """Jobs for PTB-XL: every row of ptbxl_database.csv, at 100 or 500 Hz."""
     for name in ("ptbxl_database.csv", "scp_statements.csv"):
         if not (raw / name).is_file():
@@ -279,55 +329,287 @@ def list_ptbxl(raw, rate):
     table = pd.read_csv(raw / "ptbxl_database.csv", index_col="ecg_id")
     statements = pd.read_csv(raw / "scp_statements.csv", index_col=0)
     superclass = statements.diagnostic_class[statements.diagnostic == 1].to_dict()
+    rate = args.rate
     if rate == "auto":
         rate = "500" if all((raw / f"{name}.hea").is_file() for name in table.filename_hr) else "100"
     names = table.filename_hr if rate == "500" else table.filename_lr
-    print(f"ptbxl: reading the {rate} Hz records")
-    jobs = []
+    notes["rate"] = f"the {rate} Hz records were read"
     for ecg_id, row in table.iterrows():
         # A statement counts if it is present, whatever its likelihood, as in the benchmark (Strodthoff et al. 2021).
         present = {superclass.get(code) for code in ast.literal_eval(row.scp_codes)}
         label = sum(1 << bit for bit, name in enumerate(SUPERCLASSES) if name in present)
         split = {9: "val", 10: "test"}.get(int(row.strat_fold), "train")
-        jobs.append(Job(str(raw / names[ecg_id]), "ptbxl", f"{ecg_id:05d}", f"ptbxl/{int(row.patient_id)}",
-                        split, label, n_channels=12))
-    return jobs
+        yield Job(str(raw / names[ecg_id]), f"{ecg_id:05d}", f"ptbxl/{int(row.patient_id)}", split, label, n_channels=12)
 
 
-def list_mitdb(raw, rate):
+def list_mitdb(raw, args, notes):
     """Jobs for the MIT-BIH Arrhythmia Database: what RECORDS lists, or all 48."""
     names = sorted(MITDB_DS1 + MITDB_DS2 + MITDB_PACED)
     if (raw / "RECORDS").is_file():
         names = (raw / "RECORDS").read_text().split()
-    return [Job(str(raw / name), "mitdb", name, "mitdb/" + {"202": "201"}.get(name, name),  # 201 and 202: one person
-                "test" if name in MITDB_HELD_OUT else "train", n_channels=2) for name in names]
+    for name in names:
+        yield Job(str(raw / name), name, "mitdb/" + {"202": "201"}.get(name, name),  # 201 and 202: one person
+                  "test" if name in MITDB_HELD_OUT else "train", n_channels=2)
 
 
-def list_nstdb(raw, rate):
+def list_nstdb(raw, args, notes):
     """Jobs for the three noise records of the Noise Stress Test Database, each in its two parts."""
     # The gain 0 of these headers means "uncalibrated", which WFDB reads as 200 adu/mV: the millivolts are nominal.
     # There is no patient: the parts never meet, so each is a unit of its own.
-    return [Job(str(raw / name), "nstdb", name, f"nstdb/{name}/{split}", split, n_channels=2, part=(start, stop))
-            for name in ("bw", "em", "ma") for split, start, stop in NOISE_PARTS]
+    for name in ("bw", "em", "ma"):
+        for split, start, stop in NOISE_PARTS:
+            yield Job(str(raw / name), name, f"nstdb/{name}/{split}", split, n_channels=2, part=(start, stop))
 
 
-def list_wfdb(raw, rate):
+def list_heedb(raw, args, notes):
+    """Jobs for the Harvard-Emory ECG Database: all headers under ECG/WFDB (or under raw, if that is not there), with the
+    patients of demographics_ECG.csv, without the files of duplicated.csv."""
+    patient_of = Lookup.of_tables(find_tables(raw, "demographics_ECG.csv"), "FileName", "BDSPPatientID")
+    duplicates = Lookup.of_tables(find_tables(raw, "duplicated.csv"), "file_name")
+    if not patient_of:
+        notes["patients"] = "no demographics_ECG.csv: every file counts as a patient of its own"
+    folder = raw / "ECG" / "WFDB"
+    for _, names in header_folders(folder if folder.is_dir() else raw):
+        for path in names:
+            patient = patient_of[path.name]
+            reject = ("duplicate", "named in the publisher's duplicated.csv") if path.name in duplicates else None
+            if patient is None and patient_of and not reject:
+                notes[NO_PATIENT] = 1 + notes.get(NO_PATIENT, 0)
+            yield hashed_job(path, raw, f"heedb/{path.name if patient is None else patient}", reject)
+
+
+def list_code(raw, args, notes):
+    """Jobs for the whole of CODE in its WFDB form: TNMG{exam}_N{k}, patients from annotations.csv."""
+    tables = find_tables(raw, "annotations.csv")
+    if not tables:
+        raise ValueError(f"no annotations.csv in {raw}: expected CODE's own folder, with the table of exams and patients")
+    patient_of = Lookup.of_tables(tables, "id_exam", "id_patient")
+    for _, names in header_folders(raw):
+        for path in names:
+            exam = re.fullmatch(r"TNMG(\d+)_N\d+", path.name)
+            patient = exam and patient_of[exam[1]]
+            reject = None
+            if not exam:
+                reject = "file name", f"{path.name}.hea: expected TNMG and the exam, _N and the tracing"
+            elif patient is None:                                  # without the patient it could be in the wrong split
+                reject = "unknown patient", f"annotations.csv has no exam {exam[1]}"
+            yield hashed_job(path, raw, f"code/{patient}", reject)
+
+
+def list_code15(raw, args, notes):
+    """Jobs for CODE-15%: the rows of all exams_part*.hdf5, patients from exams.csv by exam_id."""
+    h5py, parts = import_h5py(), sorted(raw.glob("exams_part*.hdf5"), key=lambda path: (len(path.name), path.name))
+    if not parts or not (raw / "exams.csv").is_file():
+        raise ValueError(f"no {'exams.csv' if parts else 'exams_part*.hdf5'} in {raw}: expected the files of Zenodo "
+                         "record 4916206, unpacked")
+    table = pd.concat(read_table(raw / "exams.csv", ["exam_id", "patient_id", "trace_file"]))
+    patient_of = dict(zip(table.exam_id, table.patient_id))
+    unit, median_mv = code15_unit(h5py, parts)
+    notes["units"] = (f"read as {unit}: the median R wave of lead II is then {median_mv:.2f} mV (the publisher's own "
+                      "statements differ)")
+    print(f"code15: {notes['units']}")
+    for path in parts:
+        with open_h5(h5py, path) as file:
+            exams, n_rows = file["exam_id"][:], len(file["tracings"])
+        if len(exams) != n_rows:
+            raise ValueError(f"{path} has {len(exams)} exam_id and {n_rows} tracings: it is damaged, fetch it again")
+        owed = dict.fromkeys(table.exam_id[table.trace_file == path.name])
+        for row, exam in enumerate(map(str, exams.tolist())):
+            known, reject = exam in owed, None
+            owed.pop(exam, None)
+            if exam == "0":
+                reject = "padding row", f"row {row} of {path.name} has exam_id 0"
+            elif not known:                                        # without the patient it could be in the wrong split
+                reject = "unknown or repeated exam", f"exams.csv has no exam {exam} in {path.name}, or it came before"
+            patient = f"code15/{patient_of.get(exam)}"
+            yield Job(str(path), exam, patient, hashed_split(patient), n_channels=12, row=row, scale=CODE_SCALES[unit],
+                      reject=reject)
+        for exam in owed:
+            yield Job(str(path), exam, f"code15/{patient_of[exam]}", "train",
+                      reject=("absent exam", f"exams.csv says {path.name}, which does not hold it"))
+
+
+def list_icentia11k(raw, args, notes):
+    """Jobs for Icentia11k: a segment of about 70 minutes each; the folder is the patient."""
+    for folder, names in header_folders(raw):
+        for path in names:
+            known = re.fullmatch(r"(p\d{5})_s\d\d", path.name)
+            reject = None if known else ("file name", f"{path.name}.hea: expected p, patient, _s and the segment")
+            yield hashed_job(path, raw, f"icentia11k/{known[1] if known else folder.name}", reject)
+
+
+def list_wfdb(raw, args, notes):
     """Jobs for every WFDB record under raw; the segments of a multi-segment record are read with it, not twice."""
-    # No folders, no links to nowhere.
-    headers, segments = sorted(path for path in raw.rglob("*.hea") if path.is_file()), set()
-    for path in headers:
-        lines = header_lines(path)
-        if lines and "/" in lines[0][0]:  # NAME/SEGMENTS, then a line for each segment
-            segments |= {path.parent / f"{fields[0]}.hea" for fields in lines[1:]}
-    names = [path.relative_to(raw).with_suffix("").as_posix() for path in headers if path not in segments]
-    return [Job(str(raw / name), "wfdb", shorten(name, 64), shorten(f"wfdb/{name}", 32),
-                "test" if HELD_OUT_COPY.fullmatch(name.split("/")[-1]) else "train") for name in names]
+    patient_of, held_out = read_patients(args.patients)
+    for folder, names in header_folders(raw):
+        segments = set()
+        for path in names:
+            lines = header_lines(f"{path}.hea")
+            if lines and "/" in lines[0][0]:  # NAME/SEGMENTS, then a line for each segment
+                segments |= {path.parent / fields[0] for fields in lines[1:]}
+        for path in names:
+            if path in segments:
+                continue
+            record = path.relative_to(raw).as_posix()
+            patient = patient_of.get(record, patient_of.get(path.name))
+            if patient is None and patient_of:
+                notes[NO_PATIENT] = 1 + notes.get(NO_PATIENT, 0)
+            copy = HELD_OUT_COPY.fullmatch(path.name) or patient in held_out
+            patient = f"wfdb/{record}" if patient is None else f"wfdb-patient/{patient}"
+            yield Job(str(path), shorten(record, 64), shorten(patient, 32), "test" if copy else "train")
+
+
+LISTERS = {"ptbxl": list_ptbxl, "mitdb": list_mitdb, "nstdb": list_nstdb, "heedb": list_heedb, "code15": list_code15,
+           "code": list_code, "icentia11k": list_icentia11k, "wfdb": list_wfdb}
+
+
+def header_folders(folder):
+    """(folder, its WFDB records as paths without suffix), for folder and all folders in it, in sorted order; one folder is
+    in memory at a time, and one that cannot be read is an OSError. Links to folders are not followed."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    names = [Path(entry.path).with_suffix("") for entry in entries if entry.name.endswith(".hea") and entry.is_file()]
+    if names:
+        yield Path(folder), names
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from header_folders(entry.path)
 
 
 def header_lines(path):
     """The fields of every line of a WFDB header that is not a comment."""
     lines = [line.split() for line in Path(path).read_text(errors="replace").splitlines()]
     return [fields for fields in lines if fields and not fields[0].startswith("#")]
+
+
+def hashed_job(path, raw, patient, reject=None):
+    """A job for the record `path`, in the split that the patient's hash gives."""
+    patient = shorten(patient, 32)
+    return Job(str(path), shorten(path.relative_to(raw).as_posix(), 64), patient, hashed_split(patient), reject=reject)
+
+
+def hashed_split(patient):
+    """The split of a patient, the same wherever and whenever it is asked for."""
+    place = int.from_bytes(hashlib.blake2b(patient.encode(), digest_size=8).digest(), "little") % 100
+    return "val" if place < HASHED_SPLIT["val"] else "test" if place < sum(HASHED_SPLIT.values()) else "train"
+
+
+def find_tables(raw, name):
+    """The publisher's table `name`: in raw or in a folder of it, two deep at most."""
+    return sorted(path for pattern in (name, f"*/{name}", f"*/*/{name}") for path in raw.glob(pattern))
+
+
+class Lookup:
+    """A column of a table by a key, for tables of many million rows: 16 bytes a row, keys by their 64-bit hash.
+
+    Keys are compared without folder and suffix. `key in lookup`, `lookup[key]` (None if it is not there).
+    """
+
+    def __init__(self, keys, values):
+        order = np.argsort(keys, kind="stable")
+        self.keys, self.values = keys[order], values[order]
+
+    @classmethod
+    def of_tables(cls, paths, key, value=None):
+        """From CSV tables that all have the column `key` (and `value`); ValueError if one has not."""
+        keys, values = [np.zeros(0, np.uint64)], [np.zeros(0, "S1")]
+        for path in paths:
+            for part in read_table(path, [key] + ([value] if value else [])):
+                keys.append(np.fromiter(map(cls.hash, part[key]), np.uint64, len(part)))
+                values.append(np.char.encode(part[value].to_numpy(str)) if value else np.zeros(len(part), "S1"))
+        return cls(np.concatenate(keys), np.concatenate(values))
+
+    @staticmethod
+    def hash(key):
+        stem = str(key).replace("\\", "/").split("/")[-1].removesuffix(".hea").removesuffix(".mat").removesuffix(".dat")
+        return int.from_bytes(hashlib.blake2b(stem.encode(), digest_size=8).digest(), "little")
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, key):
+        place = np.searchsorted(self.keys, np.uint64(self.hash(key)))
+        if place == len(self.keys) or self.keys[place] != self.hash(key):
+            return None
+        return self.values[place].decode(errors="replace")
+
+    def __contains__(self, key):
+        return self[key] is not None
+
+
+def read_table(path, columns):
+    """Yield parts of a CSV table with these columns, as text without the rows that lack one of them."""
+    try:
+        for part in pd.read_csv(path, dtype=str, chunksize=100_000, encoding_errors="replace",
+                                usecols=lambda name: name in columns):
+            absent = [name for name in columns if name not in part]
+            if absent:
+                found = pd.read_csv(path, nrows=0, encoding_errors="replace").columns.tolist()
+                raise ValueError(f"no column {absent[0]!r} among {found}")
+            yield part.dropna()
+    except (ValueError, pd.errors.ParserError) as error:  # EmptyDataError, too, is a ValueError
+        raise ValueError(f"{path} cannot be read: {error}; expected the publisher's table, with the columns "
+                         f"{', '.join(columns)}") from None
+
+
+PATIENT_COLUMNS = (("record", "path", "file_name", "FileName"), ("patient", "patient_id", "subject_id", "BDSPPatientID"))
+
+
+def read_patients(path):
+    """--patients: {record: patient}, and the patients who have a copy of a held-out recording."""
+    if path is None:
+        return {}, set()
+    found = pd.read_csv(path, nrows=0).columns
+    record, patient = (next((name for name in names if name in found), None) for names in PATIENT_COLUMNS)
+    if not record or not patient:
+        raise ValueError(f"--patients {path} has the columns {', '.join(found)}: expected one of "
+                         f"{', '.join(PATIENT_COLUMNS[0])}, and one of {', '.join(PATIENT_COLUMNS[1])}")
+    patient_of = {}
+    for part in read_table(path, [record, patient]):
+        patient_of |= dict(zip(part[record].str.removesuffix(".hea"), part[patient]))
+    return patient_of, {who for name, who in patient_of.items() if HELD_OUT_COPY.fullmatch(name.split("/")[-1])}
+
+
+def import_h5py():
+    """h5py, which only CODE-15% needs."""
+    try:
+        import h5py
+    except ImportError:
+        raise ValueError("CODE-15% comes as HDF5: run `pip install h5py` first") from None
+    return h5py
+
+
+def open_h5(h5py, path):
+    """An exams_part*.hdf5, checked for the two tables that are read."""
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} is no HDF5 file or cut short ({error}): fetch it again") from None
+    shapes = {name: getattr(file.get(name), "shape", None) for name in ("exam_id", "tracings")}
+    if shapes["exam_id"] is None or len(shapes["tracings"] or ()) != 3 or shapes["tracings"][2] != len(CODE_LEADS):
+        raise ValueError(f"{path} holds {shapes}: expected exam_id (N,) and tracings (N, samples, {len(CODE_LEADS)})")
+    return file
+
+
+def code15_unit(h5py, parts):
+    """The unit in which lead II of up to 200 exams has the most usual R wave (1 mV), and the median R wave in mV.
+
+    R is taken as the largest distance from the median of a tracing.
+    """
+    peaks = []
+    for path in parts:
+        with open_h5(h5py, path) as file:
+            tracings = file["tracings"]
+            for row in np.unique(np.linspace(0, len(tracings) - 1, min(len(tracings), -(-200 // len(parts)))).astype(int)):
+                with contextlib.suppress(OSError):                 # a damaged row will be counted in its turn
+                    lead = tracings[row, :, 1].astype(float)
+                    lead = lead[np.isfinite(lead) & (lead != 0)]
+                    if len(lead):
+                        peaks.append(np.abs(lead - np.median(lead)).max())
+    if not peaks:
+        raise ValueError(f"none of the exams looked at in {parts[0].parent} has a signal")
+    peak = float(np.median(peaks))
+    unit = min(CODE_SCALES, key=lambda name: abs(np.log(peak * CODE_SCALES[name])))
+    return unit, peak * CODE_SCALES[unit]
 
 
 def shorten(name, n_bytes):
@@ -338,25 +620,69 @@ def shorten(name, n_bytes):
     return f"{hashlib.sha256(name.encode()).hexdigest()[:12]}~{end}"
 
 
-LISTERS = {"ptbxl": list_ptbxl, "mitdb": list_mitdb, "nstdb": list_nstdb, "wfdb": list_wfdb}
-
-
 # ---- one recording -------------------------------------------------------------------------------------------------
+
+# WFDB headers of the plain kind (see header(5) of the WFDB manual): one file, one format, no skew, no frames.
+RECORD_LINE = re.compile(r"[^\s/]+ +(\d+) +(\d+\.?\d*)(?:[/(]\S*)? +(\d+)(?: .*)?")
+SIGNAL_LINE = re.compile(r"(\S+) +(16|212)(?:x1)?(?:\+(\d+))? +([\d.eE+-]+)(?:\((-?\d+)\))?(?:/(\S+))? +\d+ +(-?\d+)"
+                         r"(?: +-?\d+ +-?\d+ +\d+(?: +(.*))?)?")
+
 
 def read_wfdb(path):
     """Read a WFDB record: signal (T, L) in mV, fs, lead names, number of channels that are not voltages (left out)."""
     try:
-        record = rdrecord_any_date(path)
+        signal, fs, names, units = read_plain_wfdb(path) or read_any_wfdb(path)
     except FileNotFoundError as error:
         raise Refused("absent file", f"{Path(error.filename or path).name} is not there") from None
     except Exception as error:  # wfdb has no exception of its own: a damaged file may raise anything
         raise Refused("unreadable or truncated file", f"{type(error).__name__}: {error}") from None
-    scale = np.array([MV_PER_UNIT.get(str(unit).lower(), np.nan) for unit in record.units or []])
+    scale = np.array([MV_PER_UNIT.get(str(unit).lower(), np.nan) for unit in units])
     volts = np.flatnonzero(np.isfinite(scale))
     if not len(volts):
-        raise Refused("no voltage channel", f"units {record.units}: expected at least one channel in mV, uV or V")
-    names = [record.sig_name[i] or "" for i in volts]
-    return record.p_signal[:, volts] * scale[volts], record.fs, names, record.n_sig - len(volts)
+        raise Refused("no voltage channel", f"units {units}: expected at least one channel in mV, uV or V")
+    if len(volts) < len(scale) or (scale != 1).any():
+        signal = signal[:, volts] * scale[volts]
+    return signal, fs, [names[i] or "" for i in volts], len(scale) - len(volts)
+
+
+def read_plain_wfdb(path):
+    """What wfdb.rdrecord reads, sample for sample, several times as fast, of formats 16 (.mat of the Challenges too)
+    and 212 in a plain header: signal (T, L) in physical units, fs, names, units. None for all else, damage included."""
+    with open(f"{path}.hea", errors="replace") as file:
+        lines = [line for line in map(str.strip, file) if line and not line.startswith("#")]
+    record = RECORD_LINE.fullmatch(lines[0]) if lines else None
+    fields = [SIGNAL_LINE.fullmatch(line) for line in lines[1:]]
+    if not record or None in fields or len({f.group(1, 2, 3) for f in fields}) != 1:
+        return None
+    n_leads, n_samples, (name, kind, skip) = int(record[1]), int(record[3]), fields[0].group(1, 2, 3)
+    gains = np.array([float(f[4]) for f in fields])
+    zeros = np.array([float(f[5] or f[7]) for f in fields])
+    count = n_leads * n_samples
+    n_bytes = 2 * count if kind == "16" else 3 * -(-count // 2)
+    source = os.path.join(os.path.dirname(path), name)
+    if n_leads != len(fields) or not count or (gains == 0).any() or os.path.getsize(source) < int(skip or 0) + n_bytes:
+        return None
+    with open(source, "rb") as file:
+        file.seek(int(skip or 0))
+        data = np.fromfile(file, "<i2" if kind == "16" else "u1", n_bytes // 2 if kind == "16" else n_bytes)
+    if kind == "212":  # two samples of 12 bits in three bytes; shifts to the right keep the sign
+        low, both, high = data.reshape(-1, 3).T
+        data = np.empty((len(low), 2), np.int16)
+        data[:, 0], data[:, 1] = low, high
+        data[:, 0] |= both.astype(np.int16) << 12 >> 4
+        data[:, 1] |= (both.astype(np.int16) << 8 & -4096) >> 4
+    data = data.reshape(-1)[:count].reshape(n_samples, n_leads).T
+    signal = data.astype(np.float64, order="C")  # a row per lead is twice as fast from here on
+    signal[data == (-32768 if kind == "16" else -2048)] = np.nan
+    signal -= zeros[:, None]
+    signal /= gains[:, None]
+    return signal.T, float(record[2]), [f[8] for f in fields], [f[6] or "mV" for f in fields]
+
+
+def read_any_wfdb(path):
+    """The same by wfdb, for all other formats."""
+    record = rdrecord_any_date(path)
+    return record.p_signal, record.fs, record.sig_name, record.units or []
 
 
 def rdrecord_any_date(path):
@@ -376,23 +702,70 @@ def rdrecord_any_date(path):
             return wfdb.rdrecord(f"{folder}/{path.name}")
 
 
-def load(job):
-    """Prepare one recording: (int16 (L, T), lead ids, Counter of what was changed), or (None, reason, detail)."""
+class Prepared(NamedTuple):
+    """A recording as the corpus holds it."""
+    steps: np.ndarray  # int16 (L, T)
+    leads: np.ndarray
+    fs_hz: float
+    events: np.ndarray  # EVENT_DTYPE
+    changes: Counter  # what was done to it
+
+
+def load(job, annotator=None):
+    """Prepare one recording, or raise Refused."""
+    if job.reject:
+        raise Refused(*job.reject)
+    signal, fs, names, n_other = read_wfdb(job.path) if job.row < 0 else read_code15(job)
+    if job.n_channels and len(names) != job.n_channels:
+        raise Refused("channel count", f"{len(names)} channels, expected {job.n_channels}")
+    signal_mv, ids = preprocess(signal, fs, names)
+    if job.part:
+        n = min(signal_mv.shape[1], NOISE_S * FS)
+        signal_mv = signal_mv[:, round(job.part[0] * n):round(job.part[1] * n)]
+    changes = Counter({"channels left out: not a voltage": n_other})
+    steps, ids, start = tidy(signal_mv, ids, changes)
+    events = read_events(job.path, annotator, fs, start, steps.shape[1], changes) if annotator else NO_EVENTS
+    return Prepared(steps, ids, fs, events, changes)
+
+
+@functools.lru_cache(1)
+def tracings_of(path):
+    return open_h5(import_h5py(), path)["tracings"]
+
+
+def read_code15(job):
+    """A row of an exams_part*.hdf5, like read_wfdb."""
     try:
-        signal, fs, names, n_other = read_wfdb(job.path)
-        if job.n_channels and len(names) != job.n_channels:
-            raise Refused("channel count", f"{len(names)} channels, {job.source} has {job.n_channels}")
-        signal_mv, ids = preprocess(signal, fs, names)
-        if job.part:
-            n = min(signal_mv.shape[1], NOISE_S * FS)
-            signal_mv = signal_mv[:, round(job.part[0] * n):round(job.part[1] * n)]
-        return tidy(signal_mv, ids, Counter({"channels left out: not a voltage": n_other}))
-    except Refused as error:
-        return None, error.reason, str(error)
+        tracing = tracings_of(job.path)[job.row]
+    except (OSError, ValueError) as error:
+        raise Refused("unreadable or truncated file", f"{type(error).__name__}: {error}") from None
+    return tracing.astype(np.float64) * job.scale, CODE_FS, CODE_LEADS, 0
+
+
+NO_EVENTS = np.zeros(0, EVENT_DTYPE)
+
+
+def read_events(path, annotator, fs, start, length, changes):
+    """Annotations of a WFDB record as EVENT_DTYPE, in samples at FS from `start` of the prepared recording on: the beats'
+    symbols, and in place of "+" the rhythm that it says. A file that is absent or damaged is counted, no reason to
+    refuse the signal."""
+    try:
+        found = wfdb.rdann(path, annotator)
+        sample = np.rint(np.asarray(found.sample, dtype=np.float64) * FS / fs).astype(np.int64) - start
+        symbols = [note.strip("\0 ") if symbol == "+" else symbol for symbol, note in zip(found.symbol, found.aux_note)]
+        events = np.array(list(zip(sample.tolist(), [name.encode() for name in symbols])), EVENT_DTYPE)
+    except Exception as error:  # like read_wfdb
+        absent = isinstance(error, FileNotFoundError)
+        changes[f"recordings without annotations: the file is {'absent' if absent else 'damaged'}"] += 1
+        return NO_EVENTS
+    return events[(sample >= 0) & (sample < length)]
 
 
 def tidy(signal_mv, ids, changes):
-    """Drop leads without signal, trim ends that no lead has, name every lead once; what was done is counted."""
+    """Drop leads without signal, trim ends that no lead has, name every lead once; what was done is counted.
+
+    Returns int16 (L, T), lead ids (L,) and the sample at which the recording begins now.
+    """
     valid = np.isfinite(signal_mv)
     keep = np.flatnonzero(valid.sum(axis=1) >= MIN_VALID_S * FS)
     if not len(keep):
@@ -413,16 +786,20 @@ def tidy(signal_mv, ids, changes):
             changes["leads renamed unknown: a second one of the name"] += 1
     steps = to_int16(signal_mv)
     changes["samples missing"] += int((steps == MISSING).sum())
-    return steps, ids, changes
+    return steps, ids, int(start)
 
 
 # ---- writing a corpus ----------------------------------------------------------------------------------------------
 
+# OUT.part/ holds, while a corpus is made:  jobs.jsonl, plan.json   what there is to do, fixed when the run first started
+#     signal/00000.i16 ... (events/00000.npy ...)                   the shards; a job belongs to one from the start
+#     done/00000.npz ...                                            index rows and rejects of each finished shard
+# A shard is finished when its done/ file is there, which is renamed into place last.
+
 @contextlib.contextmanager
 def whole_or_nothing(out):
     """A folder to write into that becomes `out` at the end, and leaves nothing behind if anything goes wrong."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is already there: to make it anew, delete it (rm -r {out}); else name another folder")
+    refuse_existing(out)
     out = out.resolve()
     part = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     part.mkdir(parents=True)
@@ -433,57 +810,263 @@ def whole_or_nothing(out):
         shutil.rmtree(part, ignore_errors=True)
 
 
-def write_corpus(source, raw, out, workers, rate, command):
-    """Prepare all recordings of `source` under `raw` into the empty folder `out`; returns the manifest."""
-    out.mkdir(exist_ok=True)
-    jobs = LISTERS[source](raw, rate)
-    if not jobs:
-        raise ValueError(f"no {source} recordings under {raw}: expected WFDB headers (*.hea) there, or add --download")
-    print(f"{source}: {len(jobs):,} recordings to read")
-    rows, rejects, changes, digest, n_samples, hours = [], [], Counter(), hashlib.sha256(), 0, 0.0
-    with open(out / "signal.i16", "wb") as file, tqdm(total=len(jobs), unit=" records", disable=None) as bar:
-        for job, (steps, leads, detail) in zip(jobs, map_in_order(load, jobs, workers)):
-            if steps is None:
-                rejects.append((job.record, leads, detail))
+def refuse_existing(out):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is already there: to make it anew, delete it (rm -r {out}); else name another folder")
+
+
+def part_of(out):
+    """The folder of an unfinished corpus."""
+    out = Path(out).resolve()
+    return out.with_name(f"{out.name}.part")
+
+
+@contextlib.contextmanager
+def only_writer(part):
+    """A lock on `part` for as long as this process lives, however it ends."""
+    import fcntl  # not on Windows, where nothing else here is in the way
+    with open(part / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another prepare.py is writing {part}: wait for it, or end it") from None
+        yield
+
+
+def write_corpus(source, raw, out, args, command):
+    """Prepare all recordings of `source` under `raw` into `out`, or go on with what OUT.part holds; returns the
+    manifest, None for a dry run."""
+    refuse_existing(out)
+    part = part_of(out)
+    part.mkdir(parents=True, exist_ok=True)
+    with only_writer(part):
+        try:
+            begun = json.loads((part / "plan.json").read_text()) if (part / "plan.json").exists() else None
+            if begun and not args.dry_run:
+                plan = check_plan(source, part, begun, command)
             else:
-                data = steps.tobytes()
+                plan = make_plan(source, raw, part, args, command)
+        except BaseException:
+            if not begun:                                          # nothing was prepared yet: leave nothing behind
+                shutil.rmtree(part, ignore_errors=True)
+            raise
+        if args.dry_run:
+            return None if begun else shutil.rmtree(part)
+        if not (part / "manifest.json").exists():
+            finish_shards(source, part, plan, args.workers or os.cpu_count())
+            assemble(source, part, plan, command)
+        shutil.rmtree(part / "done", ignore_errors=True)
+        for name in ("jobs.jsonl", "lock", "plan.json"):           # the plan last: as long as it is there, this goes on
+            (part / name).unlink(missing_ok=True)
+        if out.exists():
+            out.rmdir()                                            # empty, as refuse_existing has seen
+        part.rename(out.resolve())
+    return json.loads((out / "manifest.json").read_text())
+
+
+def check_plan(source, part, plan, command):
+    """The plan of an interrupted run, if it was the same command."""
+    if plan.get("command") != command or plan.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{part} holds an unfinished run of `{plan.get('command')}`, and this is `{command}`: finish that "
+                         f"one, or delete it (rm -r {part})")
+    print(f"{source}: going on, {len(list((part / 'done').glob('*.npz')))} of {n_shards(plan)} shards are done")
+    return plan
+
+
+def make_plan(source, raw, part, args, command):
+    """List the jobs, once, into OUT.part, and estimate what they cost: {"jobs", "shard_jobs", "notes", "command"}."""
+    jobs, notes, n = part / ("dry.jsonl" if args.dry_run else "jobs.jsonl"), {}, 0
+    with open(jobs, "w") as file, tqdm(desc="listing", unit=" records", disable=None) as bar:
+        for job in itertools.islice(LISTERS[source](raw, args, notes), args.limit or None):
+            file.write(json.dumps(job) + "\n")
+            n += 1
+            bar.update()
+    if not n:
+        raise ValueError(f"no {source} recordings under {raw}: expected WFDB headers (*.hea) there, or add --download")
+    n_bytes, seconds = probe_jobs(source, jobs, n)
+    workers, free = args.workers or os.cpu_count(), shutil.disk_usage(part).free
+    print(f"{source}: {n:,} recordings to read; about {n_bytes * n / 1e9:.3g} GB on disk ({free / 1e9:.0f} GB are free) "
+          f"and {duration(seconds * n / workers)} on {workers} cores")
+    if args.dry_run:
+        return jobs.unlink()
+    if n_bytes * n > free:
+        raise ValueError(f"{n:,} recordings need about {n_bytes * n / 1e9:.1f} GB, and where {part.parent} lies "
+                         f"{free / 1e9:.1f} GB are free: name another --out, or prepare fewer (--limit)")
+    plan = {"command": command, "format_version": FORMAT_VERSION, "jobs": n, "notes": notes, "shard_jobs": max(1, min(
+        int(SHARD_BYTES // max(n_bytes, 1)), -(-n // SHARDS_AT_LEAST)))}
+    for name in ("signal", "done", *(["events"] if source in ANNOTATED else [])):
+        (part / name).mkdir(exist_ok=True)
+    write_whole(part / "plan.json", json.dumps(plan).encode())
+    return plan
+
+
+def probe_jobs(source, jobs, n):
+    """Mean bytes of signal and seconds of a few recordings out of n."""
+    chosen, sizes, start = set(np.linspace(0, n - 1, PROBES).astype(int).tolist()), [], time.perf_counter()
+    with open(jobs) as file:
+        for i, line in enumerate(file):
+            if i in chosen:
+                with contextlib.suppress(Refused):
+                    sizes.append(load(Job(*json.loads(line)), ANNOTATED.get(source)).steps.nbytes)
+    return np.mean(sizes or [0.0]), (time.perf_counter() - start) / len(chosen)
+
+
+def duration(seconds):
+    """12 s, 5 min, 3.4 h"""
+    return (f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else
+            f"{seconds / 3600:.1f} h")
+
+
+def write_whole(path, data):
+    """A file that appears with all of data in it or not at all, also if the machine stops."""
+    with open(path.with_name(f"{path.name}.tmp"), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def n_shards(plan):
+    return -(-plan["jobs"] // plan["shard_jobs"])
+
+
+def finish_shards(source, part, plan, workers):
+    """Prepare the shards that are not done, `workers` at a time; the jobs of at most two shards per worker are in
+    memory."""
+    done = {int(path.stem) for path in (part / "done").glob("*.npz")}
+    totals = Counter()
+    with tqdm(total=plan["jobs"], unit=" records", disable=None) as bar:
+        def count(result):
+            totals.update(result)
+            bar.set_postfix(hours=f"{totals['samples'] / FS / 3600:.1f}", GB=f"{totals['bytes'] / 1e9:.2f}",
+                            rejected=totals["rejected"], refresh=False)
+            bar.update(result["jobs"])
+        bar.update(min(plan["jobs"], len(done) * plan["shard_jobs"]))
+        bar.initial = bar.n                                        # what was done before says nothing about the speed
+        todo = ((source, part, k, jobs) for k, jobs in shard_jobs(part, plan) if k not in done)
+        workers = min(workers, n_shards(plan) - len(done))
+        if workers <= 1:
+            for task in todo:
+                count(prepare_shard(*task))
+            return
+        # Unlike multiprocessing.Pool, the executor raises if a worker is killed (out of memory), not waits for ever.
+        pool, running = ProcessPoolExecutor(workers, initializer=start_worker), set()
+        try:
+            for task in todo:
+                running.add(pool.submit(prepare_shard, *task))
+                if len(running) >= 2 * workers:
+                    finished, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        count(future.result())
+            for future in as_completed(running):
+                count(future.result())
+        except BrokenProcessPool:
+            raise OSError(f"one of the {workers} workers was killed, most often because memory ran out: "
+                          "try again with a smaller --workers") from None
+        finally:
+            if sys.exc_info()[0] is not None:                      # do not wait for shards that are half way
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+            pool.shutdown(cancel_futures=True)
+
+
+def shard_jobs(part, plan):
+    """(number, jobs) of every shard, in order."""
+    with open(part / "jobs.jsonl") as file:
+        for k in range(n_shards(plan)):
+            yield k, [Job(*json.loads(line)) for line in itertools.islice(file, plan["shard_jobs"])]
+
+
+def prepare_shard(source, part, number, jobs):
+    """Prepare the recordings of a shard, and write it; returns its totals."""
+    rows, records, patients, events, rejects = [], [], [], [], []
+    changes, digest, offset, n_events, totals = Counter(), hashlib.sha256(), 0, 0, Counter(jobs=len(jobs))
+    path = part / "signal" / f"{number:05d}.i16"
+    try:
+        with open(path, "wb") as file:
+            for job in jobs:
+                try:
+                    got = load(job, ANNOTATED.get(source))
+                except Refused as error:
+                    rejects.append((job.record, error.reason, str(error)))
+                    continue
+                data = got.steps.tobytes()
                 file.write(data)
                 digest.update(data)
-                rows.append((n_samples, steps.shape[1], len(leads), np.pad(leads, (0, MAX_LEADS - len(leads))),
-                             SPLITS.index(job.split), job.label, job.patient.encode(), job.record.encode(), job.source))
-                n_samples += steps.size
-                hours += steps.shape[1] / FS / 3600
-                changes += detail
-            bar.set_postfix(hours=f"{hours:.1f}", rejected=len(rejects), refresh=False)
-            bar.update()
-    with open(out / "rejects.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("record", "reason", "detail"), *rejects])
-    if not rows:
-        raise ValueError(f"none of the {len(jobs)} recordings in {raw} could be used: "
-                         f"{dict(Counter(r[1] for r in rejects))}; the first: {rejects[0]}")
-    index = np.array(rows, dtype=INDEX_DTYPE)
-    np.save(out / "index.npy", index)
-    sums = {"signal.i16": digest.hexdigest(), "index.npy": sha256(out / "index.npy")}
-    manifest = make_manifest(source, index, rejects, changes, sums, command)
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-    return manifest
+                length, n_leads = got.steps.shape[1], len(got.leads)
+                rows.append((number, offset, length, n_leads, np.pad(got.leads, (0, MAX_LEADS - n_leads)),
+                             SPLITS.index(job.split), job.label, 0, got.fs_hz, n_events, len(got.events)))
+                records.append(job.record.encode())
+                patients.append(job.patient.encode())
+                events.append(got.events)
+                offset, n_events = offset + got.steps.size, n_events + len(got.events)
+                changes += got.changes
+                totals["samples"] += length
+            file.flush()
+            os.fsync(file.fileno())
+        sums = {f"signal/{path.name}": digest.hexdigest()}
+        if source in ANNOTATED:
+            target = part / "events" / f"{number:05d}.npy"
+            np.save(target, np.concatenate([NO_EVENTS, *events]))
+            sums[f"events/{target.name}"] = sha256(target)
+    except OSError:
+        path.unlink(missing_ok=True)                               # on a full disk, room for whatever comes next
+        raise
+    buffer = io.BytesIO()
+    about = {"rejects": rejects, "changes": changes, "sha256": sums, "bytes": 2 * offset}
+    np.savez(buffer, index=np.array(rows, INDEX_DTYPE), records=np.array(records, RECORD_DTYPE),
+             patients=np.array(patients, PATIENT_DTYPE), about=np.frombuffer(json.dumps(about).encode(), np.uint8))
+    write_whole(part / "done" / f"{number:05d}.npz", buffer.getvalue())
+    return totals + Counter(rejected=len(rejects), bytes=2 * offset)
 
 
-def map_in_order(function, items, workers):
-    """map over processes; results come in the order of the items, so the output does not depend on `workers`."""
-    workers = min(workers, 1 + len(items) // 4)  # a process costs about a second to start
-    if workers <= 1:
-        yield from map(function, items)
-        return
-    # Unlike multiprocessing.Pool, the executor raises if a worker is killed (out of memory) instead of waiting forever.
-    pool = ProcessPoolExecutor(workers, initializer=start_worker)
+def assemble(source, part, plan, command):
+    """Put the indices of all shards together: index.npy, records.npy, patients.npy, rejects.csv, manifest.json."""
+    shards = [part / "done" / f"{k:05d}.npz" for k in range(n_shards(plan))]
+    counts, rejected, changes, sums, sizes, first = [], Counter(), Counter(), {}, {}, None
+    with open(part / "rejects.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("record", "reason", "detail"))
+        for path in shards:
+            with np.load(path) as shard:
+                counts.append(len(shard["patients"]))
+                about = json.loads(shard["about"].tobytes())
+            writer.writerows(about["rejects"])
+            first = first or (about["rejects"] or [None])[0]
+            rejected += Counter(reason for _, reason, _ in about["rejects"])
+            changes += Counter(about["changes"])
+            sums |= about["sha256"]
+            sizes[f"{path.stem}.i16"] = about["bytes"]
     try:
-        yield from pool.map(function, items, chunksize=max(1, min(16, len(items) // (4 * workers))))
-    except BrokenProcessPool:
-        raise OSError(f"one of the {workers} workers was killed, most often because memory ran out; "
-                      "nothing was written: try again with a smaller --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        if not sum(counts):
+            raise ValueError(f"none of the {plan['jobs']} recordings could be used: {dict(rejected)}; the first: {first}")
+        index, n_records = gather_index(part, shards, counts)
+        manifest = make_manifest(source, index, n_records, plan["notes"], command)
+    except ValueError:                                             # it would be no other the next time
+        shutil.rmtree(part)
+        raise
+    sums |= {name: sha256(part / name) for name in ("index.npy", "records.npy", "patients.npy", "rejects.csv")}
+    manifest |= {"rejected": dict(sorted(rejected.items())), "changed": dict(sorted(changes.items())),
+                 "shard_bytes": sizes, "sha256": sums}
+    write_whole(part / "manifest.json", (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def gather_index(part, shards, counts):
+    """Write index.npy, records.npy and patients.npy shard by shard; returns the index and the number of records, which
+    may have several recordings one after the other. In memory are the patients' names, 32 bytes per recording."""
+    n = sum(counts)
+    index, records = (np.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype, (n,))
+                      for name, dtype in (("index", INDEX_DTYPE), ("records", RECORD_DTYPE)))
+    patients, stop = np.empty(n, PATIENT_DTYPE), 0
+    for path, count in zip(shards, counts):
+        with np.load(path) as shard:
+            rows, stop = slice(stop, stop + count), stop + count
+            index[rows], records[rows], patients[rows] = shard["index"], shard["records"], shard["patients"]
+    patients, index["patient"] = np.unique(patients, return_inverse=True)
+    np.save(part / "patients.npy", patients)
+    index.flush()
+    records.flush()
+    return index, 1 + int((records[1:] != records[:-1]).sum())
 
 
 def start_worker():
@@ -497,25 +1080,25 @@ def start_worker():
     threading.Thread(target=follow, daemon=True).start()
 
 
-def make_manifest(source, index, rejects, changes, sums, command):
-    """All that a reader of the corpus should know, as a plain dict."""
-    by_split = {name: index[index["split"] == i] for i, name in enumerate(SPLITS)}
-    patients = [set(rows["patient"].tolist()) for rows in by_split.values()]
-    overlap = len(patients[0] & patients[1] | patients[0] & patients[2] | patients[1] & patients[2])
+def make_manifest(source, index, n_records, notes, command):
+    """All that a reader of the corpus should know, as a plain dict. No date in it: the same recordings give the same
+    bytes."""
+    by_split = [index[index["split"] == i] for i in range(len(SPLITS))]
+    patients = [np.unique(rows["patient"]) for rows in by_split]
+    _, splits_of = np.unique(np.concatenate(patients), return_counts=True)
+    overlap = int((splits_of > 1).sum())
     if overlap:
         raise ValueError(f"{overlap} patients are in more than one split, so training would see patients of the test; "
                          "check the source's table of folds")
     return {
         "magic": MAGIC, "format_version": FORMAT_VERSION, "source": source, "fs_hz": FS,
         "units": f"int16 little-endian, 1 uV per step, {MISSING} = missing", "leads": LEADS, "labels": SUPERCLASSES,
-        "recordings": len(index), "records": len(set(index["record"].tolist())),
-        "recordings_per_split": {name: len(rows) for name, rows in by_split.items()},
-        "hours_per_split": {name: round(float(rows["length"].sum()) / FS / 3600, 3) for name, rows in by_split.items()},
+        "recordings": len(index), "records": n_records,
+        "recordings_per_split": dict(zip(SPLITS, map(len, by_split))),
+        "hours_per_split": {name: round(float(rows["length"].sum(dtype=np.int64)) / FS / 3600, 3)
+                            for name, rows in zip(SPLITS, by_split)},
         "patients_per_split": dict(zip(SPLITS, map(len, patients))), "patients_in_two_splits": overlap,
-        "leak_note": LEAK_NOTES[source],
-        "rejected": dict(sorted(Counter(reason for _, reason, _ in rejects).items())),
-        "changed": dict(sorted(changes.items())),
-        "sha256": sums, "command": command, "created": datetime.now(timezone.utc).isoformat(),
+        "leak_note": LEAK_NOTES[source], "notes": notes, "command": command,
         "versions": {"numpy": np.__version__, "scipy": scipy.__version__, "wfdb": wfdb.__version__}}
 
 
@@ -951,23 +1534,30 @@ def synthesize(raw_dir: Path, n_records: int, seed: int) -> None:
 
 HELP = """\
 sources
-  ptbxl   PTB-XL 1.0.3: 21,799 12-lead ECGs of 10 s with labels; folds 1-8 train, 9 val, 10 test  (--download: 3 GB)
-  mitdb   MIT-BIH Arrhythmia Database: 48 two-lead recordings of 30 min; DS2 is test              (--download: 100 MB)
-  nstdb   MIT-BIH Noise Stress Test Database: the noise records bw, em, ma                        (--download: 40 MB)
-  wfdb    any folder of WFDB records (*.hea, in all subfolders); every channel in volts counts as a lead; what is a
-          copy of PTB-XL or DS2 by its name becomes test
-  synth   synthetic ECGs, written to --raw in the layouts of the three databases above, then prepared by their readers
+  ptbxl       PTB-XL 1.0.3: 21,799 12-lead ECGs of 10 s with labels; folds 1-8 train, 9 val, 10 test  (--download: 3 GB)
+  mitdb       MIT-BIH Arrhythmia Database: 48 two-lead recordings of 30 min; DS2 is test             (--download: 100 MB)
+  nstdb       MIT-BIH Noise Stress Test Database: the noise records bw, em, ma                        (--download: 40 MB)
+  heedb       Harvard-Emory ECG Database: 11.6 million 12-lead ECGs; --raw holds ECG/WFDB and the publisher's tables
+  code15      CODE-15%: 345,779 exams; --raw holds exams_part*.hdf5 and exams.csv (needs pip install h5py)
+  code        the whole of CODE as WFDB: TNMG{exam}_N{k} and annotations.csv
+  icentia11k  Icentia11k: 11,000 patients, one lead, 541,794 segments of 70 minutes; beats and rhythms are kept beside
+  wfdb        any folder of WFDB records (*.hea, in all subfolders); every channel in volts counts as a lead; what is a
+              copy of PTB-XL or DS2 by its name becomes test; --patients says whose recording each is
+  synth       synthetic ECGs, written to --raw in the layouts of the first three, then prepared by their readers
 
-the result, in OUT (for synth in OUT/ptbxl, OUT/mitdb and OUT/nstdb); it appears whole or not at all
-  signal.i16     int16 at 250 Hz, 1 uV per step, -32768 = missing; for every recording one (leads, samples) block
-  index.npy      a row per recording: where it is, its leads, split, patient, label
+the result, in OUT (for synth in OUT/ptbxl, OUT/mitdb and OUT/nstdb)
+  signal/        int16 at 250 Hz, 1 uV per step, -32768 = missing; for every recording one (leads, samples) block
+  events/        icentia11k alone: beats and rhythms, by sample at 250 Hz
+  index.npy      a row per recording: where it is, its leads, split, patient, label; records.npy and patients.npy: names
   manifest.json  what this is: counts, hours, what was rejected or changed, leak rules, checksums, the command
   rejects.csv    every recording that could not be used, and why
+While it is made it stands in OUT.part. After an interruption of any kind the same command goes on there.
 
 examples
   python prepare.py synth --raw data/raw/synth --out data/synth
   python prepare.py ptbxl --raw data/raw/ptbxl --out data/ptbxl --download
-  python prepare.py wfdb  --raw my_ecgs        --out data/mine --workers 8
+  python prepare.py heedb --raw /data/heedb    --out data/heedb --dry-run
+  python prepare.py wfdb  --raw my_ecgs        --out data/mine --workers 8 --patients my_patients.csv
 """
 
 
@@ -988,6 +1578,12 @@ def parse_args(argv=None):
                         help="first fetch what --raw lacks from PhysioNet and check it against SHA256SUMS.txt")
     parser.add_argument("--workers", type=int, default=0,
                         help="processes; 0 = one per CPU core; the result is the same for any number")
+    parser.add_argument("--limit", type=int, default=0, help="prepare only the first so many recordings; 0 = all")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="say how many recordings there are, what disk and time they need, and write nothing")
+    parser.add_argument("--patients", type=Path,
+                        help="wfdb only: CSV table with a column record (the path in --raw, or its last part) and a "
+                             "column patient")
     parser.add_argument("--rate", choices=("auto", "100", "500"), default="auto",
                         help="ptbxl only: which copy to read, in Hz; auto = 500 if all of it is there, else 100")
     parser.add_argument("--records", type=int, default=SYNTH_RECORDS, help="synth only: number of 12-lead recordings")
@@ -1005,8 +1601,13 @@ def check_args(parser, args):
         parser.error(f"--rate is for ptbxl; {args.source} records are read at the rate that their headers give")
     if args.source != "synth" and (args.records, args.seed) != (SYNTH_RECORDS, 0):
         parser.error(f"--records and --seed are for synth; of {args.source} every record is prepared")
-    if args.records < 1 or args.workers < 0 or args.seed < 0:
-        parser.error("--records must be at least 1, --workers and --seed at least 0")
+    if args.records < 1 or args.workers < 0 or args.seed < 0 or args.limit < 0:
+        parser.error("--records must be at least 1, --workers, --seed and --limit at least 0")
+    if args.source == "synth" and (args.limit or args.dry_run):
+        parser.error("--limit and --dry-run are for recordings that exist; for synth there is --records")
+    if args.patients and (args.source != "wfdb" or not args.patients.is_file()):
+        parser.error(f"--patients {args.patients}: " + ("there is no such file" if args.source == "wfdb" else
+                                                        f"{args.source} knows its patients; it is for wfdb"))
     if args.source != "synth" and not args.download and not args.raw.is_dir():
         parser.error(f"--raw {args.raw} is no folder")
 
@@ -1014,7 +1615,8 @@ def check_args(parser, args):
 def command_of(args):
     """The command line that makes this corpus again."""
     extra = {"synth": ["--records", args.records, "--seed", args.seed], "ptbxl": ["--rate", args.rate]}
-    words = ["python", "prepare.py", args.source, "--raw", args.raw, "--out", args.out, *extra.get(args.source, [])]
+    words = ["python", "prepare.py", args.source, "--raw", args.raw, "--out", args.out, *extra.get(args.source, []),
+             *(["--limit", args.limit] if args.limit else []), *(["--patients", args.patients] if args.patients else [])]
     return shlex.join(map(str, words))
 
 
@@ -1027,31 +1629,54 @@ def summary(manifest, out):
               for split, n in manifest["recordings_per_split"].items()]
     lines += [f"  rejected {n:7,} {reason} (see rejects.csv)" for reason, n in rejected.items()]
     lines += [f"  changed  {n:7,} {what}" for what, n in manifest["changed"].items()]
+    lines += [f"  {what}: {note}" for what, note in manifest["notes"].items()]
     lines += [f"  patients in more than one split: {manifest['patients_in_two_splits']}", f"  {manifest['leak_note']}"]
     return "\n".join(lines)
 
 
 def main(args):
-    workers, command = args.workers or os.cpu_count(), command_of(args)
+    command = command_of(args)
     if args.source == "synth":
+        refuse_existing(args.out)
         with whole_or_nothing(args.raw) as raw, whole_or_nothing(args.out) as out:
             synthesize(raw, args.records, args.seed)
-            manifests = {source: write_corpus(source, raw / source, out / source, workers, args.rate, command)
+            manifests = {source: write_corpus(source, raw / source, out / source, args, command)
                          for source in ("ptbxl", "mitdb", "nstdb")}
     else:
-        with whole_or_nothing(args.out) as out:
-            if args.download:
-                download(args.source, args.raw, args.rate)
-            manifests = {"": write_corpus(args.source, args.raw, out, workers, args.rate, command)}
+        refuse_existing(args.out)
+        if args.download:
+            download(args.source, args.raw, args.rate)
+        manifests = {"": write_corpus(args.source, args.raw, args.out, args, command)}
     for name, manifest in manifests.items():
-        print(summary(manifest, args.out / name))
+        if manifest:
+            print(summary(manifest, args.out / name))
+
+
+def end_of_run(args, error):
+    """The last line of a run that did not come to its end: what was wrong, and what is kept."""
+    part = part_of(args.out)
+    kept = len(list((part / "done").glob("*.npz"))) if (part / "plan.json").exists() else 0
+    return f"prepare.py: {error}" + (f"; {kept} finished shards are kept in {part}, the same command goes on from there"
+                                     if kept else ", nothing was written" if isinstance(error, Interrupted) else "")
+
+
+class Interrupted(BaseException):  # not an Exception: no reader may take it for a damaged file
+    """By Ctrl-C or SIGTERM."""
+
+
+def interrupt(number, frame):
+    raise Interrupted("interrupted" if number == os_signal.SIGINT else "terminated")
+
+
+def run_command():
+    args = parse_args()
+    for number in (os_signal.SIGINT, os_signal.SIGTERM):
+        os_signal.signal(number, interrupt)
+    try:
+        main(args)
+    except (ValueError, OSError, Interrupted) as error:  # OSError: disk full, no permission
+        sys.exit(end_of_run(args, error))
 
 
 if __name__ == "__main__":
-    os_signal.signal(os_signal.SIGTERM, lambda *_: sys.exit("prepare.py: terminated, nothing was written"))
-    try:
-        main(parse_args())
-    except (ValueError, OSError) as error:  # OSError: disk full, no permission
-        sys.exit(f"prepare.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("prepare.py: interrupted, nothing was written")
+    run_command()

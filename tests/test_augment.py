@@ -259,7 +259,7 @@ def test_load_noise(noise_corpus):
     share = 2 * np.abs(noise.numpy() @ slow / noise.shape[-1]) ** 2
     for t, name in enumerate(NOISE_TYPES):
         assert (share[t] < 0.05).all() if name == "ma" else (share[t] > 0.8).all(), name
-    raw = corpus.read([row["record"] for row in corpus.index].index(b"em")).astype(float)
+    raw = corpus.read(corpus.records.tolist().index(b"em")).astype(float)
     assert min(np.corrcoef(a, b)[0, 1] for a, b in zip(raw, noise[NOISE_TYPES.index("em")])) > 0.9999
     held_out = load_noise(corpus, "test")
     assert held_out.shape == (3, 2, 20 * FS) and not torch.equal(held_out, noise[..., :20 * FS])
@@ -271,13 +271,15 @@ def test_absent_noise_is_refused(noise_corpus):
         load_noise(corpus)
 
 
-def test_missing_samples_of_noise_are_no_noise():
+def test_missing_samples_of_noise_are_no_noise(tmp_path):
     """A gap must come out as the mean of its channel, not as a jump to 0 uV."""
     x = np.tile(1000 + 50 * np.sin(np.arange(2500)), (2, 1)).astype(np.int16)
     x[:, 500:600] = prepare.MISSING
     index = np.zeros(3, prepare.INDEX_DTYPE)
-    index["record"], index["length"], index["n_leads"] = NOISE_TYPES, 2500, 2       # all three lie at offset 0
-    noise = load_noise(prepare.Corpus("noise", {}, index, x.ravel()))
+    index["length"], index["n_leads"] = 2500, 2                                     # all three lie at offset 0
+    (tmp_path / "signal").mkdir()
+    x.tofile(tmp_path / "signal" / "00000.i16")
+    noise = load_noise(prepare.Corpus(tmp_path, {}, index, np.array(NOISE_TYPES, "S64"), np.array([b"nobody"])))
     assert noise.isfinite().all() and noise[:, :, 510:590].abs().max() < 2
 
 

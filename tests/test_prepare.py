@@ -41,8 +41,12 @@ def run(source, raw, out, *flags):
 
 
 def names_of(corpus, split=None):
-    rows = corpus.index if split is None else corpus.index[corpus.index["split"] == SPLITS.index(split)]
-    return [name.decode() for name in rows["record"]]
+    rows = slice(None) if split is None else corpus.index["split"] == SPLITS.index(split)
+    return [name.decode() for name in corpus.records[rows]]
+
+
+def patient_of(corpus, i):
+    return corpus.patients[corpus.index["patient"][i]].decode()
 
 
 def rows_of(corpus):
@@ -217,13 +221,21 @@ def ptbxl_table(synth):
 def test_corpus_on_disk_is_what_its_manifest_says(synth, source):
     corpus = open_corpus(synth / "data" / source)
     index, manifest = corpus.index, corpus.manifest
-    assert set(os.listdir(corpus.dir)) == {"index.npy", "manifest.json", "rejects.csv", "signal.i16"}
-    assert index.dtype == INDEX_DTYPE and set(index["source"]) == {source.encode()} == {manifest["source"].encode()}
+    files = files_of(corpus.dir)
+    assert index.dtype == INDEX_DTYPE and manifest["source"] == source
+    assert set(manifest["sha256"]) == set(files) - {"manifest.json"}
+    assert {name for name in files if "/" not in name} == {"index.npy", "records.npy", "patients.npy", "rejects.csv",
+                                                           "manifest.json"}
     sizes = index["n_leads"].astype(int) * index["length"]
-    np.testing.assert_array_equal(index["offset"], np.cumsum(sizes) - sizes)  # one after the other, no gaps
-    assert os.path.getsize(corpus.dir / "signal.i16") == 2 * sizes.sum()
+    assert (np.diff(index["shard"].astype(int)) >= 0).all()        # recordings in order, and in a shard without gaps
+    for shard in range(len(manifest["shard_bytes"])):
+        rows = index["shard"] == shard
+        np.testing.assert_array_equal(index["offset"][rows], np.cumsum(sizes[rows]) - sizes[rows])
+        n_bytes = len(files[f"signal/{shard:05d}.i16"])
+        assert n_bytes == 2 * sizes[rows].sum() == manifest["shard_bytes"][f"{shard:05d}.i16"]
     for name, digest in manifest["sha256"].items():
-        assert hashlib.sha256((corpus.dir / name).read_bytes()).hexdigest() == digest
+        assert hashlib.sha256(files[name]).hexdigest() == digest
+    assert set(index["fs_hz"]) == {100 if source == "ptbxl" else 360} and not index["n_events"].any()
     assert manifest["fs_hz"] == 250 and manifest["leads"] == list(LEADS) and "1 uV" in manifest["units"]
     assert manifest["recordings"] == len(index) and manifest["rejected"] == {} == rejects_of(corpus.dir)
     assert manifest["command"].startswith("python prepare.py synth --raw")
@@ -242,9 +254,9 @@ def test_corpus_on_disk_is_what_its_manifest_says(synth, source):
 def test_ptbxl_splits_by_fold_and_labels_by_statement(synth, ptbxl_table):
     corpus = open_corpus(synth / "data" / "ptbxl")
     assert names_of(corpus) == [f"{ecg_id:05d}" for ecg_id in range(1, RECORDS + 1)]
-    for row, (ecg_id, known) in zip(corpus.index, ptbxl_table.iterrows()):
+    for i, (row, (ecg_id, known)) in enumerate(zip(corpus.index, ptbxl_table.iterrows())):
         assert SPLITS[row["split"]] == {9: "val", 10: "test"}.get(known.strat_fold, "train")
-        assert row["patient"] == f"ptbxl/{known.patient_id:.0f}".encode()
+        assert patient_of(corpus, i) == f"ptbxl/{known.patient_id:.0f}"
         assert row["n_leads"] == 12 and row["length"] == 2500 and [LEADS[i] for i in row["leads"][:12]] == list(TWELVE)
         classes = {prepare.STATEMENTS[code].split()[1] for code in ast.literal_eval(known.scp_codes)} - {"-"}
         assert label_of(row) == classes
@@ -271,7 +283,7 @@ def test_all_of_mitdb_is_listed_and_201_goes_with_202(synth, tmp_path):
     corpus = run("mitdb", raw, tmp_path / "out")
     assert corpus.manifest["recordings"] == 16 and corpus.manifest["rejected"] == {"absent file": 32}
     assert set(rejects_of(tmp_path / "out").values()) == {"absent file"}
-    jobs = {job.record: job for job in prepare.list_mitdb(raw, "auto")}
+    jobs = {job.record: job for job in prepare.list_mitdb(raw, None, {})}
     assert len(jobs) == 48
     assert {name for name, job in jobs.items() if job.split == "test"} == {*DS2, "201"}
     assert jobs["201"].patient == jobs["202"].patient and len({job.patient for job in jobs.values()}) == 47
@@ -306,11 +318,9 @@ def test_samples_are_those_that_wfdb_reads(synth, ptbxl_table, source):
 def test_output_does_not_depend_on_the_number_of_workers(synth, source, tmp_path):
     run(source, synth / "raw" / source, tmp_path / "two", "--workers", "2")
     two, one = files_of(tmp_path / "two"), files_of(synth / "data" / source)
-    assert two.keys() == one.keys()
-    for name in ("signal.i16", "index.npy", "rejects.csv"):
-        assert two[name] == one[name]
-    two, one = (json.loads(files["manifest.json"]) for files in (two, one))
-    assert {key for key in one if one[key] != two[key]} == {"command", "created"}
+    manifests = [json.loads(files.pop("manifest.json")) for files in (two, one)]
+    assert two == one and len(one) >= 10
+    assert {key for key in manifests[0] if manifests[0][key] != manifests[1][key]} == {"command"}
 
 
 def test_read_gives_windows_without_copying(synth):
@@ -319,7 +329,7 @@ def test_read_gives_windows_without_copying(synth):
     for start, length in ((0, 100), (777, 2500), (len(whole[0]) - 1, 1), (40000, None), (5, 0)):
         part = corpus.read(3, start, length)
         np.testing.assert_array_equal(part, whole[:, start:None if length is None else start + length])
-        assert part.base is not None and np.shares_memory(part, corpus.signal) or length == 0
+        assert part.base is not None and np.shares_memory(part, corpus.shard(int(corpus.index["shard"][3]))) or length == 0
     for start, length in ((-1, 5), (0, len(whole[0]) + 1), (len(whole[0]), 1)):
         with pytest.raises(AssertionError, match="of a recording of 45000"):
             corpus.read(3, start, length)
@@ -506,7 +516,7 @@ def test_leads_are_named_once_and_changes_are_counted(folder):
 def test_copies_of_test_sets_are_held_out_by_name(folder):
     corpus, good, _ = folder
     assert sorted(names_of(corpus, "test")) == sorted(["HR00001", "ward_1/00017_lr", "ward_1/00018_hr", "100"])
-    assert len(set(corpus.index["patient"])) == len(corpus.index)  # none is known: one per record
+    assert len(corpus.patients) == len(set(corpus.index["patient"])) == len(corpus.index)  # none is known: one per record
     assert all(map(prepare.HELD_OUT_COPY.fullmatch, (*DS2, "201", "HR21837")))
     assert not any(map(prepare.HELD_OUT_COPY.fullmatch, ("101", "102", "JS10001", "HR1", "1000", "x100")))
 
@@ -523,8 +533,8 @@ def test_long_names_stay_apart():
 def test_workers_agree_on_damaged_folders_too(folder, tmp_path):
     corpus, _, _ = folder
     run("wfdb", corpus.dir.parent / "raw", tmp_path / "two", "--workers", "2")
-    for name in ("signal.i16", "index.npy", "rejects.csv"):
-        assert (tmp_path / "two" / name).read_bytes() == (corpus.dir / name).read_bytes()
+    one, two = files_of(corpus.dir), files_of(tmp_path / "two")
+    assert one.pop("manifest.json") != two.pop("manifest.json") and one == two
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,24 +543,29 @@ def test_workers_agree_on_damaged_folders_too(folder, tmp_path):
 @pytest.mark.parametrize("damage, words", [
     (lambda d: shutil.rmtree(d), "holds no corpus"),
     (lambda d: (d / "manifest.json").write_text("{"), "holds no corpus"),
-    (lambda d: rewrite(d, magic="cat pictures"), "format 1 of 'cat pictures', expected format 1 of 'ecg-dino corpus'"),
+    (lambda d: rewrite(d, magic="cat pictures"), "format 2 of 'cat pictures', expected format 2 of 'ecg-dino corpus'"),
     (lambda d: rewrite(d, format_version=0), "is format 0 of"),
     (lambda d: rewrite(d, recordings=99), "the manifest says 99"),
     (lambda d: rewrite(d, recordings=None), "the manifest says None"),
-    (lambda d: os.truncate(d / "signal.i16", 10000), "is damaged: 3 index rows and 5000 samples"),
-    (lambda d: os.truncate(d / "signal.i16", 9999), "is damaged"),
-    (lambda d: os.truncate(d / "signal.i16", 0), "is damaged"),
+    (lambda d: rewrite(d, shard_bytes=None), "is damaged"),
+    (lambda d: os.truncate(d / "signal" / "00001.i16", 9999),
+     "is damaged (signal/00001.i16 has 9999 bytes, the manifest says 10000)"),
+    (lambda d: os.truncate(d / "signal" / "00000.i16", 0), "is damaged"),
+    (lambda d: np.save(d / "records.npy", np.zeros(2, "S64")), "3 index rows and 2 names"),
+    (lambda d: (d / "patients.npy").unlink(), "is damaged"),
     (lambda d: os.truncate(d / "index.npy", 300), "is damaged"),
     (lambda d: np.save(d / "index.npy", np.zeros(3)), "is damaged"),
     (lambda d: (d / "index.npy").unlink(), "is damaged"),
-    (lambda d: (d / "signal.i16").unlink(), "is damaged")])
+    (lambda d: (d / "signal" / "00002.i16").unlink(), "is damaged"),
+    (lambda d: d.rename(f"{d}.part"), "corpus.part holds an unfinished one: run its command again")])
 def test_open_corpus_refuses_damage_and_names_the_command(small_corpus, tmp_path, damage, words):
     copy = Path(shutil.copytree(small_corpus, tmp_path / "corpus"))
     open_corpus(copy)
     damage(copy)
     with pytest.raises(ValueError) as error:
         open_corpus(copy)
-    assert words in str(error.value) and str(copy) in str(error.value) and "`python prepare.py " in str(error.value)
+    assert words in str(error.value) and str(copy) in str(error.value)
+    assert "`python prepare.py " in str(error.value) or "unfinished" in words
 
 
 def rewrite(folder, **changes):
@@ -589,7 +604,7 @@ def test_nothing_usable_leaves_nothing(tmp_path):
     raw = tmp_path / "raw"
     write(raw, "short", noise(0, n=100))
     (raw / "garbage.hea").write_text("?")
-    with pytest.raises(ValueError, match="none of the 2 recordings in .* could be used: .*'too short': 1"):
+    with pytest.raises(ValueError, match="none of the 2 recordings could be used: .*'too short': 1"):
         run("wfdb", raw, tmp_path / "out")
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="no wfdb recordings under .*: expected WFDB headers"):
@@ -620,22 +635,30 @@ def processes_of(session):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker processes in /proc")
 @pytest.mark.parametrize("end", ["SIGINT", "SIGTERM", "SIGKILL", "a worker is killed"])
-def test_an_interrupted_run_leaves_no_corpus(end, tmp_path):
+def test_an_interrupted_run_goes_on_where_it_stood(end, tmp_path):
     """One record's signal file is a pipe that nobody writes to, so the run stands in the middle until it is ended."""
-    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw, out, part = tmp_path / "raw", tmp_path / "out", tmp_path / "out.part"
     for i in range(6):
         write(raw, f"r{i}", noise(i))
-    shutil.move(raw / "r4.dat", tmp_path / "r4.dat")
-    os.mkfifo(raw / "r4.dat")
+    whole = files_of(run("wfdb", raw, out).dir)
+    shutil.rmtree(out)
     command = [sys.executable, str(ROOT / "prepare.py"), "wfdb", "--raw", str(raw), "--out", str(out)]
-    process = subprocess.Popen([*command, "--workers", "1" if end in ("SIGINT", "SIGTERM") else "2"], stdout=subprocess.DEVNULL,
+    code = ("import os, sys; sys.path.insert(0, sys.argv.pop(1)); import prepare\n"
+            "make = prepare.make_plan\n"                            # the pipe comes after the recordings are probed
+            "def plan(*a):\n"
+            "    got = make(*a); os.rename(sys.argv[3] + '/r4.dat', sys.argv[3] + '/../r4.dat')\n"
+            "    os.mkfifo(sys.argv[3] + '/r4.dat'); return got\n"
+            "prepare.make_plan = plan\n"
+            "prepare.run_command()")
+    hung = [sys.executable, "-c", code, str(ROOT), *command[2:]]
+    workers = "1" if end in ("SIGINT", "SIGTERM") else "2"
+    process = subprocess.Popen([*hung, "--workers", workers], stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True, start_new_session=True,
                                # A shell that runs the tests in the background has Ctrl-C ignored, which is inherited.
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
-        until(lambda: list(tmp_path.glob("out.tmp-*/signal.i16")), "the first samples")
+        until(lambda: len(list(part.glob("done/*.npz"))) >= 4, "the first shards")
         if end == "a worker is killed":
-            until(lambda: len(processes_of(process.pid)) >= 3, "two workers")
             for pid in set(processes_of(process.pid)) - {process.pid}:
                 os.kill(pid, signal.SIGKILL)
         else:
@@ -647,13 +670,31 @@ def test_an_interrupted_run_leaves_no_corpus(end, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert code == (-signal.SIGKILL if end == "SIGKILL" else 1)
     assert not out.exists()
-    said = {"SIGINT": "interrupted, nothing was written", "SIGTERM": "terminated, nothing was written",
-            "a worker is killed": "try again with a smaller --workers", "SIGKILL": ""}[end]
-    assert errors.strip().endswith(said) and "Traceback" not in errors
-    if end != "SIGKILL":
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["r4.dat", "raw"]
+    said = {"SIGINT": "interrupted", "SIGTERM": "terminated", "a worker is killed": "try again with a smaller --workers",
+            "SIGKILL": ""}[end]
+    n = len(list(part.glob("done/*.npz")))
+    kept = f"; {n} finished shards are kept in {part}, the same command goes on from there" if said else ""
+    assert errors.strip().endswith(said + kept) and "Traceback" not in errors
     os.replace(tmp_path / "r4.dat", raw / "r4.dat")
-    assert len(run("wfdb", raw, out).index) == 6                   # and the next run is not in its way
+    with pytest.raises(ValueError, match="holds an unfinished run of `python prepare.py wfdb .*finish that one, or delete"):
+        run("wfdb", raw, out, "--limit", "2")
+    before = {path: path.stat().st_mtime_ns for path in part.glob("done/*.npz")}
+    with monkeypatched(prepare, "prepare_shard") as prepared:
+        run("wfdb", raw, out)
+    assert {int(path.stem) for path in before} | {args[2] for args in prepared} == set(range(6))
+    assert len(prepared) == 6 - len(before)                        # finished shards are not made again
+    assert files_of(out) == whole and not part.exists()
+
+
+@contextlib.contextmanager
+def monkeypatched(module, name):
+    """The arguments of every call of module.name, which still does its work."""
+    function, calls = getattr(module, name), []
+    setattr(module, name, lambda *args: calls.append(args) or function(*args))
+    try:
+        yield calls
+    finally:
+        setattr(module, name, function)
 
 
 def test_mistakes_are_told_in_one_line(small_raw, tmp_path):
@@ -665,10 +706,12 @@ def test_mistakes_are_told_in_one_line(small_raw, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("heedb", "invalid choice: 'heedb'"), ("wfdb --download", "--download: wfdb is no PhysioNet database"),
+    ("holter", "invalid choice: 'holter'"), ("wfdb --download", "--download: wfdb is no PhysioNet database"),
     ("mitdb --rate 500", "--rate is for ptbxl"), ("ptbxl --records 5", "--records and --seed are for synth"),
     ("nstdb --seed 1", "--records and --seed are for synth"), ("synth --records 0", "--records must be at least 1"),
-    ("wfdb --workers -1", "--workers and --seed at least 0"), ("wfdb --work 2", "unrecognized arguments: --work 2"),
+    ("wfdb --workers -1", "--workers, --seed and --limit at least 0"),
+    ("wfdb --limit -1", "--limit at least 0"), ("synth --dry-run", "for synth there is --records"),
+    ("heedb --patients a.csv", "heedb knows its patients"), ("wfdb --patients a.csv", "there is no such file"), ("wfdb --work 2", "unrecognized arguments: --work 2"),
     ("wfdb --raw nowhere/at/all", "--raw nowhere/at/all is no folder")])
 def test_flags_that_do_not_go_together(flags, words, tmp_path, capsys):
     source, *rest = flags.split()
@@ -963,8 +1006,8 @@ def test_real_ptbxl(shared_data, tmp_path):
     corpus = run("ptbxl", raw, tmp_path / "out")
     assert len(corpus.index) == len(table) == 60 and not corpus.manifest["rejected"]
     statements = pd.read_csv(raw / "scp_statements.csv", index_col=0)
-    for row, (ecg_id, known) in zip(corpus.index, table.iterrows()):
-        assert row["record"] == f"{ecg_id:05d}".encode() and row["patient"] == f"ptbxl/{known.patient_id:.0f}".encode()
+    for i, (row, (ecg_id, known)) in enumerate(zip(corpus.index, table.iterrows())):
+        assert corpus.records[i] == f"{ecg_id:05d}".encode() and patient_of(corpus, i) == f"ptbxl/{known.patient_id:.0f}"
         assert SPLITS[row["split"]] == {9: "val", 10: "test"}.get(known.strat_fold, "train")
         found = statements.loc[list(ast.literal_eval(known.scp_codes))]
         classes = set(found.diagnostic_class[found.diagnostic == 1])
@@ -1055,3 +1098,347 @@ def test_real_cinc2021(shared_data, tmp_path):
         assert corpus.index["leads"][i][:valid.sum()].tolist() == ids[valid].tolist()
         assert_stored(corpus.read(i), expected[valid])
     assert corpus.manifest["changed"]["leads dropped: flat, empty or below 2 s of signal"] == dropped > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the large databases, in their publishers' layouts, from real recordings
+
+
+def as_record(shared_data, folder, name, i, suffix):
+    """The i-th real 500 Hz recording under another name, with .dat or .mat signals."""
+    source = sorted((shared_data / "ptbxl" / "records500" / "00000").glob("*.hea"))[i]
+    folder.mkdir(parents=True, exist_ok=True)
+    header = source.read_text().replace(source.stem, name)
+    data = source.with_suffix(".dat").read_bytes()
+    if suffix == "mat":                                            # 24 bytes of MATLAB's header, then the same samples
+        header = header.replace(f"{name}.dat 16", f"{name}.mat 16+24")
+        data = bytes(24) + data
+    (folder / f"{name}.hea").write_text(header)
+    (folder / f"{name}.{suffix}").write_bytes(data)
+    return source.with_suffix("")
+
+
+def write_heedb(shared_data, raw):
+    """Both forms, in two years; -> {record: real record}, the last of them listed as a duplicate."""
+    sources = {}
+    for i in range(6):
+        site, suffix = (("S0001", "mat"), ("S0006", "dat"))[i % 2]
+        folder, name = f"ECG/WFDB/{site}/{1990 + i // 4}", f"de_{site}_{i:04d}"
+        sources[f"{folder}/{name}"] = as_record(shared_data, raw / folder, name, i, suffix)
+    names = [path.split("/")[-1] for path in sources]
+    (raw / "Metadata").mkdir()
+    pd.DataFrame({"FileName": [f"{name}.mat" for name in names[:5]], "BDSPPatientID": [11, 12, 11, 13, 14],
+                  "SexDSC": "Female", "Age": 50.0}).to_csv(raw / "Metadata" / "demographics_ECG.csv")
+    pd.DataFrame({"file_name": names[5:]}).to_csv(raw / "Metadata" / "duplicated.csv", index=False)
+    return sources
+
+
+def test_heedb_takes_both_forms_and_its_tables(shared_data, tmp_path):
+    raw = tmp_path / "raw"
+    sources = write_heedb(shared_data, raw)
+    corpus = run("heedb", raw, tmp_path / "out")
+    rows = rows_of(corpus)
+    assert rejects_of(corpus.dir) == {list(sources)[5]: "duplicate"} and set(rows) == set(list(sources)[:5])
+    for (name, i), patient in zip(sorted(rows.items(), key=lambda item: item[0][-4:]), (11, 12, 11, 13, 14)):
+        assert_stored(corpus.read(i), read_raw(sources[name])[0])
+        assert [LEADS[k] for k in corpus.index["leads"][i][:12]] == list(TWELVE) and corpus.index["fs_hz"][i] == 500
+        assert patient_of(corpus, i) == f"heedb/{patient}"
+        assert SPLITS[corpus.index["split"][i]] == prepare.hashed_split(f"heedb/{patient}")
+    assert corpus.manifest["notes"] == {}
+    for table in (raw / "Metadata").iterdir():
+        table.unlink()
+    corpus = run("heedb", raw, tmp_path / "alone")
+    assert len(corpus.patients) == len(corpus.index) == 6
+    assert corpus.manifest["notes"] == {"patients": "no demographics_ECG.csv: every file counts as a patient of its own"}
+
+
+def test_code_keeps_the_tracings_of_a_patient_together(shared_data, tmp_path):
+    raw = tmp_path / "raw"
+    exams = {"TNMG1_N1": 7, "TNMG1_N2": 7, "TNMG22_N1": 8, "TNMG333_N1": 7, "TNMG4_N1": None, "ECG5": None}
+    sources = {name: as_record(shared_data, raw / "S0000", name, i, "dat") for i, name in enumerate(exams)}
+    for name in exams:
+        header = raw / "S0000" / f"{name}.hea"
+        header.write_text(header.read_text().replace("AVR", "DAVR").replace(" I\n", " DI\n").replace(" II\n", " DII\n"))
+    with pytest.raises(ValueError, match="no annotations.csv in"):
+        run("code", raw, tmp_path / "out")
+    pd.DataFrame({"id_exam": [1, 22, 333], "id_patient": [7, 8, 7], "AF": False}).to_csv(raw / "annotations.csv", index=False)
+    corpus = run("code", raw, tmp_path / "out")
+    assert rejects_of(corpus.dir) == {"S0000/TNMG4_N1": "unknown patient", "S0000/ECG5": "file name"}
+    for name, i in rows_of(corpus).items():
+        name = name.split("/")[1]
+        assert patient_of(corpus, i) == f"code/{exams[name]}"
+        assert_stored(corpus.read(i), read_raw(sources[name])[0])
+        assert [LEADS[k] for k in corpus.index["leads"][i][:3]] == ["I", "II", "III"]
+    assert len(corpus.index) == 4
+
+
+def write_code15(path, exams, tracings):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        file["exam_id"] = np.array(exams)
+        file.create_dataset("tracings", data=np.asarray(tracings, np.float32), chunks=(1, 4096, 12), compression="gzip")
+
+
+def test_real_code15_is_read_by_exam_id_and_trimmed(shared_data, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    corpus = run("code15", shared_data / "code15", tmp_path / "out")
+    table = pd.read_csv(shared_data / "code15" / "exams.csv").set_index("exam_id")
+    assert len(corpus.index) == 10 and not corpus.manifest["rejected"] and set(corpus.index["fs_hz"]) == {400}
+    assert corpus.manifest["notes"]["units"].startswith("read as mV: the median R wave of lead II is then 1.76 mV")
+    with h5py.File(shared_data / "code15" / "exams_part0.hdf5") as file:
+        tracings = dict(zip(file["exam_id"][:].tolist(), file["tracings"][:]))
+    trimmed = 0
+    for name, i in rows_of(corpus).items():
+        tracing = tracings[int(name)]
+        assert patient_of(corpus, i) == f"code15/{table.patient_id[int(name)]}"
+        whole, ids = preprocess(tracing, 400, TWELVE)
+        used = np.flatnonzero(np.isfinite(whole).any(axis=0))
+        trimmed += len(used) < whole.shape[1]
+        assert corpus.index["length"][i] == used[-1] + 1 - used[0] and used[-1] + 1 - used[0] in (2560, 1833, 1834)
+        assert_stored(corpus.read(i), whole[:, used[0]:used[-1] + 1])
+        assert corpus.index["leads"][i][:12].tolist() == ids.tolist()
+    assert trimmed == corpus.manifest["changed"]["recordings trimmed"] == 6
+
+
+def test_faults_of_code15_are_counted(shared_data, tmp_path):
+    """Two parts from the real exams, with a padding row, an empty exam, dead leads, an exam that the table does not know, one
+    that stands in the wrong part, one that is missing, amplitudes beyond all sense, and a scale of 1e-4 V."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(shared_data / "code15" / "exams_part0.hdf5") as file:
+        real = file["tracings"][:] * 10
+    real[1], real[2][:, 3], real[3][:, 6:] = 0, 0, 50_000
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    write_code15(raw / "exams_part0.hdf5", [101, 102, 103, 104, 105, 0], [*real[:5], np.zeros((4096, 12))])
+    write_code15(raw / "exams_part1.hdf5", [201, 999, 104, 0], [*real[5:8], np.zeros((4096, 12))])
+    parts = ["exams_part1.hdf5"] * 2 + ["exams_part0.hdf5"] * 5 + ["exams_part17.hdf5"]
+    table = pd.DataFrame({"exam_id": [202, 201, 105, 104, 103, 102, 101, 301], "patient_id": [1, 1, 2, 3, 4, 5, 1, 6],
+                          "trace_file": parts})
+    with pytest.raises(ValueError, match="no exams.csv in .*Zenodo record 4916206"):
+        run("code15", raw, tmp_path / "out")
+    table.drop(columns="patient_id").to_csv(raw / "exams.csv", index=False)
+    with pytest.raises(ValueError, match="exams.csv cannot be read: no column 'patient_id' among .'exam_id', 'trace_file'"):
+        run("code15", raw, tmp_path / "out")
+    table.to_csv(raw / "exams.csv", index=False)
+    corpus = run("code15", raw, tmp_path / "out")
+    assert corpus.manifest["notes"]["units"].startswith("read as 1e-4 V")
+    assert pd.read_csv(corpus.dir / "rejects.csv", dtype=str)[["record", "reason"]].to_numpy().tolist() == [
+        ["102", "no valid lead"], ["0", "padding row"], ["999", "unknown or repeated exam"],
+        ["104", "unknown or repeated exam"], ["0", "padding row"], ["202", "absent exam"]]
+    rows = rows_of(corpus)
+    assert set(rows) == {"101", "103", "104", "105", "201"}
+    assert corpus.index["patient"][rows["101"]] == corpus.index["patient"][rows["201"]]     # in different parts
+    assert corpus.index["n_leads"][[rows["103"], rows["104"]]].tolist() == [11, 6]
+    assert np.abs(np.where(corpus.read(rows["101"]) == MISSING, 0, corpus.read(rows["101"]))).max() < 6000
+    shutil.copy(raw / "exams_part1.hdf5", raw / "exams_part2.hdf5")
+    os.truncate(raw / "exams_part2.hdf5", 30_000)
+    with pytest.raises(ValueError, match="exams_part2.hdf5 is no HDF5 file or cut short .*: fetch it again"):
+        run("code15", raw, tmp_path / "again")
+
+
+def test_icentia11k_keeps_beats_and_rhythms_beside_the_signal(shared_data, tmp_path):
+    """Two patients, three segments, as long as the real ones in one case, from MIT-BIH at 250 Hz."""
+    raw, expected = tmp_path / "raw", {}
+    record, beats = wfdb.rdrecord(str(shared_data / "mitdb" / "100")), wfdb.rdann(str(shared_data / "mitdb" / "100"), "atr")
+    lead = scipy.signal.resample_poly(record.p_signal[:, 0], 25, 36)
+    adc = np.rint(np.tile(lead, 3)[:2 ** 20 + 1] * 74.36 + 20 * np.sin(np.arange(2 ** 20 + 1) / 1e4)).astype(int)
+    sample = np.rint(beats.sample * 25 / 36).astype(int)
+    for name, n, start in (("p00000_s00", 2 ** 20 + 1, 0), ("p00000_s01", 100_000, 30_000), ("p00017_s00", 50_000, 0)):
+        folder = raw / "p00" / name[:6]
+        folder.mkdir(parents=True, exist_ok=True)
+        values = adc[:n].copy()
+        values[:start] = 0                                         # an electrode that was not on yet
+        wfdb.wrsamp(name, 250, ["mV"], ["ecg"], d_signal=values[:, None], fmt=["16"], adc_gain=[74.36], baseline=[0],
+                    write_dir=str(folder))
+        keep = (sample > 20) & (sample < n)
+        notes = [(10, "+", "(N")] + [(s, "N" if k != "A" else "S", "") for s, k in
+                                     zip(sample[keep].tolist(), np.array(beats.symbol)[keep]) if k in "NAV"]
+        notes += [(n - 5, "+", ")")]
+        samples, symbols, aux = zip(*notes)
+        wfdb.wrann(name, "atr", np.array(samples), list(symbols), aux_note=list(aux), fs=250, write_dir=str(folder))
+        expected[f"p00/{name[:6]}/{name}"] = values, start, notes
+    (raw / "p00" / "p00017" / "p00017_s00.atr").unlink()
+    corpus = run("icentia11k", raw, tmp_path / "out")
+    rows = rows_of(corpus)
+    assert set(rows) == set(expected) and not corpus.manifest["rejected"]
+    assert corpus.manifest["changed"]["recordings without annotations: the file is absent"] == 1
+    assert corpus.patients.tolist() == [b"icentia11k/p00000", b"icentia11k/p00017"]
+    for name, (values, start, notes) in expected.items():
+        i = rows[name]
+        assert corpus.index["leads"][i][0] == 0 and corpus.index["n_leads"][i] == 1
+        np.testing.assert_allclose(corpus.read(i)[0], values[start:] / 74.36 * 1000, atol=0.5001)
+        events = corpus.events(i)
+        if "p00017" in name:
+            assert len(events) == 0
+            continue
+        wanted = [(s - start, (aux or symbol).encode()) for s, symbol, aux in notes if s >= start]
+        assert events.tolist() == wanted and len(events) > 200 and events["symbol"][-1] == b")"
+    assert corpus.events(rows["p00/p00000/p00000_s00"])["symbol"][0] == b"(N"
+
+
+def test_patients_of_a_folder_come_from_a_table(tmp_path):
+    raw = tmp_path / "raw"
+    for i, name in enumerate(("a/1", "a/2", "b/HR00001", "c")):
+        write(raw, name, noise(i))
+    table = tmp_path / "patients.csv"
+    pd.DataFrame({"study": 1, "path": ["a/1.hea", "a/2", "HR00001"], "subject_id": [5, 6, 6]}).to_csv(table, index=False)
+    corpus = run("wfdb", raw, tmp_path / "out", "--patients", str(table))
+    who = {name: patient_of(corpus, i) for name, i in rows_of(corpus).items()}
+    assert who == {"a/1": "wfdb-patient/5", "a/2": "wfdb-patient/6", "b/HR00001": "wfdb-patient/6", "c": "wfdb/c"}
+    assert sorted(names_of(corpus, "test")) == ["a/2", "b/HR00001"]    # with the copy, all of its patient is held out
+    assert list(corpus.manifest["notes"].values()) == [1] and "--patients" in corpus.manifest["command"]
+    pd.DataFrame({"name": ["a/1"]}).to_csv(table)
+    with pytest.raises(ValueError, match="has the columns .*name: expected one of record, path"):
+        run("wfdb", raw, tmp_path / "no", "--patients", str(table))
+
+
+def test_limit_and_dry_run(tmp_path, capsys):
+    for i in range(5):
+        write(tmp_path / "raw", f"r{i}", noise(i))
+    assert run_dry(tmp_path) == [] and "5 recordings to read; about 5e-05 GB on disk" in capsys.readouterr().out
+    assert names_of(run("wfdb", tmp_path / "raw", tmp_path / "out", "--limit", "3")) == ["r0", "r1", "r2"]
+
+
+def run_dry(folder):
+    prepare.main(prepare.parse_args(["wfdb", "--raw", str(folder / "raw"), "--out", str(folder / "out"), "--dry-run"]))
+    return [path.name for path in folder.iterdir() if path.name != "raw"]
+
+
+def test_a_disk_that_is_too_small_is_told_beforehand(tmp_path, monkeypatch):
+    write(tmp_path / "raw", "r", noise(0))
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 6, 10 ** 6, 9_000))
+    with pytest.raises(ValueError, match="1 recordings need about 0.0 GB, and where .* lies 0.0 GB are free: name another"):
+        run("wfdb", tmp_path / "raw", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_plain_formats_are_read_as_wfdb_reads_them(shared_data):
+    """Formats 16, 212 and the Challenges' .mat, by the short way, and all else left to wfdb."""
+    some = [*sorted((shared_data / "ptbxl" / "records500" / "00000").glob("*.hea"))[:3],
+            *sorted((shared_data / "cinc2021").glob("*.hea"))[:3], *sorted((shared_data / "mitdb").glob("11*.hea"))[:3]]
+    for header in some:
+        path = str(header.with_suffix(""))
+        fast, slow = prepare.read_plain_wfdb(path), prepare.read_any_wfdb(path)
+        np.testing.assert_array_equal(fast[0], slow[0])
+        assert fast[1] == slow[1] and list(fast[2]) == list(slow[2]) and list(fast[3]) == list(slow[3])
+    assert prepare.read_plain_wfdb(str(shared_data / "nstdb" / "bw")) is None          # its gain is 0
+
+
+@pytest.mark.parametrize("fmt, gain, seed", [(fmt, gain, seed) for fmt in ("16", "212") for gain in (200.0, 74.36, 1e-3)
+                                             for seed in range(3)])
+def test_plain_formats_with_every_value_there_is(fmt, gain, seed, tmp_path):
+    """Odd counts, all 12-bit and 16-bit values, the one that stands for "no sample", baselines."""
+    rng, top = np.random.default_rng(seed), 2 ** (15 if fmt == "16" else 11)
+    n_leads, n = int(rng.integers(1, 5)), int(rng.integers(2, 999))
+    adc = rng.integers(-top, top, (n, n_leads))
+    wfdb.wrsamp("r", 360, ["mV"] * n_leads, [f"lead {i}" for i in range(n_leads)], d_signal=adc, fmt=[fmt] * n_leads,
+                adc_gain=[gain] * n_leads, baseline=rng.integers(-500, 500, n_leads).tolist(), write_dir=str(tmp_path))
+    fast, slow = prepare.read_plain_wfdb(str(tmp_path / "r")), prepare.read_any_wfdb(str(tmp_path / "r"))
+    np.testing.assert_array_equal(fast[0], slow[0])
+    assert fast[1:3] == (360, slow[2]) and fast[3] == slow[3]
+    os.truncate(tmp_path / "r.dat", os.path.getsize(tmp_path / "r.dat") - 2)
+    assert prepare.read_plain_wfdb(str(tmp_path / "r")) is None        # the error is wfdb's to find
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what happens to long runs
+
+KILLS = int(os.environ.get("ECG_KILLS", 3))                        # the log's figures are from 20
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="kills processes as POSIX does")
+def test_sigkill_at_random_instants_changes_no_byte(tmp_path):
+    """2,000 recordings; each time killed once, somewhere, and run again to the end."""
+    raw, out, rng = tmp_path / "raw", tmp_path / "out", np.random.default_rng(KILLS)
+    raw.mkdir()
+    signals = rng.integers(-2000, 2000, (2000, 600, 2))
+    signals[::50, 100:] = 7                                        # every 50th is too short
+    for i, adc in enumerate(signals):
+        prepare.write_record(raw / f"r{i:04d}", 200, ("II", "V1"), adc, gain=1000)
+    command = [sys.executable, str(ROOT / "prepare.py"), "wfdb", "--raw", str(raw), "--out", str(out), "--workers", "2"]
+    start = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    whole, took_s, standing = files_of(out), time.monotonic() - start, []
+    assert len(whole) > 60 and len(rejects_of(out)) == 40
+    for _ in range(KILLS):
+        shutil.rmtree(out)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.2, 1) * took_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60)
+        standing.append(len(list(tmp_path.glob("out.part/done/*.npz"))))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 or out.exists() and "already there" in done.stderr     # it had come to its end
+        assert files_of(out) == whole and not prepare.part_of(out).exists()
+    print(f"killed with so many shards of 63 done: {standing}")
+
+
+def after_the_plan(monkeypatch, function):
+    make_plan = prepare.make_plan
+
+    def plan(*args):
+        made = make_plan(*args)
+        function()
+        return made
+    monkeypatch.setattr(prepare, "make_plan", plan)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not allowed here")
+    try:
+        for i in range(20):
+            write(tmp_path / "raw", f"r{i:02d}", noise(i))
+        whole = {name: data for name, data in files_of(run("wfdb", tmp_path / "raw", tmp_path / "whole").dir).items()}
+        after_the_plan(monkeypatch, lambda: (disk / "other").write_bytes(bytes(250_000)))
+        with pytest.raises(OSError, match="No space left on device") as error:
+            run("wfdb", tmp_path / "raw", disk / "out")
+        args = prepare.parse_args(["wfdb", "--raw", str(tmp_path / "raw"), "--out", str(disk / "out")])
+        kept = len(list((disk / "out.part" / "done").glob("*.npz")))
+        assert 0 < kept < 20 and f"No space left on device; {kept} finished shards are kept in {disk / 'out.part'}" in \
+            prepare.end_of_run(args, error.value)
+        (disk / "other").unlink()
+        monkeypatch.undo()
+        made = files_of(run("wfdb", tmp_path / "raw", disk / "out").dir)
+        assert {name for name in whole if whole[name] != made[name]} == {"manifest.json"} and made.keys() == whole.keys()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)       # lazily: corpora are still mapped
+
+
+def test_files_that_vanish_or_shrink_meanwhile_are_counted(tmp_path, monkeypatch):
+    raw = tmp_path / "raw"
+    for i in range(8):
+        write(raw, f"r{i}", noise(i))
+    after_the_plan(monkeypatch, lambda: ((raw / "r1.dat").unlink(), (raw / "r3.hea").unlink(),
+                                         os.truncate(raw / "r5.dat", 4321)))
+    corpus = run("wfdb", raw, tmp_path / "out")
+    assert rejects_of(corpus.dir) == {"r1": "absent file", "r3": "absent file", "r5": "unreadable or truncated file"}
+    assert names_of(corpus) == ["r0", "r2", "r4", "r6", "r7"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is closed to root")
+def test_what_may_not_be_read(tmp_path):
+    raw = tmp_path / "raw"
+    for i, name in enumerate(("a/1", "b/2", "b/3")):
+        write(raw, name, noise(i))
+    (raw / "b" / "2.dat").chmod(0)
+    corpus = run("wfdb", raw, tmp_path / "out")
+    assert rejects_of(corpus.dir) == {"b/2": "unreadable or truncated file"}
+    (raw / "a").chmod(0)
+    try:
+        with pytest.raises(PermissionError, match="raw/a"):       # a folder that is closed is no empty one
+            run("wfdb", raw, tmp_path / "again")
+        assert not (tmp_path / "again.part").exists()
+    finally:
+        (raw / "a").chmod(0o755)
+
+
+def test_two_runs_do_not_write_into_one_folder(small_raw, tmp_path):
+    part = prepare.part_of(tmp_path / "out")
+    part.mkdir()
+    with prepare.only_writer(part), pytest.raises(ValueError, match="another prepare.py is writing .*out.part"):
+        run("wfdb", small_raw, tmp_path / "out")

@@ -88,7 +88,7 @@ def test_batch_holds_one_window_per_patient_of_the_train_split(data):
             index = s.corpora[member["corpus"]].index
             rows = member["rows"][member["first"][patient]:member["first"][patient] + member["count"][patient]]
             assert len(set(index["patient"][rows])) == 1
-            patients.append(index["patient"][rows[0]])
+            patients.append(s.corpora[member["corpus"]].patients[index["patient"][rows[0]]])
             assert set(index["split"][rows]) == {SPLITS.index("train")}
     assert len(set(patients)) == 32                # once in a batch, though those with many leads are in every group
 
