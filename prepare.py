@@ -56,6 +56,7 @@ PAD_S = 0.5  # s, exact zeros at either end for this long are padding
 FLAT_S = 1.0  # s, a value held exactly for this long is a disconnected or saturated lead (see mark_missing)
 FLAT_STD_MV = 1e-4  # mV, a lead with less spread than this over the whole recording is no signal
 MIN_VALID_S = 2.0  # s of signal that a lead, and so a recording, needs to be kept
+MAX_SAMPLES = 2**28  # of all channels of a record, at its own rate: 24 h of 12 leads at 250 Hz
 MAX_LEADS = 16  # leads that an index row holds; a recording with more keeps its first 16
 
 LEADS = ("unknown", "I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6",
@@ -681,6 +682,10 @@ def read_plain_wfdb(path):
 
 def read_any_wfdb(path):
     """The same by wfdb, for all other formats."""
+    lines = header_lines(f"{path}.hea")
+    claimed = int(lines[0][1]) * int(lines[0][3]) if len(lines[0]) > 3 else 0
+    if claimed > MAX_SAMPLES:                                      # wfdb would take the memory before it looks
+        raise ValueError(f"the header says {claimed:,} samples, more than {MAX_SAMPLES:,} are not read at once")
     record = rdrecord_any_date(path)
     return record.p_signal, record.fs, record.sig_name, record.units or []
 
@@ -750,15 +755,54 @@ def read_events(path, annotator, fs, start, length, changes):
     symbols, and in place of "+" the rhythm that it says. A file that is absent or damaged is counted, no reason to
     refuse the signal."""
     try:
-        found = wfdb.rdann(path, annotator)
-        sample = np.rint(np.asarray(found.sample, dtype=np.float64) * FS / fs).astype(np.int64) - start
-        symbols = [note.strip("\0 ") if symbol == "+" else symbol for symbol, note in zip(found.symbol, found.aux_note)]
-        events = np.array(list(zip(sample.tolist(), [name.encode() for name in symbols])), EVENT_DTYPE)
-    except Exception as error:  # like read_wfdb
+        with open(f"{path}.{annotator}", "rb") as file:
+            events = decode_annotations(file.read())
+    except (OSError, ValueError) as error:
         absent = isinstance(error, FileNotFoundError)
         changes[f"recordings without annotations: the file is {'absent' if absent else 'damaged'}"] += 1
         return NO_EVENTS
-    return events[(sample >= 0) & (sample < length)]
+    sample = np.rint(events["sample"] * (FS / fs)) - start
+    inside = (sample >= 0) & (sample < length) & ~np.isin(events["symbol"], (b'"', b" "))       # comments are none
+    events = events[inside].astype(EVENT_DTYPE)
+    events["sample"] = sample[inside]
+    return events
+
+
+ANNOTATION_SYMBOLS = {label.label_store: label.symbol for label in wfdb.io.annotation.ann_labels}
+SKIP, NUM, AUX = 59, 60, 63
+
+
+def decode_annotations(data):
+    """The bytes of a .atr file -> sample (K,) at the record's rate and symbol; ValueError if they are none.
+
+    The format is annot(5) of the WFDB manual: words of 16 bits, a code in the upper 6 and in the lower 10 the samples since
+    the last annotation. wfdb.rdann reads the same, but loops without end in some damaged files.
+    """
+    words, k, time, samples, symbols = np.frombuffer(data[:len(data) // 2 * 2], "<u2").tolist(), 0, 0, [], []
+    while True:
+        if k >= len(words):
+            raise ValueError("cut short: no end mark")
+        code, step = words[k] >> 10, words[k] & 0x3FF
+        k += 1
+        if code == 0 and step == 0:
+            break
+        if code == SKIP and k + 1 < len(words):                    # a signed long, its upper half first
+            long = words[k] << 16 | words[k + 1]
+            time, k = time + long - (long >> 31 << 32), k + 2
+        elif code == AUX:                                          # text of the last annotation, `step` bytes of it
+            text = data[2 * k:2 * k + step].rstrip(b"\0 ")
+            k += (step + 1) // 2
+            if symbols and symbols[-1] == b"+":
+                symbols[-1] = text
+        elif code < NUM:                                           # beyond: subtype, channel, number
+            time += step
+            if code not in ANNOTATION_SYMBOLS or time < (samples[-1] if samples else 0):
+                raise ValueError(f"code {code} at sample {time}")
+            samples.append(time)
+            symbols.append(ANNOTATION_SYMBOLS[code].encode())
+    events = np.empty(len(samples), [("sample", "<i8"), ("symbol", "S6")])
+    events["sample"], events["symbol"] = samples, symbols
+    return events
 
 
 def tidy(signal_mv, ids, changes):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -1276,6 +1277,15 @@ def test_icentia11k_keeps_beats_and_rhythms_beside_the_signal(shared_data, tmp_p
     assert corpus.events(rows["p00/p00000/p00000_s00"])["symbol"][0] == b"(N"
 
 
+@pytest.mark.parametrize("name", ["100", "114", "203", "232"])
+def test_annotations_are_decoded_as_wfdb_does(shared_data, name):
+    path, known = shared_data / "mitdb" / name, wfdb.rdann(str(shared_data / "mitdb" / name), "atr")
+    events = prepare.decode_annotations(path.with_suffix(".atr").read_bytes())
+    np.testing.assert_array_equal(events["sample"], known.sample)
+    symbols = [note.strip("\0 ")[:6] if symbol == "+" else symbol for symbol, note in zip(known.symbol, known.aux_note)]
+    assert [symbol.decode() for symbol in events["symbol"]] == symbols and len(events) > 1500
+
+
 def test_patients_of_a_folder_come_from_a_table(tmp_path):
     raw = tmp_path / "raw"
     for i, name in enumerate(("a/1", "a/2", "b/HR00001", "c")):
@@ -1420,12 +1430,13 @@ def test_files_that_vanish_or_shrink_meanwhile_are_counted(tmp_path, monkeypatch
     assert names_of(corpus) == ["r0", "r2", "r4", "r6", "r7"]
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is closed to root")
 def test_what_may_not_be_read(tmp_path):
     raw = tmp_path / "raw"
     for i, name in enumerate(("a/1", "b/2", "b/3")):
         write(raw, name, noise(i))
     (raw / "b" / "2.dat").chmod(0)
+    if os.access(raw / "b" / "2.dat", os.R_OK):
+        pytest.skip("nothing is closed to root")
     corpus = run("wfdb", raw, tmp_path / "out")
     assert rejects_of(corpus.dir) == {"b/2": "unreadable or truncated file"}
     (raw / "a").chmod(0)
@@ -1442,3 +1453,116 @@ def test_two_runs_do_not_write_into_one_folder(small_raw, tmp_path):
     part.mkdir()
     with prepare.only_writer(part), pytest.raises(ValueError, match="another prepare.py is writing .*out.part"):
         run("wfdb", small_raw, tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mutated inputs
+
+MUTANTS = int(os.environ.get("ECG_MUTANTS", 400))                  # the log's figures are from 2,000
+TOO_MUCH_KB = 100_000                                              # no recording here has more than 3 MB
+
+
+def mutate(data, rng):
+    """Flip bits, cut, double, zero, or put another number or field where one was."""
+    kind, data = rng.integers(6), bytearray(data)
+    place = int(rng.integers(len(data)))
+    if kind == 0:
+        for at in rng.integers(0, len(data), rng.integers(1, 9)):
+            data[at] ^= 1 << rng.integers(8)
+    elif kind == 1:
+        del data[place:]
+    elif kind == 2:
+        del data[place:place + int(rng.integers(1, 99))]
+    elif kind == 3:
+        data[place:place] = data[max(0, place - int(rng.integers(1, 99))):place]
+    elif kind == 4:
+        data[place:place + 8] = rng.choice([bytes(8), b"\xff" * 8, b"NaN", b"-1", b"99999999999", b"1e308", b"\n", b"/"])
+    else:                                                          # fields of text: two that swap, or one replaced
+        fields = bytes(data).split(b" ")
+        i, j = rng.integers(0, len(fields), 2)
+        fields[i], fields[j] = fields[j], rng.choice([fields[i], b"0", b"-5", b"1000000000000", b"inf", b"x"])
+        data = bytearray(b" ".join(fields))
+    return bytes(data)
+
+
+def mutant_trees(raw, shared_data):
+    """{source: folder} with a few short recordings each."""
+    signal = sorted((shared_data / "ptbxl" / "records500" / "00000").glob("*.hea"))[0].with_suffix("")
+    adc = wfdb.rdrecord(str(signal), physical=False, sampto=1500).d_signal[:, :3].astype(int)
+    for source, names in (("wfdb", ("a", "b")), ("heedb", ("ECG/WFDB/S0001/1990/x",)), ("code", ("TNMG1_N1",)),
+                          ("icentia11k", ("p00/p00000/p00000_s00",))):
+        for name in names:
+            write(raw / source, name, adc, TWELVE[:3], fs=500, gain=1000, baseline=0)
+    wfdb.wrsamp("c", 500, ["mV"] * 3, ["I", "II", "III"], d_signal=np.clip(adc, -2000, 2000), fmt=["212"] * 3,
+                adc_gain=[1000.0] * 3, baseline=[0] * 3, write_dir=str(raw / "wfdb"))
+    wfdb.wrsamp("d", 500, ["mV"] * 3, ["I", "II", "III"], d_signal=adc, fmt=["24"] * 3, adc_gain=[1000.0] * 3,
+                baseline=[0] * 3, write_dir=str(raw / "wfdb"))
+    (raw / "wfdb" / "e.mat").write_bytes(bytes(24) + (raw / "wfdb" / "a.dat").read_bytes())
+    (raw / "wfdb" / "e.hea").write_text((raw / "wfdb" / "a.hea").read_text().replace("a.dat 16", "e.mat 16+24"))
+    (raw / "wfdb" / "f.hea").write_text("f/2 3 500 3000\na 1500\nb 1500\n")
+    wfdb.wrann("p00000_s00", "atr", np.arange(50, 1400, 100), ["N"] * 14, fs=500,
+               write_dir=str(raw / "icentia11k" / "p00" / "p00000"))
+    (raw / "code" / "annotations.csv").write_text("id_exam,id_patient\n1,5\n2,5\n")
+    (raw / "heedb" / "demographics_ECG.csv").write_text("FileName,BDSPPatientID\nx.mat,5\ny.mat,6\n")
+    (raw / "heedb" / "duplicated.csv").write_text("file_name\nz\n")
+    (raw / "code15").mkdir()
+    with pytest.importorskip("h5py").File(shared_data / "code15" / "exams_part0.hdf5") as file:
+        write_code15(raw / "code15" / "exams_part0.hdf5", [1, 2, 0], [*file["tracings"][:2], np.zeros((4096, 12))])
+    (raw / "code15" / "exams.csv").write_text("exam_id,patient_id,trace_file\n1,5,exams_part0.hdf5\n2,6,exams_part0.hdf5\n")
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """A hang becomes a failure."""
+    def give_up(number, frame):
+        raise BaseException(f"hangs for {seconds} s")
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(source, raw):
+    """What preparing `raw` comes to: the reasons of its recordings, or the one error."""
+    found = []
+    args = prepare.parse_args([source, "--raw", str(raw), "--out", str(raw / "out")])
+    prepare.tracings_of.cache_clear()
+    try:
+        for job in prepare.LISTERS[source](raw, args, {}):
+            try:
+                got = prepare.load(job, prepare.ANNOTATED.get(source))
+            except prepare.Refused as error:
+                assert len(str(error)) > 5
+                found.append(error.reason)
+                continue
+            assert got.steps.dtype == np.int16 and 500 <= got.steps.shape[1] and 50 <= got.fs_hz <= 4000
+            assert (got.steps != MISSING).any(axis=1).all() and (got.events["sample"] >= 0).all()
+            found.append("read")
+    except ValueError as error:
+        assert str(raw) in str(error) and len(str(error)) < 1000
+        found.append("one error")
+    return found
+
+
+def test_mutated_inputs_are_read_or_rejected_with_a_reason(shared_data, tmp_path):
+    """No crash, no hang, no traceback, nothing absurd in the corpus, and no memory by what a header merely claims."""
+    rng, counts, raw = np.random.default_rng(2), Counter(), tmp_path / "raw"
+    mutant_trees(raw, shared_data)
+    files = [(source, path) for source in ("wfdb", "heedb", "code", "icentia11k", "code15")
+             for path in sorted((raw / source).rglob("*")) if path.is_file()]
+    for source in ("wfdb", "heedb", "code", "icentia11k", "code15"):
+        assert set(outcome(source, raw / source)) <= {"read", "padding row"}
+    for i in range(MUTANTS):
+        source, path = files[i % len(files)]
+        data = path.read_bytes()
+        path.write_bytes(mutate(data, rng))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with within(20):
+            counts.update(outcome(source, raw / source))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < TOO_MUCH_KB, (i, path.name)
+        path.write_bytes(data)
+    print(dict(counts))
+    assert counts["read"] > MUTANTS / 2 and counts["unreadable or truncated file"] > 10
