@@ -1,6 +1,7 @@
 """Speed of the hot paths, each as a ratio to something measured in the same run: machines differ and are shared.
 
     python bench.py [--data DIR [DIR ...]] [--noise DIR] [--size tiny] [--batch 64] [--device auto]
+    python bench.py --prepare        python bench.py --index 12000000
 
 Without --data, synthetic recordings are prepared in a temporary folder. Prints one line per path, medians after a
 warm-up:
@@ -9,15 +10,27 @@ warm-up:
     views     windows, leads, gain and noise of a batch, as a share of a training step
     step      training step: model FLOP/s (counted by torch, forward and backward) as a share of the matmul rate
     embed     ten-second 12-lead recordings per second through a frozen encoder, FLOP/s as a share of the matmul rate
+--prepare: recordings per second of prepare.py, from raw files to finished shards, on one core and on two, as a ratio to
+    wfdb.rdrecord (h5py for HDF5) alone reading the same files, and where the time goes
+--index: a simulated index of so many recordings: seconds to open it and to build the sampler, memory, and the choice of
+    a batch of 1,024 beside the same at a thousandth of the size
 """
 import argparse
+import contextlib
+import json
+import os
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
+import wfdb
+from scipy.signal import resample_poly
 from torch.utils.flop_counter import FlopCounterMode
 
 import prepare
@@ -103,6 +116,124 @@ def bench(args):
     print(f"embed   {32 / t_embed:10.1f} recordings/s  {100 * flops(embed) / t_embed / rate:6.1f} % of the matmul rate")
 
 
+def raw_folders(folder):
+    """{name: (source, folder of raw files)}, made from one synthetic ECG."""
+    rng = np.random.default_rng(0)
+    leads, fs = prepare.PTBXL_LEADS, 500
+    ecg = np.rint(prepare.synth_recording(rng, "SR NORM", fs, 10, leads)[0] * 1000).astype(int)
+    for kind, count in (("dat", 300), ("mat", 300)):
+        (folder / kind).mkdir()
+        for i in range(count):
+            prepare.write_record(folder / kind / f"r{i}", fs, leads, np.roll(ecg, i, axis=0), gain=1000)
+            if kind == "mat":
+                header, data = folder / kind / f"r{i}.hea", folder / kind / f"r{i}.dat"
+                header.write_text(header.read_text().replace(".dat 16", ".mat 16+24"))
+                data.with_suffix(".mat").write_bytes(bytes(24) + data.read_bytes())
+                data.unlink()
+    (folder / "212").mkdir()
+    for i in range(20):
+        prepare.write_record(folder / "212" / f"r{i}", 360, leads[:2], np.resize(ecg[:, :2], (360 * 1800, 2)), gain=200)
+    (folder / "icentia11k").mkdir()
+    for i in range(20):
+        name = f"p00000_s{i:02d}"
+        prepare.write_record(folder / "icentia11k" / name, 250, ["ecg"], np.resize(ecg[:, :1], (2 ** 20 + 1, 1)), gain=1000)
+    made = {"12 leads, 10 s, 500 Hz, .dat": ("wfdb", folder / "dat"), "the same, .mat": ("wfdb", folder / "mat"),
+            "2 leads, 30 min, 212": ("wfdb", folder / "212"), "1 lead, 70 min, 250 Hz": ("icentia11k", folder / "icentia11k")}
+    try:
+        import h5py
+    except ImportError:
+        return made
+    (folder / "code15").mkdir()
+    tracing = np.zeros((4096, 12), np.float32)
+    tracing[581:3515] = resample_poly(ecg, 4, 5)[:2934] / 1000
+    tracing += (tracing != 0) * rng.normal(0, 1e-3, tracing.shape)
+    with h5py.File(folder / "code15" / "exams_part0.hdf5", "w") as file:
+        file["exam_id"] = np.arange(1, 301)
+        file.create_dataset("tracings", data=np.stack([np.roll(tracing, i, axis=1) for i in range(300)]).astype(np.float32),
+                            chunks=(1, 4096, 12), compression="gzip")
+    rows = "".join(f"{i},{i},exams_part0.hdf5\n" for i in range(1, 301))
+    (folder / "code15" / "exams.csv").write_text("exam_id,patient_id,trace_file\n" + rows)
+    return made | {"CODE-15%, HDF5": ("code15", folder / "code15")}
+
+
+def bench_prepare():
+    """From raw files to shards, beside the reading alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        print(f"{'':30}{'rec/s':>8} {'rec/s':>8} {'gain of':>8}  {'x reading':>10}   ms: read, preprocess, tidy, rest"
+              f"\n{'':30}{'1 core':>8} {'2 cores':>8} {'2 cores':>8}  {'by wfdb':>10}")
+        for name, (source, raw) in raw_folders(folder).items():
+            args = prepare.parse_args([source, "--raw", str(raw), "--out", str(folder / "out")])
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                jobs = list(prepare.LISTERS[source](raw, args, {}))
+            if source == "code15":
+                file = prepare.open_h5(prepare.import_h5py(), jobs[0].path)["tracings"]
+                alone = clock(lambda: [file[job.row] for job in jobs])
+            else:
+                alone = clock(lambda: [wfdb.rdrecord(job.path) for job in jobs])
+            read = clock(lambda: [prepare.read_wfdb(j.path) if j.row < 0 else prepare.read_code15(j) for j in jobs])
+            raws = [prepare.read_wfdb(j.path) if j.row < 0 else prepare.read_code15(j) for j in jobs[:20]]
+            share = len(jobs) / len(raws)
+            ready = [prepare.preprocess(*r[:3]) for r in raws]
+            pre = share * clock(lambda: [prepare.preprocess(*r[:3]) for r in raws])
+            tidy = share * clock(lambda: [prepare.tidy(mv.copy(), ids.copy(), Counter()) for mv, ids in ready])
+            plan = {"jobs": len(jobs), "shard_jobs": max(1, len(jobs) // 20)}
+            whole = []
+            for workers in (1, 2):
+                part = folder / f"part{workers}"
+                for sub in ("signal", "done", "events"):
+                    (part / sub).mkdir(parents=True)
+                (part / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+                with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+                    whole.append(clock(lambda: prepare.finish_shards(source, part, plan, workers)))
+                shutil.rmtree(part)
+            n, ms = len(jobs), 1000 / len(jobs)
+            print(f"{name:30}{n / whole[0]:8.1f} {n / whole[1]:8.1f} {whole[0] / whole[1]:8.2f}  {alone / whole[0]:10.2f}   "
+                  f"{ms * read:.2f} ({alone / read:.1f} x wfdb), {ms * pre:.2f}, {ms * tidy:.2f}, "
+                  f"{ms * (whole[0] - read - pre - tidy):.2f}")
+
+
+def clock(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def resident_mb():
+    """Memory of this process that is not mapped from files, in MB."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) / 1024
+
+
+def bench_index(n):
+    """A corpus of n recordings of 12 leads and 10 s by a quarter as many patients, of which only the index exists."""
+    for size in (n // 1000, n):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            per_shard = prepare.SHARD_BYTES // 60_000
+            index = np.lib.format.open_memmap(folder / "index.npy", "w+", prepare.INDEX_DTYPE, (size,))
+            index["shard"], index["offset"] = np.arange(size) // per_shard, np.arange(size) % per_shard * 30_000
+            index["length"], index["n_leads"], index["leads"][:, :12] = 2500, 12, np.arange(1, 13)
+            index["patient"] = np.random.default_rng(0).integers(0, size // 4, size)
+            index.flush()
+            np.save(folder / "records.npy", np.zeros(size, prepare.RECORD_DTYPE))
+            np.save(folder / "patients.npy", np.zeros(size // 4, prepare.PATIENT_DTYPE))
+            (folder / "signal").mkdir()
+            sizes = {f"{k:05d}.i16": 0 for k in range(-(-size // per_shard))}
+            for name in sizes:
+                (folder / "signal" / name).touch()
+            (folder / "manifest.json").write_text(json.dumps({
+                "magic": prepare.MAGIC, "format_version": prepare.FORMAT_VERSION, "recordings": size,
+                "shard_bytes": sizes}))
+            del index
+            before, opened = resident_mb(), []
+            t_open = clock(lambda: opened.append(open_corpus(folder)))
+            t_sampler = clock(lambda: opened.append(train.Sampler(opened[:1], 1024, 0, round(train.WINDOW_S * FS))))
+            t_batch = statistics.median(clock(lambda: opened[1].choose(step)) for step in range(20))
+            print(f"index of {size:12,}: open {t_open:.3f} s ({len(sizes):,} shards), sampler {t_sampler:.2f} s and "
+                  f"{resident_mb() - before:,.0f} MB, choice of a batch of 1,024 {1000 * t_batch:.1f} ms")
+
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
@@ -111,12 +242,16 @@ def parse_args(argv=None):
     p.add_argument("--size", choices=SIZES, default="tiny", help="(default: %(default)s)")
     p.add_argument("--batch", type=int, default=64, help="(default: %(default)s)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    p.add_argument("--prepare", action="store_true", help="measure prepare.py instead")
+    p.add_argument("--index", type=int, metavar="N", help="measure an index of N recordings instead")
     return p.parse_args(argv)
 
 
 def main(args):
     if bool(args.data) != bool(args.noise):
         raise ValueError("give both --data and --noise, or neither")
+    if args.prepare or args.index:
+        return bench_prepare() if args.prepare else bench_index(args.index)
     if args.data:
         return bench(args)
     with tempfile.TemporaryDirectory() as folder:

@@ -108,14 +108,16 @@ class Sampler:
     """Draws windows of recordings from several corpora, at most one per patient in a batch.
 
     A corpus weighs (patients x hours) ** 0.25, the square root of what lies between the two: neither many short
-    recordings nor a few long ones crowd the others out. Its patients weigh the same. Each of LEAD_GROUPS has a fixed
-    share of the batch, so that shapes never change.
+    recordings nor a few long ones crowd the others out (by the root of the hours alone, eleven hours of MIT-BIH's 22
+    people would outweigh 1,400 people of PTB-XL). That is multiplied by its one of `weights`. Its patients weigh the
+    same. Each of LEAD_GROUPS has a fixed share of the batch, so that shapes never change.
     """
 
-    def __init__(self, corpora, batch, seed, window):
+    def __init__(self, corpora, batch, seed, window, weights=None):
         self.corpora, self.seed, self.window, self.batch = corpora, seed, window, batch
+        self.weights = [1.0] * len(corpora) if weights is None else weights
         self.skipped = {"not in split train": 0, f"shorter than {window / FS:g} s": 0}
-        pools = [self._pools(corpus) for corpus in corpora]
+        pools = [self._pools(corpus, weight) for corpus, weight in zip(corpora, self.weights)]
         self.groups = []
         for group in LEAD_GROUPS:
             members = [dict(pool[group], corpus=c) for c, pool in enumerate(pools) if group in pool]
@@ -127,7 +129,7 @@ class Sampler:
             raise ValueError(f"no recording to train on in {', '.join(str(c.dir) for c in corpora)}: {self.skipped}")
         self._share_batch()
 
-    def _pools(self, corpus):
+    def _pools(self, corpus, weight):
         """Per lead group of one corpus: index rows sorted by patient, where each patient's rows begin, the corpus'
         weight."""
         index = corpus.index
@@ -135,16 +137,18 @@ class Sampler:
         long_enough = index["length"] >= self.window
         self.skipped["not in split train"] += int((~train).sum())
         self.skipped[f"shorter than {self.window / FS:g} s"] += int((train & ~long_enough).sum())
-        rows = np.flatnonzero(train & long_enough)
+        rows = np.flatnonzero(train & long_enough).astype(np.uint32)                # half the memory of int64
         rows = rows[np.argsort(index["patient"][rows], kind="stable")]
-        pools = {}
+        pools, n_leads = {}, index["n_leads"][rows]
         for group in LEAD_GROUPS:
-            members = rows[index["n_leads"][rows] >= group.leads]
+            wanted = n_leads >= group.leads
+            members = rows if wanted.all() else rows[wanted]
             if len(members):
-                _, first = np.unique(index["patient"][members], return_index=True)
-                hours = float(index["length"][members].sum()) / FS / 3600
+                patient = index["patient"][members]
+                first = np.flatnonzero(np.r_[True, patient[1:] != patient[:-1]])
+                hours = float(index["length"][members].sum(dtype=np.int64)) / FS / 3600
                 pools[group] = dict(rows=members, first=first, count=np.diff(np.append(first, len(members))),
-                                    weight=(len(first) * hours) ** 0.25)
+                                    weight=weight * (len(first) * hours) ** 0.25)
         return pools
 
     def _share_batch(self):
@@ -542,10 +546,10 @@ def run_about(args, world_size, device, sampler, student):
 
 def train(args, rank=0, world_size=1, device=torch.device("cpu")):
     """Pre-train into args.out."""
-    corpora = [open_corpus(d) for d in args.data]
+    corpora = [open_corpus(dir) for dir, _ in args.data]
     encoder = build_encoder(args.size, args.seed)
     patch = encoder.patch_samples
-    sampler = Sampler(corpora, args.batch, args.seed, round(WINDOW_S * FS))
+    sampler = Sampler(corpora, args.batch, args.seed, round(WINDOW_S * FS), [weight for _, weight in args.data])
     for g in sampler.groups:
         if g["size"] % world_size:
             raise ValueError(f"{world_size} processes cannot share the {g['size']} recordings that show "
@@ -735,7 +739,7 @@ def prepare_demo(args, rank):
         prepare.main(prepare.parse_args(["synth", "--raw", str(args.out / "raw"), "--out", str(data),
                                          "--seed", str(args.seed)]))
     barrier()
-    args.data, args.noise = [data / "ptbxl", data / "mitdb"], data / "nstdb"
+    args.data, args.noise = [(data / "ptbxl", 1.0), (data / "mitdb", 1.0)], data / "nstdb"
 
 
 def show_demo(args):
@@ -747,7 +751,7 @@ def show_demo(args):
         ["--encoder", encoder, "--raw", str(out / "raw/ptbxl"), "--out", str(out / "ptbxl")]))
     probe_mitbih.main(probe_mitbih.parse_args(
         ["--encoder", encoder, "--raw", str(out / "raw/mitdb"), "--out", str(out / "mitbih")]))
-    corpus = open_corpus(args.data[0])
+    corpus = open_corpus(args.data[0][0])
     # A normal ECG has every wave.
     normal = (corpus.index["split"] == SPLITS.index("test")) & (corpus.index["label"] == 1)
     draw_features(load_encoder(encoder), corpus, int(np.flatnonzero(normal)[0]), out / "features.png")
@@ -770,12 +774,25 @@ Next, with real ones:
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+def corpus_and_weight(text):
+    """"DIR" or "DIR:WEIGHT" -> (Path, weight)"""
+    dir, colon, weight = text.rpartition(":")
+    try:
+        weight = float(weight) if colon else 1.0
+    except ValueError:                                             # a colon of the folder's name
+        return Path(text), 1.0
+    if not 0 < weight < math.inf:
+        raise argparse.ArgumentTypeError(f"the weight of {text} must be a number above 0")
+    return Path(dir if colon else text), weight
+
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     data = p.add_argument_group("data")
-    data.add_argument("--data", nargs="+", type=Path, default=[], metavar="DIR",
-                      help="corpora that prepare.py wrote; only their train split is used. "
+    data.add_argument("--data", nargs="+", type=corpus_and_weight, default=[], metavar="DIR[:WEIGHT]",
+                      help="corpora that prepare.py wrote; only their train split is used. A:0.5 is drawn from half as "
+                           "often as by default, which is (patients x hours) ** 0.25. "
                            "Without: synthetic recordings are made, trained on and probed")
     data.add_argument("--noise", type=Path, metavar="DIR",
                       help="noise corpus (prepare.py nstdb); without it the student's views carry no noise")

@@ -78,6 +78,22 @@ def test_ranks_share_the_batch_of_one_process(data):
                 assert all(torch.equal(mine[k], everyone[k][:, rank::2]) for k in everyone)
 
 
+def test_weights_of_corpora(data):
+    assert train.parse_args(["--data", "a", "b:0.5", "c:d", "e:2"]).data == [
+        (Path("a"), 1.0), (Path("b"), 0.5), (Path("c:d"), 1.0), (Path("e"), 2.0)]
+    for wrong in ("a:0", "a:-1", "a:nan", "a:inf"):
+        with pytest.raises(SystemExit):
+            train.parse_args(["--data", wrong])
+    corpora = [open_corpus(data / "ptbxl"), open_corpus(data / "mitdb")]
+    shares = []
+    for weights in ([1.0, 1.0], [1.0, 4.0]):
+        s = train.Sampler(corpora, 16, 0, round(train.WINDOW_S * train.FS), weights)
+        group = next(g for g in s.groups if len(g["members"]) == 2)
+        drawn = [m for step in range(200) for m, _ in s.choose(step)[s.groups.index(group)]]
+        shares.append(np.mean(drawn) / (1 - np.mean(drawn)))       # odds of the second corpus
+    assert 2 < shares[1] / shares[0] < 8
+
+
 def test_batch_holds_one_window_per_patient_of_the_train_split(data):
     s = sampler(data)
     chosen, patients = s.choose(0), []
