@@ -217,6 +217,7 @@ def bench_index(n):
             index["patient"] = np.random.default_rng(0).integers(0, size // 4, size)
             index.flush()
             np.save(folder / "records.npy", np.zeros(size, prepare.RECORD_DTYPE))
+            np.save(folder / "prints.npy", np.random.default_rng(1).integers(0, 256, (size, 30), np.uint8))
             np.save(folder / "patients.npy", np.zeros(size // 4, prepare.PATIENT_DTYPE))
             (folder / "signal").mkdir()
             sizes = {f"{k:05d}.i16": 0 for k in range(-(-size // per_shard))}

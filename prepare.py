@@ -81,6 +81,10 @@ INDEX_DTYPE = np.dtype([
     ("fs_hz", "<f4"),  # rate before it was made FS
     ("first_event", "<u4"), ("n_events", "<u4")])  # annotations, in the file of the same shard in events/
 EVENT_DTYPE = np.dtype([("sample", "<i4"), ("symbol", "S6")])  # sample at FS; a beat ("N") or a rhythm ("(AFIB", ")")
+PRINT_WORDS, PRINT_WORD_BYTES, PRINT_S = 10, 3, 8  # see content_print
+LOOKUP_WORDS = 5  # by which copies are looked for: with 7 of 240 bits different, all five are hit in 1 of 1,000 cases
+PRINT_STEP = 20  # samples that are averaged: 12.5 Hz are left
+SAME_BITS = 12  # of 240 may differ between copies. Measured: PTB-XL at 100 and 500 Hz 0 to 7, strangers 18 and more
 RECORD_DTYPE, PATIENT_DTYPE = np.dtype("S64"), np.dtype("S32")
 SHARD_BYTES = 256 * 2**20  # of signal, about; so 12 million recordings are 2,800 files
 SHARDS_AT_LEAST = 64  # as far as there are recordings, so that a small corpus is shared among cores too
@@ -248,11 +252,12 @@ class Corpus:
     """A prepared corpus, opened without reading it.
 
     .dir, .manifest (dict), .index (INDEX_DTYPE), .records (S64, a name per recording), .patients (S32, a name per
-    number in the index).
+    number in the index), .prints (content_print of every recording).
     """
 
-    def __init__(self, dir, manifest, index, records, patients):
+    def __init__(self, dir, manifest, index, records, patients, prints=None):
         self.dir, self.manifest, self.index, self.records, self.patients = dir, manifest, index, records, patients
+        self.prints = prints
         self.shard = functools.lru_cache(OPEN_SHARDS)(self._open_shard)
 
     def _open_shard(self, number):
@@ -292,20 +297,52 @@ def open_corpus(dir):
         raise ValueError(f"{dir} is format {manifest.get('format_version')} of {manifest.get('magic')!r}, expected "
                          f"format {FORMAT_VERSION} of {MAGIC!r}: {again}")
     try:
-        index, records, patients = (np.load(dir / f"{name}.npy", mmap_mode="r")
-                                    for name in ("index", "records", "patients"))
+        index, records, patients, prints = (np.load(dir / f"{name}.npy", mmap_mode="r")
+                                            for name in ("index", "records", "patients", "prints"))
         for name, size in manifest["shard_bytes"].items():
             found = os.path.getsize(dir / "signal" / name)
             if found != size:
                 raise ValueError(f"signal/{name} has {found} bytes, the manifest says {size}")
         if (index.dtype, records.dtype, patients.dtype) != (INDEX_DTYPE, RECORD_DTYPE, PATIENT_DTYPE):
             raise ValueError(f"index of {index.dtype}, records of {records.dtype}, patients of {patients.dtype}")
-        if not len(index) == len(records) == manifest.get("recordings"):
-            raise ValueError(f"{len(index)} index rows and {len(records)} names, the manifest says "
+        if not len(index) == len(records) == len(prints) == manifest.get("recordings"):
+            raise ValueError(f"{len(index)} index rows, {len(records)} names and {len(prints)} prints, the manifest says "
                              f"{manifest.get('recordings')}")
     except (OSError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{dir} is damaged ({error}): {again}") from None
-    return Corpus(dir, manifest, index, records, patients)
+    return Corpus(dir, manifest, index, records, patients, prints)
+
+
+def find_copies(prints):
+    """Pairs of rows of prints (N, bytes) that are the same recording: (K, 2), the lower first, sorted.
+
+    Candidates share one of the first LOOKUP_WORDS words of 24 bits, for which sorting is enough; of each run of equal words
+    only neighbours are compared, so the cost is that of the sorting.
+    """
+    found = [np.zeros((0, 2), np.int64)]
+    words = np.asarray(prints).reshape(len(prints), PRINT_WORDS, PRINT_WORD_BYTES)
+    for w in range(LOOKUP_WORDS):
+        word = words[:, w].astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+        order = np.argsort(word, kind="stable")
+        same = np.flatnonzero(word[order[1:]] == word[order[:-1]])
+        for part in np.array_split(same, 1 + len(same) // 2**20):                                # bounded memory
+            a, b = order[part], order[part + 1]
+            differ = BIT_COUNT[prints[a] ^ prints[b]].sum(axis=1, dtype=np.int64)
+            found.append(np.stack((a, b), axis=1)[differ <= SAME_BITS])
+    return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
+
+
+def rows_to_leave_out(corpora):
+    """Per corpus, what must not be trained on though its split is train, as two sorted arrays of rows: copies of a
+    recording that any of the corpora holds out, and copies of one that comes before (in the same corpus or another)."""
+    first = np.cumsum([0] + [len(c.index) for c in corpora])
+    pairs = find_copies(np.concatenate([np.asarray(c.prints) for c in corpora]))
+    held = np.concatenate([np.asarray(c.index["split"]) != SPLITS.index("train") for c in corpora])
+    a, b = pairs.T
+    leaks = np.union1d(a[held[b] & ~held[a]], b[held[a] & ~held[b]])
+    twice = np.setdiff1d(b[~held[a] & ~held[b]], leaks)
+    return [tuple(rows[(rows >= low) & (rows < high)] - low for rows in (leaks, twice))
+            for low, high in zip(first[:-1], first[1:])]
 
 
 # ---- sources: which recordings there are ---------------------------------------------------------------------------
@@ -840,6 +877,24 @@ def tidy(signal_mv, ids, changes):
     return steps, ids, int(start)
 
 
+BIT_COUNT = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+# Signs from NumPy's frozen generator; with integers throughout, a print is the same on every machine.
+PRINT_SIGNS = np.random.RandomState(0).randint(0, 2, (8 * PRINT_WORDS * PRINT_WORD_BYTES, PRINT_S * FS // PRINT_STEP)) * 2 - 1
+
+
+def content_print(steps, leads):
+    """30 bytes that two copies of a recording share but for a few bits, whatever their names, rates and rounding.
+
+    Signs of random projections of lead II (without it, of the first lead), its first 8 s, averaged to 12.5 Hz
+    (Charikar, STOC 2002: the share of bits that differ is the angle between the signals, as a share of 180 degrees).
+    """
+    lead = steps[np.argmax(leads == LEAD_IDS["II"])][:PRINT_S * FS]
+    x = np.zeros(PRINT_S * FS, np.int64)
+    x[:len(lead)] = np.where(lead == MISSING, 0, lead)
+    x = x.reshape(-1, PRINT_STEP).sum(axis=1)
+    return np.packbits(PRINT_SIGNS @ (len(x) * x - x.sum()) > 0)
+
+
 # ---- writing a corpus ----------------------------------------------------------------------------------------------
 
 # OUT.part/ holds, while a corpus is made:  jobs.jsonl, plan.json   what there is to do, fixed when the run first started
@@ -1030,7 +1085,7 @@ def shard_jobs(part, plan):
 
 def prepare_shard(source, part, number, jobs):
     """Prepare the recordings of a shard, and write it; returns its totals."""
-    rows, records, patients, events, rejects = [], [], [], [], []
+    rows, records, patients, prints, events, rejects = [], [], [], [], [], []
     changes, digest, offset, n_events, totals = Counter(), hashlib.sha256(), 0, 0, Counter(jobs=len(jobs))
     path = part / "signal" / f"{number:05d}.i16"
     try:
@@ -1049,6 +1104,7 @@ def prepare_shard(source, part, number, jobs):
                              SPLITS.index(job.split), job.label, 0, got.fs_hz, n_events, len(got.events)))
                 records.append(job.record.encode())
                 patients.append(job.patient.encode())
+                prints.append(content_print(got.steps, got.leads))
                 events.append(got.events)
                 offset, n_events = offset + got.steps.size, n_events + len(got.events)
                 changes += got.changes
@@ -1066,7 +1122,8 @@ def prepare_shard(source, part, number, jobs):
     buffer = io.BytesIO()
     about = {"rejects": rejects, "changes": changes, "sha256": sums, "bytes": 2 * offset}
     np.savez(buffer, index=np.array(rows, INDEX_DTYPE), records=np.array(records, RECORD_DTYPE),
-             patients=np.array(patients, PATIENT_DTYPE), about=np.frombuffer(json.dumps(about).encode(), np.uint8))
+             patients=np.array(patients, PATIENT_DTYPE),
+             prints=np.array(prints, np.uint8).reshape(len(rows), PRINT_WORDS * PRINT_WORD_BYTES), about=np.frombuffer(json.dumps(about).encode(), np.uint8))
     write_whole(part / "done" / f"{number:05d}.npz", buffer.getvalue())
     return totals + Counter(rejected=len(rejects), bytes=2 * offset)
 
@@ -1096,27 +1153,29 @@ def assemble(source, part, plan, command):
     except ValueError:                                             # it would be no other the next time
         shutil.rmtree(part)
         raise
-    sums |= {name: sha256(part / name) for name in ("index.npy", "records.npy", "patients.npy", "rejects.csv")}
+    sums |= {name: sha256(part / name) for name in ("index.npy", "records.npy", "patients.npy", "prints.npy", "rejects.csv")}
     manifest |= {"rejected": dict(sorted(rejected.items())), "changed": dict(sorted(changes.items())),
                  "shard_bytes": sizes, "sha256": sums}
     write_whole(part / "manifest.json", (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def gather_index(part, shards, counts):
-    """Write index.npy, records.npy and patients.npy shard by shard; returns the index and the number of records, which
+    """Write index.npy, records.npy, prints.npy and patients.npy shard by shard; returns the index and the number of records, which
     may have several recordings one after the other. In memory are the patients' names, 32 bytes per recording."""
     n = sum(counts)
-    index, records = (np.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype, (n,))
-                      for name, dtype in (("index", INDEX_DTYPE), ("records", RECORD_DTYPE)))
+    index, records, prints = (np.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype, shape) for name, dtype, shape in (
+        ("index", INDEX_DTYPE, (n,)), ("records", RECORD_DTYPE, (n,)),
+        ("prints", np.uint8, (n, PRINT_WORDS * PRINT_WORD_BYTES))))
     patients, stop = np.empty(n, PATIENT_DTYPE), 0
     for path, count in zip(shards, counts):
         with np.load(path) as shard:
             rows, stop = slice(stop, stop + count), stop + count
             index[rows], records[rows], patients[rows] = shard["index"], shard["records"], shard["patients"]
+            prints[rows] = shard["prints"]
     patients, index["patient"] = np.unique(patients, return_inverse=True)
     np.save(part / "patients.npy", patients)
-    index.flush()
-    records.flush()
+    for table in (index, records, prints):
+        table.flush()
     return index, 1 + int((records[1:] != records[:-1]).sum())
 
 

@@ -49,7 +49,7 @@ import prepare
 import probe_mitbih
 import probe_ptbxl
 from model import SIZES, build_encoder, load_encoder, save_encoder, window_length
-from prepare import FS, LEADS, MISSING, SPLITS, open_corpus
+from prepare import FS, LEADS, MISSING, SPLITS, open_corpus, rows_to_leave_out
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
@@ -117,7 +117,8 @@ class Sampler:
         self.corpora, self.seed, self.window, self.batch = corpora, seed, window, batch
         self.weights = [1.0] * len(corpora) if weights is None else weights
         self.skipped = {"not in split train": 0, f"shorter than {window / FS:g} s": 0}
-        pools = [self._pools(corpus, weight) for corpus, weight in zip(corpora, self.weights)]
+        pools = [self._pools(corpus, weight, *rows)
+                 for corpus, weight, rows in zip(corpora, self.weights, rows_to_leave_out(corpora))]
         self.groups = []
         for group in LEAD_GROUPS:
             members = [dict(pool[group], corpus=c) for c, pool in enumerate(pools) if group in pool]
@@ -129,13 +130,17 @@ class Sampler:
             raise ValueError(f"no recording to train on in {', '.join(str(c.dir) for c in corpora)}: {self.skipped}")
         self._share_batch()
 
-    def _pools(self, corpus, weight):
+    def _pools(self, corpus, weight, leaks, twice):
         """Per lead group of one corpus: index rows sorted by patient, where each patient's rows begin, the corpus'
         weight."""
         index = corpus.index
         train = index["split"] == SPLITS.index("train")
+        for rows, why in ((leaks, "copy of a held-out recording"), (twice, "copy of another recording")):
+            train[rows] = False
+            if len(rows):
+                self.skipped[why] = self.skipped.get(why, 0) + len(rows)
         long_enough = index["length"] >= self.window
-        self.skipped["not in split train"] += int((~train).sum())
+        self.skipped["not in split train"] += int((index["split"] != SPLITS.index("train")).sum())
         self.skipped[f"shorter than {self.window / FS:g} s"] += int((train & ~long_enough).sum())
         rows = np.flatnonzero(train & long_enough).astype(np.uint32)                # half the memory of int64
         rows = rows[np.argsort(index["patient"][rows], kind="stable")]

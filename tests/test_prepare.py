@@ -225,7 +225,7 @@ def test_corpus_on_disk_is_what_its_manifest_says(synth, source):
     files = files_of(corpus.dir)
     assert index.dtype == INDEX_DTYPE and manifest["source"] == source
     assert set(manifest["sha256"]) == set(files) - {"manifest.json"}
-    assert {name for name in files if "/" not in name} == {"index.npy", "records.npy", "patients.npy", "rejects.csv",
+    assert {name for name in files if "/" not in name} == {"index.npy", "records.npy", "patients.npy", "prints.npy", "rejects.csv",
                                                            "manifest.json"}
     sizes = index["n_leads"].astype(int) * index["length"]
     assert (np.diff(index["shard"].astype(int)) >= 0).all()        # recordings in order, and in a shard without gaps
@@ -552,7 +552,7 @@ def test_workers_agree_on_damaged_folders_too(folder, tmp_path):
     (lambda d: os.truncate(d / "signal" / "00001.i16", 9999),
      "is damaged (signal/00001.i16 has 9999 bytes, the manifest says 10000)"),
     (lambda d: os.truncate(d / "signal" / "00000.i16", 0), "is damaged"),
-    (lambda d: np.save(d / "records.npy", np.zeros(2, "S64")), "3 index rows and 2 names"),
+    (lambda d: np.save(d / "records.npy", np.zeros(2, "S64")), "3 index rows, 2 names and 3 prints"),
     (lambda d: (d / "patients.npy").unlink(), "is damaged"),
     (lambda d: os.truncate(d / "index.npy", 300), "is damaged"),
     (lambda d: np.save(d / "index.npy", np.zeros(3)), "is damaged"),
@@ -1566,3 +1566,45 @@ def test_mutated_inputs_are_read_or_rejected_with_a_reason(shared_data, tmp_path
         path.write_bytes(data)
     print(dict(counts))
     assert counts["read"] > MUTANTS / 2 and counts["unreadable or truncated file"] > 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the same recording in two corpora
+
+def test_copies_are_found_whatever_their_names_and_rates(shared_data, tmp_path):
+    """PTB-XL at 500 Hz in a folder as "a stranger's", beside PTB-XL at 100 Hz, and one of its records in MIT-BIH's name."""
+    raw, table = real_ptbxl(shared_data, tmp_path / "raw", slice(60))
+    theirs = run("ptbxl", raw, tmp_path / "theirs", "--rate", "100")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for i in range(0, 60, 2):
+        source = raw / table.filename_hr.iloc[i]
+        for kind in ("hea", "dat"):
+            shutil.copy(source.with_suffix(f".{kind}"), mine / f"{source.name}.{kind}")
+        for kind in ("hea", "dat"):
+            (mine / f"{source.name}.{kind}").rename(mine / f"x{i}.{kind}")
+        (mine / f"x{i}.hea").write_text((mine / f"x{i}.hea").read_text().replace(source.name, f"x{i}"))
+    mine = run("wfdb", mine, tmp_path / "out")
+    held = theirs.index["split"][::2] != 0
+    assert 3 < held.sum() < 27 and (mine.index["split"] == 0).all()
+    number = np.array([int(name[1:]) // 2 for name in names_of(mine)])
+    leaks, twice = prepare.rows_to_leave_out([theirs, mine])[1]
+    assert sorted(number[leaks]) == np.flatnonzero(held).tolist()
+    assert sorted(number[twice]) == np.flatnonzero(~held).tolist()
+    assert [len(rows) for rows in prepare.rows_to_leave_out([theirs, mine])[0]] == [0, 0]
+    leaks, twice = prepare.rows_to_leave_out([mine, theirs])[0]
+    assert sorted(number[leaks]) == np.flatnonzero(held).tolist() and len(twice) == 0
+    leaks, twice = prepare.rows_to_leave_out([mine, theirs])[1]   # now theirs come second
+    assert len(leaks) == 0 and len(twice) == (~held).sum()
+    assert [tuple(map(len, rows)) for rows in prepare.rows_to_leave_out([mine, mine])] == [(0, 0), (0, 30)]
+
+
+def test_find_copies_by_counting_bits():
+    rng = np.random.default_rng(0)
+    prints = rng.integers(0, 256, (300, 30), np.uint8)
+    for a, b, flips in ((3, 200, 0), (7, 150, 5), (50, 60, 12), (100, 299, 13)):
+        bits = np.unpackbits(prints[a])
+        bits[24 + rng.choice(216, flips, replace=False)] ^= 1          # the first word stays whole
+        prints[b] = np.packbits(bits)
+    assert prepare.find_copies(prints).tolist() == [[3, 200], [7, 150], [50, 60]]
+    assert prepare.find_copies(prints[:2]).shape == (0, 2) and prepare.find_copies(prints[:0]).shape == (0, 2)
