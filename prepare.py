@@ -82,7 +82,7 @@ INDEX_DTYPE = np.dtype([
     ("first_event", "<u4"), ("n_events", "<u4")])  # annotations, in the file of the same shard in events/
 EVENT_DTYPE = np.dtype([("sample", "<i4"), ("symbol", "S6")])  # sample at FS; a beat ("N") or a rhythm ("(AFIB", ")")
 PRINT_WORDS, PRINT_WORD_BYTES, PRINT_S = 10, 3, 8  # see content_print
-LOOKUP_WORDS = 5  # by which copies are looked for: with 7 of 240 bits different, all five are hit in 1 of 1,000 cases
+LOOKUP_WORDS = 5  # by which copies are looked for: with 7 bits different, the most seen, 1.4 % are missed
 PRINT_STEP = 20  # samples that are averaged: 12.5 Hz are left
 SAME_BITS = 12  # of 240 may differ between copies. Measured: PTB-XL at 100 and 500 Hz 0 to 7, strangers 18 and more
 RECORD_DTYPE, PATIENT_DTYPE = np.dtype("S64"), np.dtype("S32")
@@ -1640,6 +1640,128 @@ def synthesize(raw_dir: Path, n_records: int, seed: int) -> None:
     write_nstdb(raw_dir / "nstdb", seed)
 
 
+# ---- check: what is in a corpus, and is it whole --------------------------------------------------------------------
+
+SHEET_RECORDINGS = 2000  # that the histograms of a sheet are made from, chosen at random
+
+
+def check(dirs):
+    """Verify corpora, print what several of them share, draw DIR/check.png for each; the number of faults found."""
+    corpora, faults = [open_corpus(dir) for dir in dirs], 0
+    for corpus in corpora:
+        print(summary(corpus.manifest, corpus.dir))
+        found = [*damaged_shards(corpus), *index_faults(corpus)]
+        faults += len(found)
+        for fault in found:
+            print(f"  DAMAGED: {fault}")
+        if not found:
+            draw_sheet(corpus, corpus.dir / "check.png")
+            print(f"  sheet: {corpus.dir / 'check.png'}")
+    for corpus, (leaks, twice) in zip(corpora, rows_to_leave_out(corpora)):
+        for rows, what in ((leaks, "are copies of held-out recordings"), (twice, "are second copies")):
+            if len(rows):
+                names = ", ".join(corpus.records[rows[:5]].astype(str))
+                print(f"{corpus.dir}: {len(rows):,} recordings of split train {what}, of these corpora: {names}"
+                      f"{' ...' if len(rows) > 5 else ''}; train.py leaves them out when it is given the same corpora")
+    print(f"{len(corpora)} corpora, {faults} faults")
+    return faults
+
+
+def damaged_shards(corpus):
+    """Files that are absent or differ from the manifest's checksums."""
+    for name, digest in tqdm(corpus.manifest["sha256"].items(), desc=f"checking {corpus.dir}", unit=" files", disable=None):
+        path = corpus.dir / name
+        found = sha256(path) if path.is_file() else "no such file"
+        if found != digest:
+            yield f"{name}: sha256 {found}, the manifest says {digest}"
+
+
+def index_faults(corpus):
+    """What cannot be true of an index."""
+    index = corpus.index
+    size = index["n_leads"].astype(np.int64) * index["length"]
+    samples = np.array([n // 2 for n in corpus.manifest["shard_bytes"].values()])
+    wrong = {"reaches beyond its shard": index["offset"] + size > samples[np.minimum(index["shard"], len(samples) - 1)],
+             "is in a shard that is not there": index["shard"] >= len(samples),
+             "has no lead or no sample": size <= 0,
+             "has a lead that is not known": (index["leads"] >= len(LEADS)).any(axis=1),
+             "has a split that is not known": index["split"] >= len(SPLITS),
+             "has a patient that is not known": index["patient"] >= len(corpus.patients)}
+    for what, rows in wrong.items():
+        if rows.any():
+            yield f"{rows.sum():,} recordings, the first {corpus.records[np.argmax(rows)].decode()}: it {what}"
+    pairs = np.unique(index["patient"].astype(np.int64) * len(SPLITS) + index["split"]) // len(SPLITS)
+    if len(set(pairs.tolist())) < len(pairs):
+        yield f"{len(pairs) - len(set(pairs.tolist()))} patients are in more than one split"
+
+
+def heart_rate_bpm(lead):
+    """60 / the median distance of R waves in a lead (T,) in mV at FS; NaN if there are fewer than three."""
+    band = scipy.signal.butter(2, (5, 20), "band", fs=FS, output="sos")
+    steep = scipy.signal.sosfiltfilt(band, lead) ** 2
+    steep = np.convolve(steep, np.ones(FS // 10) / (FS // 10), "same")
+    peaks, _ = scipy.signal.find_peaks(steep, height=0.3 * np.percentile(steep, 98), distance=FS // 4)
+    return 60 * FS / np.median(np.diff(peaks)) if len(peaks) > 2 else np.nan
+
+
+def draw_sheet(corpus, path):
+    """check.png: hours by lead set, rate and length; amplitudes and heart rates; six recordings at random."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    index, rng = corpus.index, np.random.default_rng(0)
+    hours = index["length"] / FS / 3600
+    sets, of_set = np.unique(np.where(np.arange(MAX_LEADS) < index["n_leads"][:, None], index["leads"], 255), axis=0,
+                             return_inverse=True)
+    names = [" ".join(LEADS[k] for k in row if k < len(LEADS)) for row in sets]
+    names = [f"{len(name.split())} leads" if len(name) > 16 else name for name in names]
+    edges = np.array([0, 5, 9, 11, 20, 60, 600, 3600, np.inf])
+    lengths = [f"{a:g} to {b:g} s" for a, b in zip(edges[:-1], edges[1:])]
+    seconds = index["length"] / FS
+    bars = {"leads": (names, np.bincount(of_set.ravel(), hours, len(names))),
+            "original rate": ([f"{fs:g} Hz" for fs in np.unique(index["fs_hz"])],
+                              np.bincount(np.unique(index["fs_hz"], return_inverse=True)[1], hours)),
+            "length": (lengths, np.histogram(seconds, edges, weights=hours)[0])}
+    rows = np.sort(rng.choice(len(index), min(SHEET_RECORDINGS, len(index)), replace=False))
+    leads = [shown_lead(corpus, i) for i in rows]
+    figure, axes = plt.subplot_mosaic("aabbcc;dddeee;ffffff;gggggg;hhhhhh;iiiiii;jjjjjj;kkkkkk", figsize=(11, 14),
+                                      height_ratios=[2, 2, 1, 1, 1, 1, 1, 1], layout="constrained")
+    for key, (title, (labels, values)) in zip("abc", bars.items()):
+        top = np.argsort(-values)[:6]
+        top = top[values[top] > 0]
+        axes[key].barh([labels[k] for k in top][::-1], values[top][::-1], color="0.4")
+        axes[key].set_title(f"hours by {title}", loc="left", fontsize=10)
+        for place, k in enumerate(top[::-1]):
+            axes[key].text(values[k], place, f" {values[k]:.3g}", va="center", fontsize=8)
+        axes[key].margins(x=0.2)
+    peaks = [np.percentile(np.abs(x - np.median(x)), 99.5) for x, _ in leads]
+    rates = [heart_rate_bpm(x) for x, _ in leads if len(x) > 3 * FS]
+    axes["d"].hist(np.clip(peaks, 0, 4), 60, (0, 4), color="0.4")
+    axes["d"].set_title("lead II, 99.5th percentile, mV (last bar: 4 and more)", loc="left", fontsize=10)
+    axes["e"].hist(np.clip([r for r in rates if np.isfinite(r)], 0, 200), 60, (0, 200), color="0.4")
+    axes["e"].set_title("heart rate, 1/min", loc="left", fontsize=10)
+    for key, k in zip("fghijk", np.sort(rng.choice(len(rows), min(6, len(rows)), replace=False))):
+        x, name = leads[k]
+        axes[key].plot(np.arange(len(x[:10 * FS])) / FS, x[:10 * FS], color="k", lw=0.7)
+        axes[key].set_title(f"{corpus.records[rows[k]].decode()}, {name}, mV", loc="left", fontsize=9, pad=2)
+        axes[key].margins(x=0)
+    axes["k"].set_xlabel("s")
+    figure.suptitle(f"{corpus.dir.name}: {corpus.manifest['source']}, {len(index):,} recordings, {hours.sum():,.1f} h")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=90)
+    plt.close(figure)
+    write_whole(path, buffer.getvalue())
+
+
+def shown_lead(corpus, i):
+    """Lead II, or else the first, of up to a minute in the middle of recording i, in mV, and its name."""
+    n_leads = corpus.index["n_leads"][i]
+    ids, length = corpus.index["leads"][i][:n_leads], int(corpus.index["length"][i])
+    k, n = int(np.argmax(ids == LEAD_IDS["II"])), min(length, 60 * FS)
+    lead = corpus.read(i, (length - n) // 2, n)[k]
+    return np.where(lead == MISSING, 0, lead) / UV_PER_MV, LEADS[ids[k]]
+
+
 # ---- command line --------------------------------------------------------------------------------------------------
 
 HELP = """\
@@ -1662,6 +1784,10 @@ the result, in OUT (for synth in OUT/ptbxl, OUT/mitdb and OUT/nstdb)
   manifest.json  what this is: counts, hours, what was rejected or changed, leak rules, checksums, the command
   rejects.csv    every recording that could not be used, and why
 While it is made it stands in OUT.part. After an interruption of any kind the same command goes on there.
+
+afterwards
+  python prepare.py check DIR [DIR ...]    verify checksums, index and splits, print what corpora have in common and what
+                                           must not be trained on, and draw DIR/check.png
 
 examples
   python prepare.py synth --raw data/raw/synth --out data/synth
@@ -1778,7 +1904,20 @@ def interrupt(number, frame):
     raise Interrupted("interrupted" if number == os_signal.SIGINT else "terminated")
 
 
+def run_check(argv):
+    parser = argparse.ArgumentParser(
+        prog="prepare.py check", description="Verify prepared corpora, print what they have in common, and draw "
+        "DIR/check.png for each: hours by leads, rate and length, amplitudes, heart rates, six recordings.")
+    parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR")
+    try:
+        sys.exit(bool(check(parser.parse_args(argv).dirs)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"prepare.py: {error}")
+
+
 def run_command():
+    if sys.argv[1:2] == ["check"]:
+        run_check(sys.argv[2:])
     args = parse_args()
     for number in (os_signal.SIGINT, os_signal.SIGTERM):
         os_signal.signal(number, interrupt)

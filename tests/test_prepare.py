@@ -1608,3 +1608,33 @@ def test_find_copies_by_counting_bits():
         prints[b] = np.packbits(bits)
     assert prepare.find_copies(prints).tolist() == [[3, 200], [7, 150], [50, 60]]
     assert prepare.find_copies(prints[:2]).shape == (0, 2) and prepare.find_copies(prints[:0]).shape == (0, 2)
+
+
+def test_check_of_whole_and_damaged_corpora(small_corpus, tmp_path, capsys):
+    copy, twin = (Path(shutil.copytree(small_corpus, tmp_path / name)) for name in ("copy", "twin"))
+    assert prepare.check([copy]) == 0 and (copy / "check.png").stat().st_size > 20_000
+    assert "1 corpora, 0 faults" in capsys.readouterr().out
+    assert prepare.check([copy, twin]) == 0
+    assert f"{twin}: 3 recordings of split train are second copies, of these corpora: r0, r1, r2;" in capsys.readouterr().out
+    open_corpus(copy)                                              # the sheet is no part of the corpus
+    data = bytearray((copy / "signal" / "00001.i16").read_bytes())
+    data[77] ^= 4
+    (copy / "signal" / "00001.i16").write_bytes(data)
+    assert prepare.check([copy]) == 1 and "DAMAGED: signal/00001.i16: sha256" in capsys.readouterr().out
+    index = np.load(twin / "index.npy")
+    index["offset"][1], index["leads"][2, 0], index["patient"][:], index["split"][2] = 1, 99, 0, 2
+    np.save(twin / "index.npy", index)
+    assert prepare.check([twin]) == 4
+    said = capsys.readouterr().out
+    for words in ("DAMAGED: index.npy: sha256", "1 recordings, the first r1: it reaches beyond its shard",
+                  "the first r2: it has a lead that is not known", "1 patients are in more than one split"):
+        assert words in said
+    done = subprocess.run([sys.executable, str(ROOT / "prepare.py"), "check", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"prepare.py: {tmp_path} holds no corpus")
+
+
+@pytest.mark.parametrize("bpm", [45, 70, 120, 180])
+def test_heart_rate_of_the_sheet(bpm):
+    from conftest import draw_ecg
+    assert abs(prepare.heart_rate_bpm(draw_ecg(FS, 20, rr_s=60 / bpm)[0]) - bpm) < 1
+    assert np.isnan(prepare.heart_rate_bpm(np.zeros(1000)))
