@@ -1277,6 +1277,65 @@ def test_icentia11k_keeps_beats_and_rhythms_beside_the_signal(shared_data, tmp_p
     assert corpus.events(rows["p00/p00000/p00000_s00"])["symbol"][0] == b"(N"
 
 
+def test_faults_of_heedb_are_counted(tmp_path):
+    """Both rates, another order of the leads, gaps, dead leads and rails, a listed duplicate, damaged and absent files."""
+    raw, folder = tmp_path / "raw", "ECG/WFDB/S0001/1999/"
+    swapped = (*TWELVE[:4], "aVF", "aVL", *TWELVE[6:])             # as MIMIC-IV-ECG has it
+    names = ("fine_250", "swapped", "gaps", "dead_lead", "rails", "all_flat", "all_invalid", "cut", "lost", "twice",
+             "no_rate", "one_channel_less", "stranger")
+    for seed, name in enumerate(names):
+        adc = noise(seed, 5000, 12)
+        if name == "gaps":
+            adc[1000:1200, 2], adc[:, 5] = -32768, -32768
+        elif name == "dead_lead":
+            adc[:, 7] = 1024
+        elif name == "rails":
+            adc[2000:2600, 3] = 32767                              # 159 mV: an amplifier at its rail
+        elif name in ("all_flat", "all_invalid"):
+            adc[:] = 1024 if name == "all_flat" else -32768
+        leads = swapped if name == "swapped" else TWELVE
+        write(raw, folder + name, adc, leads, fs=250 if name == "fine_250" else 500)
+    os.truncate(raw / f"{folder}cut.dat", 60_000)
+    (raw / f"{folder}lost.dat").unlink()
+    edit_header(raw, f"{folder}no_rate", " 12 500 ", " 12 0 ")
+    header = (raw / f"{folder}one_channel_less.hea").read_text()
+    (raw / f"{folder}one_channel_less.hea").write_text(header[:header.rindex("one_channel_less.dat")])
+    pd.DataFrame({"FileName": names[:-1], "BDSPPatientID": 7}).to_csv(raw / "demographics_ECG.csv", index=False)
+    pd.DataFrame({"file_name": ["twice.hea"]}).to_csv(raw / "duplicated.csv", index=False)
+    corpus = run("heedb", raw, tmp_path / "out")
+    assert rejects_of(corpus.dir) == {folder + name: reason for name, reason in (
+        ("all_flat", "no valid lead"), ("all_invalid", "no valid lead"), ("cut", "unreadable or truncated file"),
+        ("lost", "absent file"), ("twice", "duplicate"), ("no_rate", "sampling rate"),
+        ("one_channel_less", "unreadable or truncated file"))}
+    rows = {name.removeprefix(folder): i for name, i in rows_of(corpus).items()}
+    leads = {name: [LEADS[k] for k in corpus.index["leads"][i][:corpus.index["n_leads"][i]]] for name, i in rows.items()}
+    assert leads["swapped"] == list(swapped) and leads["dead_lead"] == [*TWELVE[:7], *TWELVE[8:]]
+    assert leads["gaps"] == [*TWELVE[:5], *TWELVE[6:]] and (corpus.read(rows["gaps"])[2] == MISSING).sum() == 101
+    assert (corpus.read(rows["rails"])[3] == MISSING).sum() >= 300 and corpus.index["length"][rows["fine_250"]] == 5000
+    assert patient_of(corpus, rows["stranger"]) == "heedb/stranger" and len(corpus.patients) == 2
+    assert corpus.manifest["notes"] == {prepare.NO_PATIENT: 1}
+
+
+def test_faults_of_icentia11k_are_counted(tmp_path):
+    raw, folder = tmp_path / "raw", "p01/p01000/"
+    for seed, name in enumerate(("p01000_s00", "p01000_s01", "p01000_s02", "p01000_s03", "p01000_batched", "p01000_s05")):
+        adc = noise(seed, 3000, 1)
+        if name == "p01000_s02":
+            adc[:] = 0                                             # the patch was not worn
+        write(raw, folder + name, adc, ("ecg",), gain=74.36, baseline=0)
+        wfdb.wrann(name, "atr", np.arange(50, 2900, 200), ["N"] * 15, fs=250, write_dir=str(raw / folder))
+    (raw / f"{folder}p01000_s01.dat").unlink()
+    os.truncate(raw / f"{folder}p01000_s03.atr", 30)
+    os.truncate(raw / f"{folder}p01000_s05.dat", 4001)
+    corpus = run("icentia11k", raw, tmp_path / "out")
+    assert rejects_of(corpus.dir) == {f"{folder}p01000_s01": "absent file", f"{folder}p01000_s02": "no valid lead",
+                                      f"{folder}p01000_batched": "file name",
+                                      f"{folder}p01000_s05": "unreadable or truncated file"}
+    assert names_of(corpus) == [f"{folder}p01000_s00", f"{folder}p01000_s03"]
+    assert corpus.manifest["changed"]["recordings without annotations: the file is damaged"] == 1
+    assert corpus.index["n_events"].tolist() == [15, 0]
+
+
 @pytest.mark.parametrize("name", ["100", "114", "203", "232"])
 def test_annotations_are_decoded_as_wfdb_does(shared_data, name):
     path, known = shared_data / "mitdb" / name, wfdb.rdann(str(shared_data / "mitdb" / name), "atr")
