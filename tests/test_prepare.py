@@ -522,6 +522,66 @@ def test_copies_of_test_sets_are_held_out_by_name(folder):
     assert not any(map(prepare.HELD_OUT_COPY.fullmatch, ("101", "102", "JS10001", "HR1", "1000", "x100")))
 
 
+def encode(fmt, adc):
+    """The formats of signal(5) that wfdb reads but does not write; adc (T, L)."""
+    flat = adc.reshape(-1)
+    if fmt == "8":                                                 # differences
+        return np.diff(adc, axis=0, prepend=0).astype("i1").tobytes()
+    if fmt == "61":
+        return flat.astype(">i2").tobytes()
+    if fmt == "160":
+        return (flat + 32768).astype("<u2").tobytes()
+    a, b, c = np.resize(flat, (-(-len(flat) // 3), 3)).T & 0x3FF   # three samples of 10 bits in four bytes
+    if fmt == "310":
+        return np.stack((a << 1 | (c & 31) << 11, b << 1 | (c >> 5) << 11), axis=1).astype("<u2").tobytes()
+    return (a | b << 10 | c << 20).astype("<u4").tobytes()
+
+
+@pytest.mark.parametrize("fmt", ["8", "16", "24", "32", "61", "80", "160", "310", "311", "508", "516", "524"])
+def test_every_format(fmt, tmp_path):
+    """5xx are FLAC; 212 has tests of its own."""
+    if fmt.startswith("5"):
+        pytest.importorskip("soundfile")
+    adc = np.random.default_rng(int(fmt)).integers(-60, 61, (2001, 2))
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    kind = fmt if fmt in ("16", "24", "32", "80") or fmt.startswith("5") else "16"
+    wfdb.wrsamp("r", FS, ["mV"] * 2, ["II", "V1"], d_signal=adc, fmt=[kind] * 2, adc_gain=[100.0] * 2, baseline=[0] * 2,
+                write_dir=str(raw))
+    if kind != fmt:
+        (raw / "r.dat").write_bytes(encode(fmt, adc))
+        lines = [f"r.dat {fmt} 100/mV 10 0 0 0 0 {lead}" for lead in ("II", "V1")]
+        (raw / "r.hea").write_text("\n".join(["r 2 250 2001", *lines]) + "\n")
+    np.testing.assert_array_equal(run("wfdb", raw, tmp_path / "out").read(0), 10 * adc.T)
+
+
+def test_segments_with_a_layout_gaps_skew_and_no_length(tmp_path):
+    raw = tmp_path / "raw"
+    for seed, name in enumerate(("s1", "s2")):
+        write(raw, name, noise(seed, 1000), ("II", "V1") if seed == 0 else ("V1", "II"))
+    (raw / "lay.hea").write_text("lay 2 250 0\n~ 0 200/mV 0 0 0 0 0 II\n~ 0 200/mV 0 0 0 0 0 V1\n")
+    (raw / "whole.hea").write_text("whole/4 2 250 2500\nlay 0\ns1 1000\n~ 500\ns2 1000\n")
+    write(raw, "skewed", noise(5, 1500))
+    edit_header(raw, "skewed", "skewed.dat 16 ", "skewed.dat 16:7 ")
+    write(raw, "no_length", noise(6, 1500))
+    edit_header(raw, "no_length", " 1500\n", "\n")
+    write(raw, "no_gain", noise(7, 1500))
+    header = raw / "no_gain.hea"
+    header.write_text(header.read_text().replace("200.0(1024)", "0(1024)"))
+    corpus = run("wfdb", raw, tmp_path / "out")
+    rows = rows_of(corpus)
+    assert set(rows) == {"whole", "skewed", "no_length", "no_gain"} and not corpus.manifest["rejected"]
+    whole, expected = corpus.read(rows["whole"]), np.full((2, 2500), MISSING)
+    expected[:, :1000], expected[:, 1500:] = 5 * (noise(0, 1000).T - 1024), 5 * (noise(1, 1000).T[::-1] - 1024)
+    np.testing.assert_array_equal(whole, expected)
+    assert [LEADS[k] for k in corpus.index["leads"][rows["whole"]][:2]] == ["II", "V1"]
+    np.testing.assert_array_equal(corpus.read(rows["no_length"]), 5 * (noise(6, 1500).T - 1024))
+    np.testing.assert_array_equal(corpus.read(rows["no_gain"]), 5 * (noise(7, 1500).T - 1024))     # 200 is WFDB's default
+    skewed = corpus.read(rows["skewed"])
+    np.testing.assert_array_equal(skewed[0, :1493], 5 * (noise(5, 1500).T[0, 7:] - 1024))
+    np.testing.assert_array_equal(skewed[1], 5 * (noise(5, 1500).T[1] - 1024))
+
+
 def test_long_names_stay_apart():
     names = [f"ward_{i}/" + "x" * 70 + "_hr" for i in range(50)]
     for n_bytes in (32, 64):
