@@ -306,8 +306,8 @@ def open_corpus(dir):
         if (index.dtype, records.dtype, patients.dtype) != (INDEX_DTYPE, RECORD_DTYPE, PATIENT_DTYPE):
             raise ValueError(f"index of {index.dtype}, records of {records.dtype}, patients of {patients.dtype}")
         if not len(index) == len(records) == len(prints) == manifest.get("recordings"):
-            raise ValueError(f"{len(index)} index rows, {len(records)} names and {len(prints)} prints, the manifest says "
-                             f"{manifest.get('recordings')}")
+            raise ValueError(f"{len(index)} index rows, {len(records)} names and {len(prints)} prints, the manifest "
+                             f"says {manifest.get('recordings')}")
     except (OSError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{dir} is damaged ({error}): {again}") from None
     return Corpus(dir, manifest, index, records, patients, prints)
@@ -316,8 +316,8 @@ def open_corpus(dir):
 def find_copies(prints):
     """Pairs of rows of prints (N, bytes) that are the same recording: (K, 2), the lower first, sorted.
 
-    Candidates share one of the first LOOKUP_WORDS words of 24 bits, for which sorting is enough; of each run of equal words
-    only neighbours are compared, so the cost is that of the sorting.
+    Candidates share one of the first LOOKUP_WORDS words of 24 bits, for which sorting is enough; of each run of equal
+    words only neighbours are compared, so the cost is that of the sorting.
     """
     found = [np.zeros((0, 2), np.int64)]
     words = np.asarray(prints).reshape(len(prints), PRINT_WORDS, PRINT_WORD_BYTES)
@@ -427,7 +427,8 @@ def list_code(raw, args, notes):
     """Jobs for the whole of CODE in its WFDB form: TNMG{exam}_N{k}, patients from annotations.csv."""
     tables = find_tables(raw, "annotations.csv")
     if not tables:
-        raise ValueError(f"no annotations.csv in {raw}: expected CODE's own folder, with the table of exams and patients")
+        raise ValueError(f"no annotations.csv in {raw}: expected CODE's own folder, with its table of exams and "
+                         "patients")
     patient_of = Lookup.of_tables(tables, "id_exam", "id_patient")
     for _, names in header_folders(raw):
         for path in names:
@@ -509,8 +510,8 @@ LISTERS = {"ptbxl": list_ptbxl, "mitdb": list_mitdb, "nstdb": list_nstdb, "heedb
 
 
 def header_folders(folder):
-    """(folder, its WFDB records as paths without suffix), for folder and all folders in it, in sorted order; one folder is
-    in memory at a time, and one that cannot be read is an OSError. Links to folders are not followed."""
+    """(folder, its WFDB records as paths without suffix), for folder and all folders in it, in sorted order; one folder
+    is in memory at a time, and one that cannot be read is an OSError. Links to folders are not followed."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     names = [Path(entry.path).with_suffix("") for entry in entries if entry.name.endswith(".hea") and entry.is_file()]
     if names:
@@ -596,7 +597,8 @@ def read_table(path, columns):
                          f"{', '.join(columns)}") from None
 
 
-PATIENT_COLUMNS = (("record", "path", "file_name", "FileName"), ("patient", "patient_id", "subject_id", "BDSPPatientID"))
+PATIENT_COLUMNS = (("record", "path", "file_name", "FileName"),
+                   ("patient", "patient_id", "subject_id", "BDSPPatientID"))
 
 
 def read_patients(path):
@@ -644,7 +646,8 @@ def code15_unit(h5py, parts):
     for path in parts:
         with open_h5(h5py, path) as file:
             tracings = file["tracings"]
-            for row in np.unique(np.linspace(0, len(tracings) - 1, min(len(tracings), -(-200 // len(parts)))).astype(int)):
+            n = min(len(tracings), -(-200 // len(parts)))
+            for row in np.unique(np.linspace(0, len(tracings) - 1, n).astype(int)):
                 with contextlib.suppress(OSError):                 # a damaged row will be counted in its turn
                     lead = tracings[row, :, 1].astype(float)
                     lead = lead[np.isfinite(lead) & (lead != 0)]
@@ -795,9 +798,9 @@ NO_EVENTS = np.zeros(0, EVENT_DTYPE)
 
 
 def read_events(path, annotator, fs, start, length, changes):
-    """Annotations of a WFDB record as EVENT_DTYPE, in samples at FS from `start` of the prepared recording on: the beats'
-    symbols, and in place of "+" the rhythm that it says. A file that is absent or damaged is counted, no reason to
-    refuse the signal."""
+    """Annotations of a WFDB record as EVENT_DTYPE, in samples at FS from `start` of the prepared recording on: the
+    beats' symbols, and in place of "+" the rhythm that it says. A file that is absent or damaged is counted, no reason
+    to refuse the signal."""
     try:
         with open(f"{path}.{annotator}", "rb") as file:
             events = decode_annotations(file.read())
@@ -819,8 +822,8 @@ SKIP, NUM, AUX = 59, 60, 63
 def decode_annotations(data):
     """The bytes of a .atr file -> sample (K,) at the record's rate and symbol; ValueError if they are none.
 
-    The format is annot(5) of the WFDB manual: words of 16 bits, a code in the upper 6 and in the lower 10 the samples since
-    the last annotation. wfdb.rdann reads the same, but loops without end in some damaged files.
+    The format is annot(5) of the WFDB manual: words of 16 bits, a code in the upper 6 and in the lower 10 the samples
+    since the last annotation. wfdb.rdann reads the same, but loops without end in some damaged files.
     """
     words, k, time, samples, symbols = np.frombuffer(data[:len(data) // 2 * 2], "<u2").tolist(), 0, 0, [], []
     while True:
@@ -879,7 +882,8 @@ def tidy(signal_mv, ids, changes):
 
 BIT_COUNT = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 # Signs from NumPy's frozen generator; with integers throughout, a print is the same on every machine.
-PRINT_SIGNS = np.random.RandomState(0).randint(0, 2, (8 * PRINT_WORDS * PRINT_WORD_BYTES, PRINT_S * FS // PRINT_STEP)) * 2 - 1
+PRINT_SIGNS = 2 * np.random.RandomState(0).randint(0, 2, (8 * PRINT_WORDS * PRINT_WORD_BYTES,
+                                                          PRINT_S * FS // PRINT_STEP)) - 1
 
 
 def content_print(steps, leads):
@@ -973,8 +977,8 @@ def write_corpus(source, raw, out, args, command):
 def check_plan(source, part, plan, command):
     """The plan of an interrupted run, if it was the same command."""
     if plan.get("command") != command or plan.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{part} holds an unfinished run of `{plan.get('command')}`, and this is `{command}`: finish that "
-                         f"one, or delete it (rm -r {part})")
+        raise ValueError(f"{part} holds an unfinished run of `{plan.get('command')}`, and this is `{command}`: finish "
+                         f"that one, or delete it (rm -r {part})")
     print(f"{source}: going on, {len(list((part / 'done').glob('*.npz')))} of {n_shards(plan)} shards are done")
     return plan
 
@@ -1123,7 +1127,8 @@ def prepare_shard(source, part, number, jobs):
     about = {"rejects": rejects, "changes": changes, "sha256": sums, "bytes": 2 * offset}
     np.savez(buffer, index=np.array(rows, INDEX_DTYPE), records=np.array(records, RECORD_DTYPE),
              patients=np.array(patients, PATIENT_DTYPE),
-             prints=np.array(prints, np.uint8).reshape(len(rows), PRINT_WORDS * PRINT_WORD_BYTES), about=np.frombuffer(json.dumps(about).encode(), np.uint8))
+             prints=np.array(prints, np.uint8).reshape(len(rows), PRINT_WORDS * PRINT_WORD_BYTES),
+             about=np.frombuffer(json.dumps(about).encode(), np.uint8))
     write_whole(part / "done" / f"{number:05d}.npz", buffer.getvalue())
     return totals + Counter(rejected=len(rejects), bytes=2 * offset)
 
@@ -1147,25 +1152,29 @@ def assemble(source, part, plan, command):
             sizes[f"{path.stem}.i16"] = about["bytes"]
     try:
         if not sum(counts):
-            raise ValueError(f"none of the {plan['jobs']} recordings could be used: {dict(rejected)}; the first: {first}")
+            raise ValueError(f"none of the {plan['jobs']} recordings could be used: {dict(rejected)}; "
+                             f"the first: {first}")
         index, n_records = gather_index(part, shards, counts)
         manifest = make_manifest(source, index, n_records, plan["notes"], command)
     except ValueError:                                             # it would be no other the next time
         shutil.rmtree(part)
         raise
-    sums |= {name: sha256(part / name) for name in ("index.npy", "records.npy", "patients.npy", "prints.npy", "rejects.csv")}
+    sums |= {name: sha256(part / name)
+             for name in ("index.npy", "records.npy", "patients.npy", "prints.npy", "rejects.csv")}
     manifest |= {"rejected": dict(sorted(rejected.items())), "changed": dict(sorted(changes.items())),
                  "shard_bytes": sizes, "sha256": sums}
     write_whole(part / "manifest.json", (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def gather_index(part, shards, counts):
-    """Write index.npy, records.npy, prints.npy and patients.npy shard by shard; returns the index and the number of records, which
-    may have several recordings one after the other. In memory are the patients' names, 32 bytes per recording."""
+    """Write index.npy, records.npy, prints.npy and patients.npy shard by shard; returns the index and the number of
+    records, which may have several recordings one after the other. In memory are the patients' names, 32 bytes per
+    recording."""
     n = sum(counts)
-    index, records, prints = (np.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype, shape) for name, dtype, shape in (
-        ("index", INDEX_DTYPE, (n,)), ("records", RECORD_DTYPE, (n,)),
-        ("prints", np.uint8, (n, PRINT_WORDS * PRINT_WORD_BYTES))))
+    tables = dict(index=(INDEX_DTYPE, (n,)), records=(RECORD_DTYPE, (n,)),
+                  prints=(np.uint8, (n, PRINT_WORDS * PRINT_WORD_BYTES)))
+    index, records, prints = (np.lib.format.open_memmap(part / f"{name}.npy", "w+", *what)
+                              for name, what in tables.items())
     patients, stop = np.empty(n, PATIENT_DTYPE), 0
     for path, count in zip(shards, counts):
         with np.load(path) as shard:
@@ -1669,7 +1678,8 @@ def check(dirs):
 
 def damaged_shards(corpus):
     """Files that are absent or differ from the manifest's checksums."""
-    for name, digest in tqdm(corpus.manifest["sha256"].items(), desc=f"checking {corpus.dir}", unit=" files", disable=None):
+    sums = corpus.manifest["sha256"].items()
+    for name, digest in tqdm(sums, desc=f"checking {corpus.dir}", unit=" files", disable=None):
         path = corpus.dir / name
         found = sha256(path) if path.is_file() else "no such file"
         if found != digest:
