@@ -720,10 +720,12 @@ def read_plain_wfdb(path):
         data[:, 0] |= both.astype(np.int16) << 12 >> 4
         data[:, 1] |= (both.astype(np.int16) << 8 & -4096) >> 4
     data = data.reshape(-1)[:count].reshape(n_samples, n_leads).T
-    signal = data.astype(np.float64, order="C")  # a row per lead is twice as fast from here on
-    signal[data == (-32768 if kind == "16" else -2048)] = np.nan
-    signal -= zeros[:, None]
+    signal = np.empty(data.shape)  # a row per lead: twice as fast from here on
+    np.subtract(data, zeros[:, None], out=signal)
     signal /= gains[:, None]
+    invalid = data == (-32768 if kind == "16" else -2048)
+    if invalid.any():
+        signal[invalid] = np.nan
     return signal.T, float(record[2]), [f[8] for f in fields], [f[6] or "mV" for f in fields]
 
 
