@@ -332,12 +332,14 @@ def find_copies(prints):
     return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
 
 
-def rows_to_leave_out(corpora):
+def rows_to_leave_out(corpora, excluded=()):
     """Per corpus, what must not be trained on though its split is train, as two sorted arrays of rows: copies of a
-    recording that any of the corpora holds out, and copies of one that comes before (in the same corpus or another)."""
+    recording that any of the corpora holds out or that stands in one of the excluded corpora, and copies of one that
+    comes before (in the same corpus or another)."""
     first = np.cumsum([0] + [len(c.index) for c in corpora])
-    pairs = find_copies(np.concatenate([np.asarray(c.prints) for c in corpora]))
-    held = np.concatenate([np.asarray(c.index["split"]) != SPLITS.index("train") for c in corpora])
+    pairs = find_copies(np.concatenate([np.asarray(c.prints) for c in (*corpora, *excluded)]))
+    held = np.concatenate([np.asarray(c.index["split"]) != SPLITS.index("train") for c in corpora]
+                          + [np.ones(len(c.index), bool) for c in excluded])
     a, b = pairs.T
     leaks = np.union1d(a[held[b] & ~held[a]], b[held[a] & ~held[b]])
     twice = np.setdiff1d(b[~held[a] & ~held[b]], leaks)

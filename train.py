@@ -113,12 +113,12 @@ class Sampler:
     same. Each of LEAD_GROUPS has a fixed share of the batch, so that shapes never change.
     """
 
-    def __init__(self, corpora, batch, seed, window, weights=None):
+    def __init__(self, corpora, batch, seed, window, weights=None, excluded=()):
         self.corpora, self.seed, self.window, self.batch = corpora, seed, window, batch
         self.weights = [1.0] * len(corpora) if weights is None else weights
         self.skipped = {"not in split train": 0, f"shorter than {window / FS:g} s": 0}
         pools = [self._pools(corpus, weight, *rows)
-                 for corpus, weight, rows in zip(corpora, self.weights, rows_to_leave_out(corpora))]
+                 for corpus, weight, rows in zip(corpora, self.weights, rows_to_leave_out(corpora, excluded))]
         self.groups = []
         for group in LEAD_GROUPS:
             members = [dict(pool[group], corpus=c) for c, pool in enumerate(pools) if group in pool]
@@ -554,7 +554,8 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
     corpora = [open_corpus(dir) for dir, _ in args.data]
     encoder = build_encoder(args.size, args.seed)
     patch = encoder.patch_samples
-    sampler = Sampler(corpora, args.batch, args.seed, round(WINDOW_S * FS), [weight for _, weight in args.data])
+    sampler = Sampler(corpora, args.batch, args.seed, round(WINDOW_S * FS), [weight for _, weight in args.data],
+                      [open_corpus(dir) for dir in args.exclude])
     for g in sampler.groups:
         if g["size"] % world_size:
             raise ValueError(f"{world_size} processes cannot share the {g['size']} recordings that show "
@@ -799,6 +800,9 @@ def parse_args(argv=None):
                       help="corpora that prepare.py wrote; only their train split is used. A:0.5 is drawn from half as "
                            "often as by default, which is (patients x hours) ** 0.25. "
                            "Without: synthetic recordings are made, trained on and probed")
+    data.add_argument("--exclude", nargs="+", type=Path, default=[], metavar="DIR",
+                      help="corpora that are kept out: what equals one of their recordings is not trained on, whatever "
+                           "it is called. (Of --data, val and test are kept out in the same way)")
     data.add_argument("--noise", type=Path, metavar="DIR",
                       help="noise corpus (prepare.py nstdb); without it the student's views carry no noise")
     data.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of this run (default: %(default)s)")

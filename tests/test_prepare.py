@@ -1716,6 +1716,8 @@ def test_copies_are_found_whatever_their_names_and_rates(shared_data, tmp_path):
     leaks, twice = prepare.rows_to_leave_out([mine, theirs])[1]   # now theirs come second
     assert len(leaks) == 0 and len(twice) == (~held).sum()
     assert [tuple(map(len, rows)) for rows in prepare.rows_to_leave_out([mine, mine])] == [(0, 0), (0, 30)]
+    leaks, twice = prepare.rows_to_leave_out([mine], [theirs])[0]  # all of theirs is kept out, their train split too
+    assert leaks.tolist() == list(range(30)) and len(twice) == 0
 
 
 def test_find_copies_by_counting_bits():

@@ -78,6 +78,15 @@ def test_ranks_share_the_batch_of_one_process(data):
                 assert all(torch.equal(mine[k], everyone[k][:, rank::2]) for k in everyone)
 
 
+def test_excluded_corpora_are_not_trained_on(data):
+    corpora = [open_corpus(data / "ptbxl"), open_corpus(data / "mitdb")]
+    window = round(train.WINDOW_S * train.FS)
+    s = train.Sampler(corpora, 16, 0, window, excluded=[open_corpus(data / "mitdb")])
+    assert {member["corpus"] for group in s.groups for member in group["members"]} == {0}
+    assert s.skipped["copy of a held-out recording"] == (corpora[1].index["split"] == 0).sum()
+    assert "copy of a held-out recording" not in train.Sampler(corpora, 16, 0, window).skipped
+
+
 def test_weights_of_corpora(data):
     assert train.parse_args(["--data", "a", "b:0.5", "c:d", "e:2"]).data == [
         (Path("a"), 1.0), (Path("b"), 0.5), (Path("c:d"), 1.0), (Path("e"), 2.0)]
