@@ -244,5 +244,5 @@ def test_log_is_trimmed_to_the_checkpoint(tmp_path):
 
 def test_flags_are_the_documented_ones():
     """A flag is a promise; adding one is a decision (constants at the top of the file are for everything else)."""
-    assert set(vars(train.parse_args([]))) == {"data", "noise", "out", "resume", "size", "steps", "batch", "lr", "prototypes", "gram_from", "seed",
+    assert set(vars(train.parse_args([]))) == {"data", "exclude", "noise", "out", "resume", "size", "steps", "batch", "lr", "prototypes", "gram_from", "seed",
                                                "device", "precision", "compile", "log_every", "checkpoint_every", "probe_every"}
