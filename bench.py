@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
@@ -174,10 +174,7 @@ def bench_prepare():
                 alone = clock_each(lambda job: file[job.row], jobs)
             else:
                 alone = clock_each(lambda job: wfdb.rdrecord(job.path), jobs)
-
-            def reader(job):
-                return prepare.read_wfdb(job.path) if job.row < 0 else prepare.read_code15(job)
-            read, raws = clock_each(reader, jobs), list(map(reader, jobs[:20]))
+            read, raws = clock_each(prepare.read_job, jobs), list(map(prepare.read_job, jobs[:20]))
             share = len(jobs) / len(raws)
             ready = [prepare.preprocess(*r[:3]) for r in raws]
             pre = share * clock_each(lambda r: prepare.preprocess(*r[:3]), raws)
@@ -194,8 +191,8 @@ def bench_prepare():
                 shutil.rmtree(part)
             n, ms = len(jobs), 1000 / len(jobs)
             print(f"{name:30}{n / whole[0]:8.1f} {n / whole[1]:8.1f} {whole[0] / whole[1]:8.2f}  "
-                  f"{alone / whole[0]:10.2f}   {ms * read:.2f} ({alone / read:.1f} x wfdb), {ms * pre:.2f}, {ms * tidy:.2f}, "
-                  f"{ms * (whole[0] - read - pre - tidy):.2f}")
+                  f"{alone / whole[0]:10.2f}   {ms * read:.2f} ({alone / read:.1f} x wfdb), {ms * pre:.2f}, "
+                  f"{ms * tidy:.2f}, {ms * (whole[0] - read - pre - tidy):.2f}")
 
 
 def clock(function):
@@ -206,10 +203,7 @@ def clock(function):
 
 def clock_each(function, items):
     """Seconds for all items; no result is kept, so that memory is used again as it is in prepare.py."""
-    start = time.perf_counter()
-    for item in items:
-        function(item)
-    return time.perf_counter() - start
+    return clock(lambda: deque(map(function, items), maxlen=0))
 
 
 def resident_mb():
@@ -230,7 +224,7 @@ def bench_index(n):
             index["patient"] = np.random.default_rng(0).integers(0, size // 4, size)
             index.flush()
             np.save(folder / "records.npy", np.zeros(size, prepare.RECORD_DTYPE))
-            np.save(folder / "prints.npy", np.random.default_rng(1).integers(0, 256, (size, 30), np.uint8))
+            np.save(folder / "prints.npy", np.random.default_rng(1).integers(0, 256, (size, prepare.PRINT_BYTES), np.uint8))
             np.save(folder / "patients.npy", np.zeros(size // 4, prepare.PATIENT_DTYPE))
             (folder / "signal").mkdir()
             sizes = {f"{k:05d}.i16": 0 for k in range(-(-size // per_shard))}

@@ -81,7 +81,9 @@ INDEX_DTYPE = np.dtype([
     ("fs_hz", "<f4"),  # rate before it was made FS
     ("first_event", "<u4"), ("n_events", "<u4")])  # annotations, in the file of the same shard in events/
 EVENT_DTYPE = np.dtype([("sample", "<i4"), ("symbol", "S6")])  # sample at FS; a beat ("N") or a rhythm ("(AFIB", ")")
+NO_EVENTS = np.zeros(0, EVENT_DTYPE)
 PRINT_WORDS, PRINT_WORD_BYTES, PRINT_S = 10, 3, 8  # see content_print
+PRINT_BYTES = PRINT_WORDS * PRINT_WORD_BYTES
 LOOKUP_WORDS = 5  # by which copies are looked for: with 7 bits different, the most seen, 1.4 % are missed
 PRINT_STEP = 20  # samples that are averaged: 12.5 Hz are left
 SAME_BITS = 12  # of 240 may differ between copies. Measured: PTB-XL at 100 and 500 Hz 0 to 7, strangers 18 and more
@@ -276,7 +278,7 @@ class Corpus:
         """Annotations of recording i, EVENT_DTYPE (K,), in order of time; none where the source has none."""
         row = self.index[i]
         if not row["n_events"]:
-            return np.zeros(0, EVENT_DTYPE)
+            return NO_EVENTS
         first = int(row["first_event"])
         return np.load(self.dir / "events" / f"{row['shard']:05d}.npy", mmap_mode="r")[first:first + row["n_events"]]
 
@@ -767,11 +769,16 @@ class Prepared(NamedTuple):
     changes: Counter  # what was done to it
 
 
+def read_job(job):
+    """What read_wfdb returns, from whichever kind of file the job names."""
+    return read_wfdb(job.path) if job.row < 0 else read_code15(job)
+
+
 def load(job, annotator=None):
     """Prepare one recording, or raise Refused."""
     if job.reject:
         raise Refused(*job.reject)
-    signal, fs, names, n_other = read_wfdb(job.path) if job.row < 0 else read_code15(job)
+    signal, fs, names, n_other = read_job(job)
     if job.n_channels and len(names) != job.n_channels:
         raise Refused("channel count", f"{len(names)} channels, expected {job.n_channels}")
     signal_mv, ids = preprocess(signal, fs, names)
@@ -796,9 +803,6 @@ def read_code15(job):
     except (OSError, ValueError) as error:
         raise Refused("unreadable or truncated file", f"{type(error).__name__}: {error}") from None
     return tracing.astype(np.float64) * job.scale, CODE_FS, CODE_LEADS, 0
-
-
-NO_EVENTS = np.zeros(0, EVENT_DTYPE)
 
 
 def read_events(path, annotator, fs, start, length, changes):
@@ -886,8 +890,7 @@ def tidy(signal_mv, ids, changes):
 
 BIT_COUNT = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 # Signs from NumPy's frozen generator; with integers throughout, a print is the same on every machine.
-PRINT_SIGNS = 2 * np.random.RandomState(0).randint(0, 2, (8 * PRINT_WORDS * PRINT_WORD_BYTES,
-                                                          PRINT_S * FS // PRINT_STEP)) - 1
+PRINT_SIGNS = 2 * np.random.RandomState(0).randint(0, 2, (8 * PRINT_BYTES, PRINT_S * FS // PRINT_STEP)) - 1
 
 
 def content_print(steps, leads):
@@ -970,7 +973,8 @@ def write_corpus(source, raw, out, args, command):
             finish_shards(source, part, plan, args.workers or os.cpu_count())
             assemble(source, part, plan, command)
         shutil.rmtree(part / "done", ignore_errors=True)
-        for name in ("jobs.jsonl", "lock", "plan.json"):           # the plan last: as long as it is there, this goes on
+        # The plan last: as long as it is there, this goes on. dry.jsonl: of a dry run that was killed.
+        for name in ("dry.jsonl", "jobs.jsonl", "lock", "plan.json"):
             (part / name).unlink(missing_ok=True)
         if out.exists():
             out.rmdir()                                            # empty, as refuse_existing has seen
@@ -1131,7 +1135,7 @@ def prepare_shard(source, part, number, jobs):
     about = {"rejects": rejects, "changes": changes, "sha256": sums, "bytes": 2 * offset}
     np.savez(buffer, index=np.array(rows, INDEX_DTYPE), records=np.array(records, RECORD_DTYPE),
              patients=np.array(patients, PATIENT_DTYPE),
-             prints=np.array(prints, np.uint8).reshape(len(rows), PRINT_WORDS * PRINT_WORD_BYTES),
+             prints=np.array(prints, np.uint8).reshape(len(rows), PRINT_BYTES),
              about=np.frombuffer(json.dumps(about).encode(), np.uint8))
     write_whole(part / "done" / f"{number:05d}.npz", buffer.getvalue())
     return totals + Counter(rejected=len(rejects), bytes=2 * offset)
@@ -1175,8 +1179,7 @@ def gather_index(part, shards, counts):
     records, which may have several recordings one after the other. In memory are the patients' names, 32 bytes per
     recording."""
     n = sum(counts)
-    tables = dict(index=(INDEX_DTYPE, (n,)), records=(RECORD_DTYPE, (n,)),
-                  prints=(np.uint8, (n, PRINT_WORDS * PRINT_WORD_BYTES)))
+    tables = dict(index=(INDEX_DTYPE, (n,)), records=(RECORD_DTYPE, (n,)), prints=(np.uint8, (n, PRINT_BYTES)))
     index, records, prints = (np.lib.format.open_memmap(part / f"{name}.npy", "w+", *what)
                               for name, what in tables.items())
     patients, stop = np.empty(n, PATIENT_DTYPE), 0
@@ -1925,16 +1928,16 @@ def run_check(argv):
     parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR")
     try:
         sys.exit(bool(check(parser.parse_args(argv).dirs)))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Interrupted) as error:
         sys.exit(f"prepare.py: {error}")
 
 
 def run_command():
+    for number in (os_signal.SIGINT, os_signal.SIGTERM):
+        os_signal.signal(number, interrupt)
     if sys.argv[1:2] == ["check"]:
         run_check(sys.argv[2:])
     args = parse_args()
-    for number in (os_signal.SIGINT, os_signal.SIGTERM):
-        os_signal.signal(number, interrupt)
     try:
         main(args)
     except (ValueError, OSError, Interrupted) as error:  # OSError: disk full, no permission

@@ -115,10 +115,10 @@ class Sampler:
 
     def __init__(self, corpora, batch, seed, window, weights=None, excluded=()):
         self.corpora, self.seed, self.window, self.batch = corpora, seed, window, batch
-        self.weights = [1.0] * len(corpora) if weights is None else weights
         self.skipped = {"not in split train": 0, f"shorter than {window / FS:g} s": 0}
         pools = [self._pools(corpus, weight, *rows)
-                 for corpus, weight, rows in zip(corpora, self.weights, rows_to_leave_out(corpora, excluded))]
+                 for corpus, weight, rows in zip(corpora, weights or [1.0] * len(corpora),
+                                                 rows_to_leave_out(corpora, excluded))]
         self.groups = []
         for group in LEAD_GROUPS:
             members = [dict(pool[group], corpus=c) for c, pool in enumerate(pools) if group in pool]
