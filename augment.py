@@ -11,6 +11,7 @@ as an electrode's noise does in a patient. The signal-to-noise ratio is defined 
 Shapes: B recordings, V views of one list, S slots (leads of the batch), L leads of a view, W samples of the batch,
 T samples of a view, E electrodes, N patches of a lead.
 """
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,8 @@ MASK_SPAN_PATCHES = (2, 5)           # length of masked spans in time
 ELECTRODES = ("RA", "LA", "LL") + tuple(name for name in LEADS if name[0] in "VXYZ") + ("other",)
 
 
-def lead_electrode_matrix():
+@functools.cache
+def lead_electrode_matrix(device="cpu"):
     """(len(LEADS), E): weight of each electrode in each lead.
 
     Limb leads by Einthoven and Goldberger, chest leads against Wilson's central terminal. The orthogonal leads X, Y, Z
@@ -50,7 +52,7 @@ def lead_electrode_matrix():
         else:
             matrix[i, :3] = -1 / 3
             matrix[i, ELECTRODES.index(name if name in ELECTRODES else "other")] = 1.0
-    return matrix
+    return matrix.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def add_noise(signal, leads, noise, snr_db, amplitude, sign, channel, offset):
     is flat is not counted. This is the definition of most papers on deep learning, not that of the `nst` program,
     whose 0 dB is about -10 dB here.
     """
-    matrix = lead_electrode_matrix().to(signal)
+    matrix = lead_electrode_matrix(signal.device)
     at_electrodes = electrode_noise(noise, amplitude, sign, channel, offset, signal.shape[-1])
     lead_noise = matrix[leads] @ at_electrodes                                                    # (B, L, T)
     lead_noise = lead_noise - lead_noise.mean(dim=-1, keepdim=True)

@@ -80,7 +80,7 @@ def bench(args):
                                                              512, 512))
     optimizer = train.build_optimizer(student)
     train.set_schedules(optimizer, train.schedules(50, 100, 1e-3))
-    sampler = train.Sampler(corpora, args.batch, 0, round(train.WINDOW_S * FS))
+    sampler = train.Sampler(corpora, args.batch, 0)
     groups = train.host_batch(sampler, 0, 0, 1, noise.shape[-1], P)
 
     def views():
@@ -236,7 +236,7 @@ def bench_index(n):
             del index
             before, opened = resident_mb(), []
             t_open = clock(lambda: opened.append(open_corpus(folder)))
-            t_sampler = clock(lambda: opened.append(train.Sampler(opened[:1], 1024, 0, round(train.WINDOW_S * FS))))
+            t_sampler = clock(lambda: opened.append(train.Sampler(opened[:1], 1024, 0)))
             t_batch = statistics.median(clock(lambda: opened[1].choose(step)) for step in range(20))
             print(f"index of {size:12,}: open {t_open:.3f} s ({len(sizes):,} shards), sampler {t_sampler:.2f} s and "
                   f"{resident_mb() - before:,.0f} MB, choice of a batch of 1,024 {1000 * t_batch:.1f} ms")

@@ -89,6 +89,10 @@ def distributed():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def num_ranks():
+    return dist.get_world_size() if distributed() else 1
+
+
 def reduce_(tensor, op=None):
     """All-reduce in place (sum unless `op` says otherwise)."""
     if distributed():
@@ -129,7 +133,7 @@ def sinkhorn_knopp(logits, temperature, iterations=3):
     """
     logits = logits.float()
     R, K = logits.shape
-    rows = reduce_(torch.tensor(float(R), device=logits.device))
+    rows = reduce_(logits.new_full((), R))                             # made on the device: the host does not wait
     # A constant per prototype drops out in the first column step, so the maxima may go before the division:
     # nothing exceeds 0.
     top = logits.amax(dim=0) if R else logits.new_full((K,), torch.finfo(torch.float32).min)

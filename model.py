@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from prepare import FS, LEADS, preprocess
 
@@ -38,7 +39,7 @@ NORM_EPS = 1e-5
 MIN_SPREAD_MV, MAX_SPREAD_MV = 0.005, 20.0
 # {leads or more: patches}: windows of about 120 tokens of independent leads, 8 s at most. train.py trains on these.
 WINDOW_PATCHES = {8: 15, 1: 40}
-MAX_EMBED_BATCH = 32             # windows that embed() runs at once: bounds its memory for long recordings
+MAX_EMBED_TOKENS = 4096          # that embed() runs at once: bounds its memory for long recordings, not its results
 FORMAT = "ecg-dino encoder 3"
 PREPROCESSING = dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES,
                      compress_mv=COMPRESS_MV)  # stored with the weights
@@ -50,6 +51,8 @@ SIZES = {
     "small": dict(width=384, depth=12, heads=6, layer_scale=0.1),
     "base": dict(width=768, depth=12, heads=12, layer_scale=1e-2),
     "large": dict(width=1024, depth=24, heads=16, layer_scale=1e-5),
+    "huge": dict(width=1280, depth=32, heads=20, layer_scale=1e-5),
+    "7b": dict(width=4096, depth=40, heads=32, layer_scale=1e-5),
 }
 
 
@@ -104,6 +107,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block with LayerScale (Touvron et al. 2021)."""
 
+    recompute = False            # keep only the input of the block, and compute it again in the backward pass
+
     def __init__(self, width, heads, layer_scale):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
@@ -114,6 +119,11 @@ class Block(nn.Module):
         self.scale2 = nn.Parameter(torch.full((width,), float(layer_scale)))
 
     def forward(self, x, rope):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.run, x, rope, use_reentrant=False, preserve_rng_state=False)    # nothing is random
+        return self.run(x, rope)
+
+    def run(self, x, rope):
         x = x + self.scale1 * self.attention(self.norm1(x), rope)
         return x + self.scale2 * self.mlp(self.norm2(x))
 
@@ -245,7 +255,7 @@ class Encoder(nn.Module):
         window = min(window, N)
         cls, local = [], torch.full((len(lead_ids), N, self.width), float("nan"))
         best = torch.full((N,), float("inf"))                                   # distance to its window's centre so far
-        for batch in window_batches(patches, starts, window):
+        for batch in window_batches(patches, starts, window, max(1, MAX_EMBED_TOKENS // (len(patches) * window))):
             features = self._embed_windows(patches, batch, window, lead_ids)
             cls.append(features.cls.cpu().float())
             for start, window_features in zip(batch, features.patches.cpu().float()):
@@ -316,15 +326,15 @@ def window_starts(num_patches, window, stride):
     return starts + [num_patches - window]
 
 
-def window_batches(patches, starts, window):
-    """Lists of window starts that can run together: complete windows in batches, each window with gaps alone.
+def window_batches(patches, starts, window, at_once):
+    """Lists of window starts that can run together: complete windows `at_once`, each window with gaps alone.
 
     A window whose patches are all missing is left out.
     """
     valid = patches.isfinite().all(dim=-1)                                              # (L, N)
     complete = [s for s in starts if valid[:, s:s + window].all()]
-    for i in range(0, len(complete), MAX_EMBED_BATCH):
-        yield complete[i:i + MAX_EMBED_BATCH]
+    for i in range(0, len(complete), at_once):
+        yield complete[i:i + at_once]
     for start in sorted(set(starts) - set(complete)):
         if valid[:, start:start + window].any():
             yield [start]

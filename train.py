@@ -3,10 +3,12 @@
     python train.py                     # nothing prepared: synthetic recordings, minutes on a laptop
     python train.py --data data/ptbxl data/mitdb --noise data/nstdb --out runs/a
     torchrun --nproc-per-node 8 train.py --data ... --size base --batch 2048 --steps 100000
-    sbatch run.sbatch                   # many nodes; the launch line is in there
+    sbatch run.sbatch                   # many nodes, requeued when interrupted; the launch line is in there
 
 One process per device; the total batch is fixed by --batch, whatever the number of processes. A batch is a pure
-function of (seed, step), so `--resume` continues exactly where the last checkpoint stands. Writes into --out:
+function of (seed, step), so `--resume` continues exactly where the last checkpoint stands. SIGTERM, SIGUSR1 and Ctrl-C
+end the run after its step with a checkpoint and exit code 75 (under torchrun, which knows no codes: 0, and a file
+`stopped`). Writes into --out:
     run.json        command, arguments, constants, versions, data   log.jsonl     one line per logged step
     checkpoints/    the last ones, whole or not at all              encoder.pt    the teacher's encoder, for the probes
 
@@ -15,14 +17,21 @@ Shapes: B recordings, V views, L leads, T samples, N patches, K prototypes, D wi
 import argparse
 import contextlib
 import copy
+import faulthandler
 import json
 import math
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,20 +47,22 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
-                                                     set_model_state_dict, set_optimizer_state_dict, StateDictOptions)
+                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from augment import ViewSpec, draw_masks, draw_views, load_noise, make_views, take_rows
-from dino import (build_networks, contrast_loss, dino_loss, distributed, gram_loss, ibot_loss, koleo_loss, reduce_,
-                  sinkhorn_knopp, update_teacher)
+from dino import (build_networks, contrast_loss, dino_loss, distributed, gather_rows, gram_loss, ibot_loss, koleo_loss,
+                  num_ranks, reduce_, sinkhorn_knopp, update_teacher)
 import prepare
 import probe_mitbih
 import probe_ptbxl
-from model import SIZES, build_encoder, load_encoder, save_encoder, window_length
-from prepare import FS, LEADS, MISSING, SPLITS, open_corpus, rows_to_leave_out
+from model import SIZES, WINDOW_PATCHES, build_encoder, load_encoder, save_encoder, window_length
+from prepare import FS, LEADS, MISSING, SPLITS, open_corpus, rows_to_leave_out, sha256, write_whole
 
 matplotlib.use("Agg")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")             # one process is no mishap
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
 
 
@@ -59,14 +70,27 @@ class LeadGroup(NamedTuple):
     """A part of every batch whose views have one shape."""
     leads: int                   # of a global view; recordings with as many or more take part
     slots: int                   # leads that a batch carries
-    local_patches: int           # of a local view; a global one is as long as model.WINDOW_PATCHES says
+    window_s: float              # the stretch of a recording from which its views are cut
+    global_patches: int          # of a lead of a global view, and of a local one
+    local_patches: int
     share: float                 # of the batch
 
 
-# Few leads get longer views for the same number of tokens: what can be told from one lead is rhythm, and that takes
-# several beats. Recordings with many leads take part in the groups of few as well, with random ones of their leads.
-LEAD_GROUPS = (LeadGroup(8, 12, 8, 0.5), LeadGroup(2, 4, 15, 0.25), LeadGroup(1, 1, 15, 0.25))
-WINDOW_S = 9.0                   # s; the stretch of a recording from which its views are cut
+WINDOW_S = 9.0                   # s; --window
+
+
+def lead_groups(window_s=WINDOW_S):
+    """The lead groups of a run, views as long as the window allows.
+
+    Few leads get longer views for the same number of tokens: what can be told from one lead is rhythm, and that takes
+    several beats. Recordings with many leads take part in the groups of few as well, with random ones of their leads.
+    A longer window makes the views of few leads longer, and a recording that is too short for it may still show many.
+    """
+    few, local = (round(patches * window_s / WINDOW_S) for patches in (WINDOW_PATCHES[1], 15))
+    return (LeadGroup(8, 12, min(window_s, WINDOW_S), WINDOW_PATCHES[8], 8, 0.5),
+            LeadGroup(2, 4, window_s, few, local, 0.25), LeadGroup(1, 1, window_s, few, local, 0.25))
+
+
 GLOBAL_VIEWS, LOCAL_FULL_VIEWS, LOCAL_FEW_VIEWS = 2, 3, 1
 FEW_LEADS = (1, 2, 3)            # lead count of the last list, drawn per step
 # I, II and the chest leads come first: every other limb lead follows from I and II.
@@ -95,10 +119,18 @@ WEIGHT_DECAY = (0.04, 0.04)                     # cosine
 ADAM_BETAS = (0.9, 0.99)
 CLIP_NORM = 3.0                                 # for encoder and heads each
 FREEZE_PROTOTYPES_SHARE = 0.01                  # of the steps, with learning rate 0 for the prototypes
-KEEP_CHECKPOINTS = 2
 # The best one is taken: what training teaches lies along directions of little variance, which a small C hides.
 ONLINE_PROBE_C = (0.01, 0.1, 1.0)
 DEFAULT_STEPS, DEMO_STEPS = 3400, 150
+
+# Running.
+KEEP_LAST = 2                    # checkpoints, beside those of --keep-every
+HANG_S = 900                     # a step, a checkpoint or a collective that takes longer ends the job
+MAX_SKIPPED = 5                  # steps in a row whose loss or gradient is not finite
+EXIT_STOPPED = 75                # "try again later" in sysexits.h
+COLLAPSED_RANK = 2.0             # effective rank of a batch's global features; 20 to 27 in a good run
+COLLAPSED_ENTROPY = 0.3          # of the mean prediction, as a share of ln K; 0.95 in a good run
+UNIFORM_ENTROPY = 0.98           # of the targets after the warm-up, as a share of ln K; 0.45 in a good run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,20 +142,20 @@ class Sampler:
     A corpus weighs (patients x hours) ** 0.25, the square root of what lies between the two: neither many short
     recordings nor a few long ones crowd the others out (by the root of the hours alone, eleven hours of MIT-BIH's 22
     people would outweigh 1,400 people of PTB-XL). That is multiplied by its one of `weights`. Its patients weigh the
-    same. Each of LEAD_GROUPS has a fixed share of the batch, so that shapes never change.
+    same. Each of lead_groups() has a fixed share of the batch, so that shapes never change.
     """
 
-    def __init__(self, corpora, batch, seed, window, weights=None, excluded=()):
-        self.corpora, self.seed, self.window, self.batch = corpora, seed, window, batch
-        self.skipped = {"not in split train": 0, f"shorter than {window / FS:g} s": 0}
+    def __init__(self, corpora, batch, seed, window_s=WINDOW_S, weights=None, excluded=()):
+        self.corpora, self.seed, self.batch, self.window_s = corpora, seed, batch, window_s
+        self.skipped = {"not in split train": 0, f"shorter than {window_s:g} s": 0}
         pools = [self._pools(corpus, weight, *rows)
                  for corpus, weight, rows in zip(corpora, weights or [1.0] * len(corpora),
                                                  rows_to_leave_out(corpora, excluded))]
         self.groups = []
-        for group in LEAD_GROUPS:
+        for group in lead_groups(window_s):
             members = [dict(pool[group], corpus=c) for c, pool in enumerate(pools) if group in pool]
             if members:
-                self.groups.append(dict(shape=group, members=members,
+                self.groups.append(dict(shape=group, members=members, window=round(group.window_s * FS),
                                         weight=np.array([m["weight"] for m in members]),
                                         patients=np.array([len(m["first"]) for m in members])))
         if not self.groups:
@@ -139,14 +171,15 @@ class Sampler:
             train[rows] = False
             if len(rows):
                 self.skipped[why] = self.skipped.get(why, 0) + len(rows)
-        long_enough = index["length"] >= self.window
         self.skipped["not in split train"] += int((index["split"] != SPLITS.index("train")).sum())
-        self.skipped[f"shorter than {self.window / FS:g} s"] += int((train & ~long_enough).sum())
-        rows = np.flatnonzero(train & long_enough).astype(np.uint32)                # half the memory of int64
+        groups = lead_groups(self.window_s)
+        # Half the memory of int64.
+        rows = np.flatnonzero(train & (index["length"] >= groups[0].window_s * FS)).astype(np.uint32)
         rows = rows[np.argsort(index["patient"][rows], kind="stable")]
-        pools, n_leads = {}, index["n_leads"][rows]
-        for group in LEAD_GROUPS:
-            wanted = n_leads >= group.leads
+        pools, n_leads, length, unused = {}, index["n_leads"][rows], index["length"][rows], np.ones(len(rows), bool)
+        for group in groups:
+            wanted = (n_leads >= group.leads) & (length >= group.window_s * FS)
+            unused &= ~wanted
             members = rows if wanted.all() else rows[wanted]
             if len(members):
                 patient = index["patient"][members]
@@ -154,6 +187,7 @@ class Sampler:
                 hours = float(index["length"][members].sum(dtype=np.int64)) / FS / 3600
                 pools[group] = dict(rows=members, first=first, count=np.diff(np.append(first, len(members))),
                                     weight=weight * (len(first) * hours) ** 0.25)
+        self.skipped[f"shorter than {self.window_s:g} s"] += int(train.sum() - len(rows) + unused.sum())
         return pools
 
     def _share_batch(self):
@@ -210,19 +244,29 @@ class Sampler:
         the first.
         """
         group = self.groups[g]
-        batch = np.empty((group["size"], group["shape"].slots, self.window), np.int16)[rows]
+        batch = np.empty((group["size"], group["shape"].slots, group["window"]), np.int16)[rows]
         leads, available = np.empty(batch.shape[:2], np.int64), np.empty(len(batch), np.int64)
         for i, r in enumerate(range(*rows.indices(group["size"]))):
             rng = np.random.default_rng([self.seed, step, g, 1, r])
-            window, ids = self._window(rng, *chosen[r], group)
+            window, ids, _ = self._window(rng, *chosen[r], group)
             available[i] = len(ids)
             order = np.arange(group["shape"].slots) % len(ids)
             batch[i], leads[i] = window[order], ids[order]
         return batch, leads, available
 
+    def name(self, step):
+        """What the batch of `step` is made of: corpus/record@second of each window."""
+        names = []
+        for g, (group, chosen) in enumerate(zip(self.groups, self.choose(step))):
+            for r, (m, patient) in enumerate(chosen):
+                _, _, (row, start) = self._window(np.random.default_rng([self.seed, step, g, 1, r]), m, patient, group)
+                corpus = self.corpora[group["members"][m]["corpus"]]
+                names.append(f"{corpus.dir.name}/{corpus.records[row].decode()}@{start / FS:g}")
+        return names
+
     def _window(self, rng, m, patient, group):
-        """A random window of a patient: (L, W) int16 and the ids of its leads, those from which all others follow
-        first; where not all of those are wanted, random ones.
+        """A random window of a patient: (L, W) int16, the ids of its leads, those from which all others follow first
+        (where not all of those are wanted, random ones), and where it was: index row, first sample.
 
         Windows with too few complete leads are drawn again; if none is complete, missing samples of the last one
         become 0.
@@ -231,23 +275,23 @@ class Sampler:
         corpus = self.corpora[member["corpus"]]
         for _ in range(WINDOW_TRIES):
             row = member["rows"][member["first"][patient] + rng.integers(member["count"][patient])]
-            start = int(rng.integers(0, corpus.index["length"][row] - self.window + 1))
-            window, ids = (np.asarray(corpus.read(row, start, self.window)),
+            start = int(rng.integers(0, corpus.index["length"][row] - group["window"] + 1))
+            window, ids = (np.asarray(corpus.read(row, start, group["window"])),
                            corpus.index["leads"][row][:corpus.index["n_leads"][row]])
             complete = ~(window == MISSING).any(axis=1)
             if complete.sum() >= shape.leads:
                 window, ids = window[complete], ids[complete]
                 break
         window = np.where(window == MISSING, 0, window)
-        any_will_do = len(ids) > shape.slots and shape.leads < LEAD_GROUPS[0].leads
+        any_will_do = len(ids) > shape.slots and shape.leads < lead_groups()[0].leads
         order = rng.permutation(len(ids)) if any_will_do else np.argsort(LEAD_PRIORITY[ids], kind="stable")
-        return window[order[:shape.slots]], ids[order[:shape.slots]].astype(np.int64)
+        return window[order[:shape.slots]], ids[order[:shape.slots]].astype(np.int64), (row, start)
 
 
 def view_specs(shape, few):
     """View lists of a lead group: globals, locals with all its leads, locals with few; the last count is drawn per
     step."""
-    return (ViewSpec(GLOBAL_VIEWS, shape.leads, window_length(shape.leads), True),
+    return (ViewSpec(GLOBAL_VIEWS, shape.leads, shape.global_patches, True),
             ViewSpec(LOCAL_FULL_VIEWS, shape.leads, shape.local_patches, True),
             ViewSpec(LOCAL_FEW_VIEWS, min(few, shape.leads), shape.local_patches, False))
 
@@ -262,7 +306,7 @@ def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
         rows = slice(rank, group["size"], world_size)
         batch, leads, available = sampler.draw(step, g, chosen[g], rows)
         specs = view_specs(group["shape"], few)
-        draws = [take_rows(draw_views(rng, spec, group["size"], group["shape"].slots, sampler.window, noise_length,
+        draws = [take_rows(draw_views(rng, spec, group["size"], group["shape"].slots, group["window"], noise_length,
                                       patch_samples), rows, spec, available) for spec in specs]
         masks = draw_masks(rng, GLOBAL_VIEWS * group["size"], specs[0].leads, specs[0].patches)
         masks = masks.reshape(GLOBAL_VIEWS, group["size"], *masks.shape[1:])[:, rows].reshape(-1, *masks.shape[1:])
@@ -271,36 +315,76 @@ def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
     return groups
 
 
+def cut_views(group, noise, patch_samples, device):
+    """A lead group of host_batch on the device: its views (noisy signal, clean signal, lead ids with some hidden, lead
+    ids), masks (2B, L, N), and of each masked patch its place among the patches of all global views and its weight in
+    the iBOT loss."""
+    masks = group["masks"]
+    place = masks.flatten().nonzero().squeeze(1)
+    weights = (1.0 / masks.sum((1, 2)).clamp(min=1))[place // masks[0].numel()]
+    batch, leads = group["batch"].to(device), group["leads"].to(device)
+    views = [make_views(batch, leads, draws, spec, patch_samples, noise)
+             for spec, draws in zip(group["specs"], group["draws"])]
+    return dict(views=views, masks=masks.to(device), place=place.to(device), weights=weights.to(device),
+                recordings=len(batch))
+
+
+class Batches:
+    """The views of this rank, one step ahead: a thread reads and draws them, moves them to the device and cuts them
+    there, on a GPU on a stream of their own, so that neither the host nor the device waits."""
+
+    def __init__(self, sampler, rank, world_size, noise, patch_samples, device):
+        self.sampler, self.rank, self.world_size = sampler, rank, world_size
+        self.noise, self.patch_samples, self.device = noise, patch_samples, device
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1)
+
+    def make(self, step):
+        noise_length = self.noise.shape[-1] if self.noise is not None else max(g["window"] for g in self.sampler.groups)
+        groups = host_batch(self.sampler, step, self.rank, self.world_size, noise_length, self.patch_samples)
+        with torch.cuda.stream(self.stream):                           # nothing where there is none
+            made = [cut_views(g, self.noise, self.patch_samples, self.device) for g in groups]
+            return made, self.stream.record_event() if self.stream else None
+
+    def start(self, step):
+        self.next = self.thread.submit(self.make, step)
+
+    def take(self):
+        made, ready = self.next.result()
+        if ready is not None:
+            torch.cuda.current_stream().wait_event(ready)
+            for group in made:                                         # in use until this stream is done with them
+                for tensor in (group["masks"], group["place"], group["weights"], *sum(map(list, group["views"]), [])):
+                    tensor.record_stream(torch.cuda.current_stream())
+        return made
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the objective on one batch
 
-def group_features(student, teacher, gram_teacher, group, noise, patch_samples, device):
+def group_features(student, teacher, gram_teacher, group):
     """Forward passes of one lead group. Global features come view-major (V, B, 2D), patches of the masked places only
     (M, D)."""
-    batch, leads, masks = (group[k].to(device, non_blocking=True) for k in ("batch", "leads", "masks"))
-    B = len(batch)
-    cls, views = [], [make_views(batch, leads, draws, spec, patch_samples, noise)
-                      for spec, draws in zip(group["specs"], group["draws"])]
-    _, clean, _, named = views[0]
+    B, place = group["recordings"], group["place"]
+    cls = []
+    _, clean, _, named = group["views"][0]
     with torch.no_grad():
         target = teacher["encoder"](clean, named)
         anchor = gram_teacher(clean, named).patches if gram_teacher is not None else None
-    for (signal, _, ids, _), mask in zip(views, (masks, None, None)):
-        out = student["encoder"](signal, ids, mask)
+    for (noisy, _, ids, _), mask in zip(group["views"], (group["masks"], None, None)):
+        out = student["encoder"](noisy, ids, mask)
         cls.append(out.pooled().unflatten(0, (-1, B)))
         if mask is not None:
             patches = out.patches
-    per_crop = masks.sum((1, 2))                                                     # (2B,)
-    return dict(cls=cls, patches=patches[masks],
-                weights=(1.0 / per_crop.clamp(min=1))[:, None, None].expand_as(masks)[masks],
-                target_cls=target.pooled().unflatten(0, (-1, B)), target_patches=target.patches[masks],
+    return dict(cls=cls, patches=patches.flatten(0, 2)[place], weights=group["weights"],
+                target_cls=target.pooled().unflatten(0, (-1, B)), target_patches=target.patches.flatten(0, 2)[place],
                 gram=gram_loss(patches.flatten(1, 2), anchor.flatten(1, 2)) if anchor is not None else None)
 
 
-def objective(student, teacher, gram_teacher, groups, noise, temperature, patch_samples, device):
-    """Loss of a batch, its parts and the health of its targets (dict of scalars), the teacher's global features
-    (2, B, 2D) and the student's logits."""
-    features = [group_features(student, teacher, gram_teacher, g, noise, patch_samples, device) for g in groups]
+def objective(student, teacher, gram_teacher, groups, temperature):
+    """Loss of a batch (lead groups of cut_views), its parts and the health of its targets (dict of scalars), the
+    teacher's global features (2, B, 2D) and the student's logits."""
+    features = [group_features(student, teacher, gram_teacher, g) for g in groups]
     B = sum(f["target_cls"].shape[1] for f in features)
     globals_ = torch.cat([f["cls"][0] for f in features], dim=1)                      # (2, B, 2D)
     locals_ = torch.cat([torch.cat(f["cls"][1:]) for f in features], dim=1)           # (V, B, 2D)
@@ -328,7 +412,9 @@ def objective(student, teacher, gram_teacher, groups, noise, temperature, patch_
         parts["gram"] = sum(f["target_cls"].shape[1] / B * f["gram"] for f in features)
         loss = loss + GRAM_WEIGHT * parts["gram"]
     parts["target_entropy"] = -(probs * probs.clamp(min=1e-30).log()).sum(-1).mean()
-    parts["patch_target_entropy"] = -(patch_probs * patch_probs.clamp(min=1e-30).log()).sum(-1).mean()
+    # Ranks hold different numbers of masked patches: weighted, so that the mean of the ranks is the mean of all.
+    entropies = -(patch_probs * patch_probs.clamp(min=1e-30).log()).sum(-1)
+    parts["patch_target_entropy"] = entropies.sum() / (reduce_(entropies.new_full((), len(entropies))) / num_ranks())
     return loss, parts, target_cls, logits
 
 
@@ -381,24 +467,91 @@ def setup_processes(device_flag):
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, device
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    # Tensors of the host go over gloo on GPUs too: the request to stop, and checkpoints that are written beside.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=HANG_S + 60))
     return dist.get_rank(), dist.get_world_size(), device
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 (Slurm's, some minutes before the time limit) or Ctrl-C on any rank end the run on all of them
+    after the same step. A second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.group = dist.new_group(backend="gloo") if distributed() else None
+        self.received = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def ask(self):
+        """Start asking all ranks; the answer has arrived when the step is done."""
+        self.flag = torch.tensor([self.received])
+        self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True) if self.group else None
+
+    def answer(self):
+        """The signal that all ranks now know of, or None."""
+        if self.work is not None:
+            self.work.wait()
+        return signal.Signals(int(self.flag)).name if self.flag else None
+
+
+class Watchdog:
+    """Ends the process if what it does lasts longer than HANG_S, and says where every thread of it stands: of several
+    ranks, the one that is not in a collective is the one that hangs."""
+
+    def __init__(self, rank):
+        self.rank = rank
+        self.pat("the start")
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def pat(self, what):
+        self.what, self.since = what, time.monotonic()
+        faulthandler.dump_traceback_later(HANG_S + 30, exit=True)      # if not even the thread below can run
+
+    def watch(self):
+        while time.monotonic() - self.since < HANG_S:
+            time.sleep(min(1.0, HANG_S / 4))
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        stacks = "".join(f"  {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
+                         for ident, frame in sys._current_frames().items() if ident != threading.get_ident())
+        sys.stderr.write(f"error: rank {self.rank} on {socket.gethostname()} has been in {self.what} for {HANG_S} s; "
+                         f"it ends here (HANG_S in train.py is the limit). Its threads:\n{stacks}")
+        sys.stderr.flush()
+        os._exit(1)
+
+    def rest(self):
+        self.since = math.inf
+        faulthandler.cancel_dump_traceback_later()
 
 
 def bf16(args, device):
     return args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
 
 
-def shard(network, device, low_precision):
-    """FSDP2 over all ranks. Wrapper order: checkpointing, compile, shard. The roots reshard after forward too, or the
-    EMA would meet unsharded teacher parameters."""
+def shard(network, mesh, low_precision):
+    """FSDP2 over the last axis of the mesh, replicas over the one before. Wrapper order: checkpointing, compile, shard.
+    The roots reshard after forward too, or the EMA would meet unsharded teacher parameters."""
     # Inputs keep their dtype: a bf16 signal would have lost its small waves before the encoder takes the baseline off.
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if low_precision and device.type == "cuda" else None,
-                                  reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if low_precision else None, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
     for part in network.values():
-        for block in getattr(part, "blocks", ()):
-            fully_shard(block, mp_policy=policy, reshard_after_forward=True)
-        fully_shard(part, mp_policy=policy, reshard_after_forward=True)
+        for module in (*getattr(part, "blocks", ()), part):
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def skip_if_not_finite(optimizer, loss, norms):
+    """Let the next step of the optimiser do nothing, on all ranks alike, if the loss or a gradient is not finite.
+
+    Decided on the device: fused AdamW looks at `found_inf` (as it does for a GradScaler), and the host does not wait.
+    Returns 1.0 for a step that is skipped, as a tensor.
+    """
+    bad = reduce_((~loss.detach().isfinite()).float()) + sum((~norm.isfinite()).float() for norm in norms)
+    optimizer.found_inf = (bad > 0).float()
+    return optimizer.found_inf
 
 
 def training_state(student, teacher, gram_teacher, optimizer):
@@ -410,36 +563,149 @@ def training_state(student, teacher, gram_teacher, optimizer):
     return state
 
 
-def save_checkpoint(folder, step, state, about, rank):
-    """Write checkpoints/step_0001234 beside its final name, then rename; the last KEEP_CHECKPOINTS stay."""
-    final = folder / f"step_{step:07d}"
-    part = folder / f"step_{step:07d}.tmp"
-    if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    barrier()
-    dcp.save(state, checkpoint_id=part, no_dist=not dist.is_initialized())
-    if rank == 0:
-        (part / "meta.json").write_text(json.dumps(dict(about, step=step), indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        for old in checkpoints(folder)[:-KEEP_CHECKPOINTS]:
-            shutil.rmtree(old)
-    barrier()
+class Checkpoints:
+    """checkpoints/step_0001234 of a run, written beside and renamed, while training goes on.
+
+    Each holds weights and moments in the shards of whoever wrote it (torch.distributed.checkpoint; any number of ranks
+    can read it) and meta.json with the step, the flags and the SHA-256 of every file. Sampler, schedules and random
+    numbers are functions of the step. KEEP_LAST stay, and those whose step is a multiple of keep_every.
+    """
+
+    def __init__(self, out, keep_every, rank, world_size):
+        self.out, self.folder, self.keep_every = out, out / "checkpoints", keep_every
+        self.rank, self.world_size = rank, world_size
+        self.group = dist.new_group(backend="gloo") if distributed() else None
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+
+    def clean(self):
+        """Take away what a killed run left half written or half deleted."""
+        for path in [*self.folder.glob("step_*.tmp"), *self.folder.glob("step_*.old"), *self.out.glob("*.tmp")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def save(self, step, state, about, encoder):
+        """Copy the state to the host, and write it and encoder.pt from it in a thread; collective."""
+        self.wait()
+        part = self.folder / f"step_{step:07d}.tmp"
+        self.step = step
+        shapes = {name: tuple(p.shape) for name, p in encoder.state_dict().items()}
+        written = dcp.async_save(state, checkpoint_id=part, process_group=self.group)
+        self.pending = self.thread.submit(self.finish, written, part, dict(about, step=step), encoder, shapes)
+
+    def finish(self, written, part, meta, encoder, shapes):
+        try:
+            written.result()
+            mine = {path.name: sha256(path) for path in part.glob(f"__{self.rank}_*")}
+            everyone = [mine] * self.world_size
+            if self.group:
+                dist.all_gather_object(everyone, mine, self.group)
+            if self.rank == 0:
+                meta["sha256"] = {".metadata": sha256(part / ".metadata")}
+                for sums in everyone:
+                    meta["sha256"] |= sums
+                write_whole(part / "meta.json", json.dumps(meta, indent=1, default=str).encode())
+                part.rename(part.with_suffix(""))
+                self.forget_old()
+                export_encoder(part.with_suffix(""), self.out / "encoder.pt", encoder, shapes, command=meta["command"],
+                               commit=meta["commit"], step=meta["step"])
+        except BaseException:
+            if self.rank == 0:
+                shutil.rmtree(part, ignore_errors=True)
+            raise
+
+    def forget_old(self):
+        found = checkpoints(self.folder)
+        for old in found[:-KEEP_LAST]:
+            if not (self.keep_every and int(old.name[5:]) % self.keep_every == 0):
+                going = old.rename(old.with_suffix(".old"))            # gone at once, whatever happens meanwhile
+                shutil.rmtree(going)
+
+    def check(self):
+        """ValueError if the last checkpoint could not be written."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self):
+        pending, self.pending = self.pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except Exception as error:  # whatever the disk, a library or another rank came up with
+            kept = checkpoints(self.folder)
+            raise ValueError(
+                f"the checkpoint of step {self.step} could not be written: {last_line(error)}; "
+                f"{shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free at {self.folder}, and the last good one "
+                f"is {kept[-1].name if kept else 'none'}: mend that, then --resume") from error
+
+    def newest(self):
+        """The newest checkpoint whose files have the checksums of its meta.json, and that; damaged ones are set aside
+        with a warning. (None, None) if there is none. Collective."""
+        aside = []
+        while True:
+            found = checkpoints(self.folder) if self.rank == 0 else None
+            path, meta = from_rank_0((found[-1], read_meta(found[-1])) if found else (None, None))
+            if path is None and aside:
+                raise ValueError(f"no checkpoint in {self.folder} is whole, or of this version of the program; the "
+                                 f"damaged ones are kept as {', '.join(aside)}: restore one, or choose another --out")
+            if path is None:
+                return None, None
+            files = sorted(meta["sha256"].items()) if meta else []
+            damaged = reduce_(torch.tensor([float(not meta or any(
+                checksum(path / name) != digest for name, digest in files[self.rank::self.world_size]))]))
+            if not damaged:
+                return path, meta
+            aside.append(f"{path.name}.damaged")
+            if self.rank == 0:
+                shutil.rmtree(self.folder / aside[-1], ignore_errors=True)
+                path.rename(self.folder / aside[-1])
+                print(f"warning: {path} is damaged (its checksums differ); it is now {aside[-1]}, and the one before "
+                      "is used", file=sys.stderr)
+            barrier()
 
 
 def checkpoints(folder):
     """Whole checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if p.suffix != ".tmp" and (p / "meta.json").is_file())
+    return sorted(p for p in folder.glob("step_*") if p.suffix == "" and (p / "meta.json").is_file())
 
 
-SAME_ON_RESUME = ("size", "batch", "prototypes", "seed", "gram_from", "precision")
+def read_meta(path):
+    """meta.json of a checkpoint, or None if it cannot be read."""
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        return meta if {"step", "args", "sha256"} <= set(meta) else None
+    except ValueError:
+        return None
+
+
+def checksum(path):
+    """SHA-256 of a file, or None if it cannot be read."""
+    try:
+        return sha256(path)
+    except OSError:
+        return None
+
+
+def last_line(error):
+    """The innermost cause of an error in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    full = next((line for line in lines if "No space left" in line), None)
+    return full or (lines[-1] if lines else type(error).__name__)
+
+
+def from_rank_0(value):
+    """The same Python object on all ranks."""
+    held = [value]
+    if distributed():
+        dist.broadcast_object_list(held)
+    return held[0]
+
+
+SAME_ON_RESUME = ("size", "batch", "prototypes", "seed", "gram_from", "precision", "window")
 
 
 def check_resume(meta, args):
     """A resumed run must be the same run: what a checkpoint was made with against the flags of now."""
-    differ = [f"--{k.replace('_', '-')} {meta['args'][k]} (now {getattr(args, k)})"
-              for k in SAME_ON_RESUME if meta["args"][k] != getattr(args, k)]
+    differ = [f"--{k.replace('_', '-')} {meta['args'].get(k)} (now {getattr(args, k)})"
+              for k in SAME_ON_RESUME if meta["args"].get(k) != getattr(args, k)]
     if differ:
         raise ValueError(f"{args.out} was started with {', '.join(differ)}; resume with the same flags, "
                          "or choose another --out")
@@ -455,13 +721,15 @@ def load_checkpoint(path, student, teacher, gram_teacher, optimizer):
         set_model_state_dict(gram_teacher, state["gram_teacher"])
 
 
-def export_encoder(path, teacher, rank, **about):
-    """encoder.pt with the teacher's whole weights, whatever their sharding; collective."""
-    weights = get_model_state_dict(teacher["encoder"], options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank == 0:
-        part = path.with_suffix(".tmp")
-        save_encoder(teacher["encoder"], part, {k: v.float() for k, v in weights.items()}, **about)
-        part.replace(path)
+def export_encoder(checkpoint, path, encoder, shapes, **about):
+    """encoder.pt with the teacher's weights, read back from a finished checkpoint: no rank has to wait, and what was
+    written has been read once."""
+    weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+    state = dict(teacher={f"encoder.{name}": w for name, w in weights.items()})
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    part = path.with_suffix(".tmp")
+    save_encoder(encoder, part, weights, **about)
+    part.replace(path)
 
 
 def barrier():
@@ -474,13 +742,35 @@ def barrier():
 
 @torch.no_grad()
 def health(cls, logits, parts):
-    """Signs that the loss does not show. cls (2, B, 2D) teacher features, logits (V, B, K) of the student."""
-    x = torch.nan_to_num(cls[0] - cls[0].mean(0)).float()
+    """Signs that the loss does not show, over the recordings of all ranks. cls (2, B, 2D) teacher features, logits
+    (V, B, K) of the student; parts are this rank's."""
+    x = torch.nan_to_num(gather_rows(cls[0].float())[0])
+    x = x - x.mean(0)
     spectrum = torch.linalg.svdvals(x)
     share = spectrum / spectrum.sum().clamp(min=1e-12)
-    mean_prediction = (logits.float() / 0.1).softmax(-1).mean((0, 1))
-    return dict(cls_std=x.std(0).mean(), cls_rank=(-(share * share.clamp(min=1e-12).log()).sum()).exp(),
-                prediction_entropy=-(mean_prediction * mean_prediction.clamp(min=1e-12).log()).sum(), **parts)
+    mean_prediction = reduce_((logits.float() / 0.1).softmax(-1).mean((0, 1))) / num_ranks()
+    everyone = reduce_(torch.stack([v.detach().float() for v in parts.values()])) / num_ranks()
+    return dict(zip(parts, everyone), cls_std=x.std(0).mean(),
+                cls_rank=(-(share * share.clamp(min=1e-12).log()).sum()).exp(),
+                prediction_entropy=-(mean_prediction * mean_prediction.clamp(min=1e-12).log()).sum())
+
+
+def name_trouble(row, warm):
+    """What the numbers of a logged step say in words: {kind: sentence}, empty in a run that learns."""
+    found = {}
+    if row["cls_rank"] < COLLAPSED_RANK:
+        found["collapse of features"] = (
+            f"the global features of a batch differ along {row['cls_rank']:.1f} directions: the encoder gives every "
+            "recording the same feature. Try a smaller --lr, a larger KOLEO_WEIGHT, or more patients")
+    if row["prediction_entropy"] < COLLAPSED_ENTROPY * row["ln_k"]:
+        found["collapse of predictions"] = (
+            f"the student names few of the prototypes (entropy {row['prediction_entropy']:.2f} of {row['ln_k']:.2f}). "
+            "Try a smaller --lr, or fewer --prototypes")
+    if warm and row["target_entropy"] > UNIFORM_ENTROPY * row["ln_k"]:
+        found["uniform targets"] = (
+            f"the teacher calls all prototypes equally likely (entropy {row['target_entropy']:.2f} of "
+            f"{row['ln_k']:.2f}), which teaches nothing. Try a lower TEACHER_TEMPERATURE, or fewer --prototypes")
+    return found
 
 
 class OnlineProbe:
@@ -550,11 +840,12 @@ def run_about(args, world_size, device, sampler, student):
 
 
 def train(args, rank=0, world_size=1, device=torch.device("cpu")):
-    """Pre-train into args.out."""
+    """Pre-train into args.out. Returns the name of the signal that ended it before its last step, else None."""
     corpora = [open_corpus(dir) for dir, _ in args.data]
-    encoder = build_encoder(args.size, args.seed)
+    few = lead_groups(args.window)[-1].global_patches
+    encoder = build_encoder(args.size, args.seed, window_patches=WINDOW_PATCHES | {1: few})
     patch = encoder.patch_samples
-    sampler = Sampler(corpora, args.batch, args.seed, round(WINDOW_S * FS), [weight for _, weight in args.data],
+    sampler = Sampler(corpora, args.batch, args.seed, args.window, [weight for _, weight in args.data],
                       [open_corpus(dir) for dir in args.exclude])
     for g in sampler.groups:
         if g["size"] % world_size:
@@ -562,96 +853,145 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
                              f"{g['shape'].leads} leads in a batch of {args.batch}; "
                              f"use a --batch that is a multiple of {BATCH_GRAIN * world_size}")
     noise = load_noise(open_corpus(args.noise)).to(device) if args.noise else None
-    noise_length = noise.shape[-1] if noise is not None else sampler.window
     student, teacher = build_networks(encoder, HEAD_HIDDEN, HEAD_BOTTLENECK, args.prototypes, args.prototypes)
-    student, teacher = student.to(device), teacher.to(device)
     gram_teacher = copy.deepcopy(teacher["encoder"]) if args.gram_from >= 0 else None
     about = run_about(args, world_size, device, sampler, student)
+    for block in encoder.blocks:
+        block.recompute = args.checkpoint_activations
     if args.compile:
-        for part in (student["encoder"], teacher["encoder"]):
-            for block in part.blocks:
-                block.compile()
+        for block in (*encoder.blocks, *teacher["encoder"].blocks):
+            block.forward = torch.compile(block.forward, dynamic=True)
     if world_size > 1:
+        mesh = (init_device_mesh(device.type, (world_size,)) if args.shard == "full" else
+                init_device_mesh(device.type, (world_size, 1), mesh_dim_names=("replicas", "shards")))
         for network in (student, teacher, *([dict(gram=gram_teacher)] if gram_teacher is not None else [])):
-            shard(network, device, bf16(args, device))
+            shard(network, mesh, bf16(args, device))
+    else:
+        student, teacher = student.to(device), teacher.to(device)
+        gram_teacher = gram_teacher.to(device) if gram_teacher is not None else None
     optimizer = build_optimizer(student)
 
     out, start = args.out, 0
-    folder = out / "checkpoints"
-    found = checkpoints(folder)
-    if args.resume and found:
-        meta = json.loads((found[-1] / "meta.json").read_text())
+    saved = Checkpoints(out, args.keep_every, rank, world_size)
+    if from_rank_0(not args.resume and (bool(checkpoints(saved.folder)) or (out / "log.jsonl").exists())):
+        raise ValueError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+    path, meta = saved.newest()
+    if path is not None:
         check_resume(meta, args)
         start = meta["step"]
-        load_checkpoint(found[-1], student, teacher, gram_teacher, optimizer)
-    elif found or (out / "log.jsonl").exists():
-        raise ValueError(f"{out} already holds a run; continue it with --resume, or choose another --out")
-    barrier()  # every rank has looked before rank 0 writes
+        load_checkpoint(path, student, teacher, gram_teacher, optimizer)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "run.json").write_text(json.dumps(about, indent=1, default=str))
+        saved.folder.mkdir(parents=True, exist_ok=True)
+        saved.clean()
+        (out / "stopped").unlink(missing_ok=True)
+        write_whole(out / "run.json", json.dumps(about, indent=1, default=str).encode())
         trim_log(out / "log.jsonl", start)
         print_header(about, args, start)
+    barrier()
     probe = OnlineProbe(corpora, window_length(12) * patch)
-    # Sharded on CUDA, parameters are bf16 already.
-    autocast = (torch.autocast(device.type, torch.bfloat16)
-                if bf16(args, device) and not (world_size > 1 and device.type == "cuda") else contextlib.nullcontext())
+    # Sharded parameters are bf16 already.
+    autocast = (torch.autocast(device.type, torch.bfloat16) if bf16(args, device) and world_size == 1 else
+                contextlib.nullcontext())
 
-    log = open(out / "log.jsonl", "a") if rank == 0 else None
-    loader = ThreadPoolExecutor(1)
-    batch = loader.submit(host_batch, sampler, start, rank, world_size, noise_length, patch)
+    log = RunLog(out / "log.jsonl") if rank == 0 else None
+    stop, watchdog = StopRequest(), Watchdog(rank)
+    skipped, skipped_in_a_row, told, waited_s = {}, 0, set(), 0.0
+    batches = Batches(sampler, rank, world_size, noise, patch, device)
+    batches.start(start)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None if rank == 0 else True,
                     unit="step", dynamic_ncols=True)
-    tick = time.perf_counter()
+    began = time.perf_counter()
     for step in progress:
+        watchdog.pat(f"step {step}")
+        stop.ask()
         s = schedules(step, args.steps, args.lr)
         set_schedules(optimizer, s)
-        groups = batch.result()
-        batch = loader.submit(host_batch, sampler, step + 1, rank, world_size, noise_length, patch)
+        tick = time.perf_counter()
+        groups = batches.take()
+        waited_s += time.perf_counter() - tick
+        batches.start(step + 1)
         if gram_teacher is not None and step == args.gram_from:
             gram_teacher.load_state_dict(teacher["encoder"].state_dict())
         with autocast:
             loss, parts, cls, logits = objective(student, teacher, gram_teacher if step >= args.gram_from else None,
-                                                 groups, noise, s["temperature"], patch, device)
+                                                 groups, s["temperature"])
         loss.backward()
-        norms = {f"grad_{name}": torch.nn.utils.clip_grad_norm_(part.parameters(), CLIP_NORM)
+        norms = {f"grad_{name}": whole(torch.nn.utils.clip_grad_norm_(part.parameters(), CLIP_NORM).detach())
                  for name, part in student.items()}
+        skipped[step] = skip_if_not_finite(optimizer, loss, norms.values())
         optimizer.step()
         optimizer.zero_grad()
         update_teacher(teacher, student, s["momentum"])
 
+        stopped_by = stop.answer()
         last = step + 1 == args.steps
-        save = last or (step + 1) % args.checkpoint_every == 0
-        if step % args.log_every == 0 or last:
-            values = dict(loss=loss.detach(), **health(cls, logits.detach(), parts))
-            means = reduce_(torch.stack([v.detach().float() for v in values.values()])) / world_size
-            norms = {k: float(v.full_tensor() if hasattr(v, "full_tensor") else v) for k, v in norms.items()}
-            row = dict(step=step, **dict(zip(values, means.tolist())), ln_k=math.log(args.prototypes), **norms, **s,
-                       seconds=round(time.perf_counter() - tick, 3))
-            if rank == 0:
-                log.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None
-                                      for k, v in row.items()}) + "\n")
-                log.flush()
+        save = last or stopped_by or (step + 1) % args.checkpoint_every == 0
+        if step % args.log_every == 0 or save:
+            values = health(cls, logits.detach(), dict(loss=loss, **parts)) | norms
+            row = dict(step=step, **dict(zip(values, torch.stack(list(values.values())).tolist())),
+                       ln_k=math.log(args.prototypes), **s, waited_s=round(waited_s, 3),
+                       seconds=round(time.perf_counter() - began, 3))
+            for at, skip in skipped.items():
+                skipped_in_a_row = skipped_in_a_row + 1 if skip else 0
+                if skip and rank == 0:
+                    log.write(step=at, skipped="loss or gradient not finite", recordings=sampler.name(at))
+                    progress.write(f"step {at} was skipped: its loss or gradient is not finite (see log.jsonl)")
+            skipped.clear()
+            if skipped_in_a_row >= MAX_SKIPPED:
+                raise ValueError(f"{skipped_in_a_row} steps in a row, up to step {step}, had a loss or gradient that is "
+                                 "not finite, and were skipped; the last checkpoint is good: --resume with a smaller --lr "
+                                 f"(now {args.lr}) or --precision fp32, and look at the recordings named in log.jsonl")
+            if rank == 0 and (step % args.log_every == 0 or last):
+                log.write(**row)
                 progress.set_postfix_str(f"loss {row['loss']:.3f} dino {row['dino_local']:.3f} "
                                          f"ibot {row['ibot']:.3f} targets {row['target_entropy']:.2f}"
                                          f" of {row['ln_k']:.2f} rank {row['cls_rank']:.1f}")
+                for kind, sentence in name_trouble(row, warm=step > WARMUP_SHARE * args.steps).items():
+                    if kind not in told:
+                        progress.write(f"warning, step {step}: {sentence}")
+                        log.write(step=step, warning=kind, sentence=sentence)
+                        told.add(kind)
+        saved.check()
         if save:
-            total = float(reduce_(loss.detach().clone()))
-            if not math.isfinite(total):
-                raise ValueError(f"the loss is {total} at step {step}; the last good checkpoint is kept: "
-                                 f"--resume with a smaller --lr (now {args.lr})")
-            save_checkpoint(folder, step + 1, training_state(student, teacher, gram_teacher, optimizer), about, rank)
-            export_encoder(out / "encoder.pt", teacher, rank, command=about["command"], commit=about["commit"],
-                           step=step + 1)
+            watchdog.pat(f"the checkpoint of step {step + 1}")
+            saved.save(step + 1, training_state(student, teacher, gram_teacher, optimizer), about, teacher["encoder"])
+        if stopped_by and not last:
+            break
         if probe.usable and args.probe_every and (step == 0 or last or (step + 1) % args.probe_every == 0):
+            watchdog.pat(f"the online probe of step {step + 1}")
             auroc = probe.score(teacher["encoder"], device)
             if rank == 0:
-                log.write(json.dumps(dict(step=step, online_auroc=auroc)) + "\n")
-                log.flush()
+                log.write(step=step, online_auroc=auroc)
                 progress.write(f"step {step + 1}: online probe AUROC {auroc:.3f}")
-    loader.shutdown(cancel_futures=True)
-    if rank == 0:
+    else:
+        stopped_by = None
+    progress.close()
+    watchdog.pat("waiting for the last checkpoint")
+    saved.wait()
+    watchdog.rest()
+    if rank == 0 and stopped_by:
+        write_whole(out / "stopped", f"by {stopped_by} after step {step}\n".encode())
+        print(f"stopped by {stopped_by} after step {step}; the checkpoint is whole: go on with --resume")
+    elif rank == 0:
         draw_curves(out)
+    return stopped_by
+
+
+def whole(norm):
+    """The norm of sharded gradients over all ranks."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+class RunLog:
+    """log.jsonl: one object a line, on disk at once; what is not finite is null."""
+
+    def __init__(self, path):
+        self.file = open(path, "a")
+
+    def write(self, **row):
+        self.file.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None
+                                    for k, v in row.items()}) + "\n")
+        self.file.flush()
 
 
 def trim_log(path, start):
@@ -681,7 +1021,7 @@ def print_header(about, args, start):
 def draw_curves(out):
     """curves.png: losses, entropy of the targets beside ln K, and the online probe, against the step."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    steps = [r for r in rows if "loss" in r]
+    steps = [{k: math.nan if v is None else v for k, v in r.items()} for r in rows if "loss" in r]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), constrained_layout=True)
     for name in ("dino_global", "dino_local", "ibot"):
         axes[0].plot([r["step"] for r in steps], [r[name] for r in steps], label=name)
@@ -816,6 +1156,10 @@ def parse_args(argv=None):
     science.add_argument("--batch", type=int, default=32,
                          help="recordings per step over all processes; never depends on their number "
                               "(default: %(default)s)")
+    science.add_argument("--window", type=float, default=WINDOW_S, metavar="SECONDS",
+                         help="stretch of a recording from which its views are cut, 4 to 600: views of 1 and 2 leads "
+                              "grow with it, views of 8 stay at 3 s; what is shorter is left out, or shows 8 leads "
+                              "(default: %(default)g)")
     science.add_argument("--lr", type=float, default=2e-3,
                          help="peak learning rate; halve it if the loss rises or turns NaN (default: %(default)s)")
     science.add_argument("--prototypes", type=int, default=512,
@@ -831,10 +1175,20 @@ def parse_args(argv=None):
     system.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                         help="bf16: matrix products in bf16, weights and losses in fp32; on a CPU with AVX-512 BF16 "
                              "or AMX 1.4 times as fast (default: bf16 on GPUs, else fp32)")
+    system.add_argument("--shard", choices=("full", "none"), default="full",
+                        help="full: weights, gradients and moments are split over all ranks (FSDP); none: every rank "
+                             "holds them, for models so small that fetching them costs more (default: %(default)s)")
+    system.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
+                        help="keep only the input of each block and compute it again in the backward pass: a third "
+                             "more work, a fraction of the memory; for large sizes and long windows")
     system.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                        help="torch.compile each block: slow first steps, faster later")
+                        help="torch.compile each block: slow first steps, faster later on GPUs (on CPUs it gains "
+                             "nothing)")
     system.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default: %(default)s)")
     system.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="(default: %(default)s)")
+    system.add_argument("--keep-every", type=int, default=10_000, metavar="STEPS",
+                        help=f"checkpoints of these steps are never deleted, beside the last {KEEP_LAST}; 0 for none "
+                             "(default: %(default)s)")
     system.add_argument("--probe-every", type=int, default=100, metavar="STEPS",
                         help="online probe, 0 for never (default: %(default)s)")
     args = p.parse_args(argv)
@@ -850,29 +1204,51 @@ def check_args(args):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if not 0 < args.lr < 1:
         raise ValueError(f"--lr {args.lr} is no learning rate; expected something like 0.002")
+    if not 4 <= args.window <= 600:
+        raise ValueError(f"--window {args.window:g} s is not possible; expected 4 to 600")
+    for name in ("keep_every", "probe_every"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 0 (never) or more")
     if args.noise and not args.data:
         raise ValueError("--noise without --data: the synthetic run makes its own noise; give both or neither")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but this PyTorch sees no GPU; use --device cpu, or install a CUDA build")
 
 
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
+
+
 def main(args):
+    """Train, and with no data show what came out. Returns the exit code."""
     check_args(args)
     rank, world_size, device = setup_processes(args.device)
     try:
         demo = not args.data
         if demo:
             prepare_demo(args, rank)
-        train(args, rank, world_size, device)
+        stopped_by = train(args, rank, world_size, device)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        found = str(error).splitlines()[0][:200] if str(error) else "host memory"
+        raise ValueError(f"out of memory on rank {rank} ({found}); --checkpoint-activations saves most, then a smaller "
+                         f"--batch (now {args.batch}) or as many more processes, --shard full, --precision bf16, a "
+                         f"shorter --window (now {args.window:g} s)") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if stopped_by:
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_STOPPED
     if demo and rank == 0:
         show_demo(args)
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        code = main(parse_args())
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        code = f"error: {error}"
+    except OSError as error:
+        code = f"error: {error}; what is on disk is whole: mend that, then --resume"
+    sys.exit(code)

@@ -45,11 +45,11 @@ def run(launcher, data, out, steps, *extra, expect=0):
 def losses(out, *names):
     """{step: values} of the log, without what depends on the clock."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return {r["step"]: {k: v for k, v in r.items() if k != "seconds" and (not names or k in names)} for r in rows}
+    return {r["step"]: {k: v for k, v in r.items() if k not in ("seconds", "waited_s") and (not names or k in names)} for r in rows}
 
 
 def sampler(data, batch=32, seed=5, names=("ptbxl", "mitdb")):
-    return train.Sampler([open_corpus(data / n) for n in names], batch, seed, round(train.WINDOW_S * train.FS))
+    return train.Sampler([open_corpus(data / n) for n in names], batch, seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,11 +80,10 @@ def test_ranks_share_the_batch_of_one_process(data):
 
 def test_excluded_corpora_are_not_trained_on(data):
     corpora = [open_corpus(data / "ptbxl"), open_corpus(data / "mitdb")]
-    window = round(train.WINDOW_S * train.FS)
-    s = train.Sampler(corpora, 16, 0, window, excluded=[open_corpus(data / "mitdb")])
+    s = train.Sampler(corpora, 16, 0, excluded=[open_corpus(data / "mitdb")])
     assert {member["corpus"] for group in s.groups for member in group["members"]} == {0}
     assert s.skipped["copy of a held-out recording"] == (corpora[1].index["split"] == 0).sum()
-    assert "copy of a held-out recording" not in train.Sampler(corpora, 16, 0, window).skipped
+    assert "copy of a held-out recording" not in train.Sampler(corpora, 16, 0).skipped
 
 
 def test_weights_of_corpora(data):
@@ -96,7 +95,7 @@ def test_weights_of_corpora(data):
     corpora = [open_corpus(data / "ptbxl"), open_corpus(data / "mitdb")]
     shares = []
     for weights in ([1.0, 1.0], [1.0, 4.0]):
-        s = train.Sampler(corpora, 16, 0, round(train.WINDOW_S * train.FS), weights)
+        s = train.Sampler(corpora, 16, 0, weights=weights)
         group = next(g for g in s.groups if len(g["members"]) == 2)
         drawn = [m for step in range(200) for m, _ in s.choose(step)[s.groups.index(group)]]
         shares.append(np.mean(drawn) / (1 - np.mean(drawn)))       # odds of the second corpus
@@ -143,7 +142,7 @@ def test_independent_leads_come_first_and_windows_are_those_of_the_corpus(data):
     batch, leads, available = s.draw(0, 0, s.choose(0)[0], slice(0, 8))
     names = [[prepare.LEADS[i] for i in row] for row in leads]
     assert all(row[:8] == ["I", "II", "V1", "V2", "V3", "V4", "V5", "V6"] for row in names)
-    assert batch.dtype == np.int16 and batch.shape == (8, 12, s.window) and (available == 12).all()
+    assert batch.dtype == np.int16 and batch.shape == (8, 12, s.groups[0]["window"]) and (available == 12).all()
     limb = dict(zip(names[0], batch[0].astype(int)))
     assert np.abs(limb["III"] - (limb["II"] - limb["I"])).max() <= 15                 # Einthoven, up to the resampled rounding
 
@@ -185,11 +184,12 @@ def test_overfits_one_batch(data, monkeypatch):
     s = sampler(data, batch=16, names=("ptbxl",))
     encoder = Encoder(48, 1, 2, 1.0)
     student, teacher = train.build_networks(encoder, 64, 32, 64, 64)
-    groups = train.host_batch(s, 0, 0, 1, 5000, encoder.patch_samples)
+    groups = [train.cut_views(g, None, encoder.patch_samples, "cpu")
+              for g in train.host_batch(s, 0, 0, 1, 5000, encoder.patch_samples)]
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     seen = []
     for _ in range(25):
-        loss, parts, _, _ = train.objective(student, teacher, None, groups, None, 0.02, encoder.patch_samples, "cpu")
+        loss, parts, _, _ = train.objective(student, teacher, None, groups, 0.02)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -244,5 +244,5 @@ def test_log_is_trimmed_to_the_checkpoint(tmp_path):
 
 def test_flags_are_the_documented_ones():
     """A flag is a promise; adding one is a decision (constants at the top of the file are for everything else)."""
-    assert set(vars(train.parse_args([]))) == {"data", "exclude", "noise", "out", "resume", "size", "steps", "batch", "lr", "prototypes", "gram_from", "seed",
-                                               "device", "precision", "compile", "log_every", "checkpoint_every", "probe_every"}
+    assert set(vars(train.parse_args([]))) == {"data", "exclude", "noise", "out", "resume", "size", "steps", "batch", "lr", "prototypes", "gram_from", "seed", "window",
+                                               "device", "precision", "compile", "shard", "checkpoint_activations", "log_every", "checkpoint_every", "keep_every", "probe_every"}
