@@ -44,10 +44,11 @@ from scipy.signal import resample_poly
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
+import dino
 import prepare
 import train
 from augment import load_noise, mask_counts
-from dino import build_networks, update_teacher
+from dino import build_networks, distributed, update_teacher
 from model import SIZES, WINDOW_PATCHES, build_encoder
 from prepare import FS, open_corpus
 
@@ -106,17 +107,17 @@ class Run:
             return train.objective(self.student, self.teacher, None, self.groups, TEMPERATURE)[0]
 
     def encode(self, network):
-        """The forward passes of the student's or the teacher's encoder."""
+        """The forward pass of the student's or the teacher's encoder."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            for g in self.groups:
-                for (noisy, clean, ids, named), mask in zip(g["views"], (g["masks"], None, None)):
-                    if network is self.student:
-                        network["encoder"](noisy, ids, mask)
-                    elif mask is not None:
-                        with torch.no_grad():
-                            network["encoder"](clean, named)
+            if network is self.teacher:
+                with torch.no_grad():
+                    return network["encoder"].encode([(v[1], v[3], None) for g in self.groups for v in g["views"][:1]])
+            return network["encoder"].encode([(v[0], v[2], mask) for g in self.groups
+                                              for v, mask in zip(g["views"], (g["masks"], None, None))])
 
     def update(self):
+        if distributed() and not self.sharded:
+            train.average_gradients(self.student)
         for part in self.student.values():
             torch.nn.utils.clip_grad_norm_(part.parameters(), train.CLIP_NORM)
         self.optimizer.step()
@@ -285,14 +286,11 @@ def rank_worker(rank, world_size, port, size, batch, shard, queue):
     if world_size > 1:
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
         dist.init_process_group("gloo")
-        if shard != "alone":
-            shape = (world_size,) if shard == "full" else (world_size, 1)
-            mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape):])
+        mesh = init_device_mesh("cpu", (world_size,)) if shard == "full" else None
     torch.manual_seed(rank)
     run = Run(size, cpu, random_views(batch // world_size, cpu), mesh=mesh)
     if shard == "alone":                                       # no collective at all: what the others are compared with
         train.reduce_ = lambda tensor, op=None: tensor
-        import dino
         dino.reduce_, dino.gather_rows = train.reduce_, lambda x: (x, 0)
     held, step = run.state_bytes(), seconds(run.step, cpu, 3)
     with tempfile.TemporaryDirectory() as folder:

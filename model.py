@@ -10,7 +10,8 @@ Time enters as rotary position in seconds, so nothing is padded, resized or inte
     cls, registers, patches = encoder(signal_mv, lead_ids)          # batched, at 250 Hz
 
 Shapes: B batch, L leads, T samples, P samples of a patch, N patches of a lead (T / P), M tokens (1 + R + L*N),
-R registers, H heads, E width of a head, D width. Signals are in mV at FS Hz.
+R registers, H heads, E width of a head, D width, Z tokens of several batches of windows, one after the other (the sum
+of B * M). Signals are in mV at FS Hz.
 """
 import math
 from pathlib import Path
@@ -97,11 +98,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, rope):  # (B, M, D)
-        B, M, D = x.shape
-        q, k, v = self.qkv(x).view(B, M, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, M, E) each
-        x = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
-        return self.proj(x.transpose(1, 2).reshape(B, M, D))
+    def forward(self, x, shapes, ropes):
+        """x (Z, D), of which shapes ((B, M), ...) and ropes (one (M, E/2) each) say what belongs together."""
+        parts = []
+        for qkv, (B, M), rope in zip(self.qkv(x).split([B * M for B, M in shapes]), shapes, ropes):
+            q, k, v = qkv.view(B, M, 3, self.heads, -1).permute(2, 0, 3, 1, 4)                   # (B, H, M, E) each
+            part = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+            parts.append(part.transpose(1, 2).reshape(B * M, -1))
+        return self.proj(torch.cat(parts))
 
 
 class Block(nn.Module):
@@ -118,13 +122,13 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.scale2 = nn.Parameter(torch.full((width,), float(layer_scale)))
 
-    def forward(self, x, rope):
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.run, x, rope, use_reentrant=False, preserve_rng_state=False)    # nothing is random
-        return self.run(x, rope)
+    def forward(self, x, shapes, ropes):  # as Attention
+        if self.recompute and torch.is_grad_enabled():                                         # nothing is random
+            return checkpoint(self.run, x, shapes, ropes, use_reentrant=False, preserve_rng_state=False)
+        return self.run(x, shapes, ropes)
 
-    def run(self, x, rope):
-        x = x + self.scale1 * self.attention(self.norm1(x), rope)
+    def run(self, x, shapes, ropes):
+        x = x + self.scale1 * self.attention(self.norm1(x), shapes, ropes)
         return x + self.scale2 * self.mlp(self.norm2(x))
 
 
@@ -179,31 +183,43 @@ class Encoder(nn.Module):
         mask (B, L, N) bool: these patches are replaced by the mask token; keep (L, N) bool: the other patches get no
         token at all (missing samples), and their features come back as NaN. Returns Features.
         """
-        B, L, T = signal.shape
+        return self.encode([(signal, leads, mask)], keep)[0]
+
+    def encode(self, views, keep=None):
+        """Features of each of several batches of windows (signal, leads, mask), see forward: the same as one by one,
+        but each block runs once, on the tokens of all, and under FSDP fetches its weights once."""
         P, R = self.patch_samples, self.num_registers
-        if T == 0 or T % P or leads.shape != (B, L):
-            raise ValueError(f"the encoder takes signal (B, L, T) with T a multiple of {P} samples and leads (B, L); "
-                             f"found {tuple(signal.shape)} and {tuple(leads.shape)}; "
-                             "encoder.embed() takes any recording")
-        N = T // P
-        x = self.tokens(signal, mask, keep) + self.lead_embedding(leads)[:, :, None]          # (B, L, N, D)
-        x = x.flatten(1, 2)
-        times_s = ((torch.arange(N, device=signal.device) + 0.5) * (P / FS)).repeat(L)  # (L*N,) lead-major, like x
-        if keep is not None:
-            kept = keep.flatten().nonzero().squeeze(1)
-            x, times_s = x[:, kept], times_s[kept]
-        x = torch.cat((self.cls_token.expand(B, -1, -1), self.register_tokens.expand(B, -1, -1), x), dim=1)
-        # CLS and registers have no place in time: a factor of 1 leaves them as they are.
-        rope = rope_table(times_s, self.head_width)
-        rope = torch.cat((rope.new_ones(1 + R, rope.shape[1]), rope))
+        tokens, shapes, ropes = [], [], []
+        for signal, leads, mask in views:
+            B, L, T = signal.shape
+            if T == 0 or T % P or leads.shape != (B, L):
+                raise ValueError(f"the encoder takes signal (B, L, T) with T a multiple of {P} samples and leads "
+                                 f"(B, L); found {tuple(signal.shape)} and {tuple(leads.shape)}; "
+                                 "encoder.embed() takes any recording")
+            x = (self.tokens(signal, mask, keep) + self.lead_embedding(leads)[:, :, None]).flatten(1, 2)  # (B, L*N, D)
+            times_s = ((torch.arange(T // P, device=signal.device) + 0.5) * (P / FS)).repeat(L)   # lead-major, like x
+            if keep is not None:
+                kept = keep.flatten().nonzero().squeeze(1)
+                x, times_s = x[:, kept], times_s[kept]
+            x = torch.cat((self.cls_token.expand(B, -1, -1), self.register_tokens.expand(B, -1, -1), x), dim=1)
+            # CLS and registers have no place in time: a factor of 1 leaves them as they are.
+            rope = rope_table(times_s, self.head_width)
+            ropes.append(torch.cat((rope.new_ones(1 + R, rope.shape[1]), rope)))
+            shapes.append(tuple(x.shape[:2]))
+            tokens.append(x.flatten(0, 1))
+        x = torch.cat(tokens)
         for block in self.blocks:
-            x = block(x, rope)
-        x = self.norm(x)
-        patches = x[:, 1 + R:]
-        if keep is not None:
-            patches = patches.new_full((B, L * N, self.width), float("nan")).index_copy(1, kept, patches)
-        # Copies, not views: sharding hangs its hooks on what a module returns.
-        return Features(x[:, 0].contiguous(), x[:, 1:1 + R].contiguous(), patches.unflatten(1, (L, N)).contiguous())
+            x = block(x, shapes, ropes)
+        features = []
+        for x, (B, M), (_, leads, _) in zip(self.norm(x).split([B * M for B, M in shapes]), shapes, views):
+            x, L = x.view(B, M, self.width), leads.shape[1]
+            patches = x[:, 1 + R:]
+            if keep is not None:
+                patches = patches.new_full((B, keep.numel(), self.width), float("nan")).index_copy(1, kept, patches)
+            # Copies, not views: sharding hangs its hooks on what a module returns.
+            features.append(Features(x[:, 0].contiguous(), x[:, 1:1 + R].contiguous(),
+                                     patches.unflatten(1, (L, -1)).contiguous()))
+        return features
 
     def tokens(self, signal, mask=None, keep=None):
         """Patch embedding (B, L, N, D), or the mask token where mask (B, L, N)."""

@@ -49,7 +49,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
 from augment import ViewSpec, draw_masks, draw_views, load_noise, make_views, take_rows
@@ -101,8 +101,8 @@ LEAD_PRIORITY = np.array([
 BATCH_GRAIN = 16
 WINDOW_TRIES = 8                 # random starts before a window with missing samples is taken after all
 
-# Objective: DINOv3's weights, and Contrast beside them, because in a run of an hour on a CPU the teacher's targets alone
-# say more about phase and noise than about the patient; a long run can go back to 0 (LOG.md).
+# Objective: DINOv3's weights, and Contrast beside them, because in a run of an hour on a CPU the teacher's targets
+# alone say more about phase and noise than about the patient; a long run can go back to 0 (LOG.md).
 DINO_WEIGHT = 1.0
 KOLEO_WEIGHT = 0.1
 IBOT_WEIGHT = 1.0
@@ -362,29 +362,29 @@ class Batches:
 # ---------------------------------------------------------------------------------------------------------------------
 # the objective on one batch
 
-def group_features(student, teacher, gram_teacher, group):
-    """Forward passes of one lead group. Global features come view-major (V, B, 2D), patches of the masked places only
-    (M, D)."""
-    B, place = group["recordings"], group["place"]
-    cls = []
-    _, clean, _, named = group["views"][0]
-    with torch.no_grad():
-        target = teacher["encoder"](clean, named)
-        anchor = gram_teacher(clean, named).patches if gram_teacher is not None else None
-    for (noisy, _, ids, _), mask in zip(group["views"], (group["masks"], None, None)):
-        out = student["encoder"](noisy, ids, mask)
-        cls.append(out.pooled().unflatten(0, (-1, B)))
-        if mask is not None:
-            patches = out.patches
-    return dict(cls=cls, patches=patches.flatten(0, 2)[place], weights=group["weights"],
-                target_cls=target.pooled().unflatten(0, (-1, B)), target_patches=target.patches.flatten(0, 2)[place],
-                gram=gram_loss(patches.flatten(1, 2), anchor.flatten(1, 2)) if anchor is not None else None)
+def group_features(group, target, anchor, views):
+    """What the losses take of a lead group: global features view-major (V, B, 2D), patches of the masked places only
+    (M, D). target and anchor: Features of the clean global views by teacher and Gram teacher; views: of the noisy ones
+    by the student."""
+    B, place, patches = group["recordings"], group["place"], views[0].patches
+    return dict(cls=[v.pooled().unflatten(0, (-1, B)) for v in views], patches=patches.flatten(0, 2)[place],
+                weights=group["weights"], target_cls=target.pooled().unflatten(0, (-1, B)),
+                target_patches=target.patches.flatten(0, 2)[place],
+                gram=gram_loss(patches.flatten(1, 2), anchor.patches.flatten(1, 2)) if anchor is not None else None)
 
 
 def objective(student, teacher, gram_teacher, groups, temperature):
     """Loss of a batch (lead groups of cut_views), its parts and the health of its targets (dict of scalars), the
     teacher's global features (2, B, 2D) and the student's logits."""
-    features = [group_features(student, teacher, gram_teacher, g) for g in groups]
+    clean = [(signal, named, None) for g in groups for _, signal, _, named in g["views"][:1]]
+    noisy = [(signal, ids, mask) for g in groups
+             for (signal, _, ids, _), mask in zip(g["views"], (g["masks"], None, None))]
+    with torch.no_grad():
+        targets = teacher["encoder"].encode(clean)
+        anchors = gram_teacher.encode(clean) if gram_teacher is not None else [None] * len(groups)
+    views = iter(student["encoder"].encode(noisy))
+    features = [group_features(g, target, anchor, [next(views) for _ in g["views"]])
+                for g, target, anchor in zip(groups, targets, anchors)]
     B = sum(f["target_cls"].shape[1] for f in features)
     globals_ = torch.cat([f["cls"][0] for f in features], dim=1)                      # (2, B, 2D)
     locals_ = torch.cat([torch.cat(f["cls"][1:]) for f in features], dim=1)           # (V, B, 2D)
@@ -533,14 +533,24 @@ def bf16(args, device):
 
 
 def shard(network, mesh, low_precision):
-    """FSDP2 over the last axis of the mesh, replicas over the one before. Wrapper order: checkpointing, compile, shard.
-    The roots reshard after forward too, or the EMA would meet unsharded teacher parameters."""
+    """FSDP2. Wrapper order: checkpointing, compile, shard. The roots reshard after forward too, or the EMA would meet
+    unsharded teacher parameters."""
     # Inputs keep their dtype: a bf16 signal would have lost its small waves before the encoder takes the baseline off.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if low_precision else None, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for part in network.values():
         for module in (*getattr(part, "blocks", ()), part):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        if hasattr(part, "encode"):
+            register_fsdp_forward_method(part, "encode")
+
+
+def average_gradients(student):
+    """What FSDP does beside, for a student that every rank holds: one sum over the ranks of all gradients."""
+    gradients = [p.grad for p in student.parameters()]
+    everyone = reduce_(torch.cat([g.flatten() for g in gradients])) / num_ranks()
+    torch._foreach_copy_(gradients, [mean.view_as(g) for mean, g in
+                                     zip(everyone.split([g.numel() for g in gradients]), gradients)])
 
 
 def skip_if_not_finite(optimizer, loss, norms):
@@ -861,9 +871,9 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
     if args.compile:
         for block in (*encoder.blocks, *teacher["encoder"].blocks):
             block.forward = torch.compile(block.forward, dynamic=True)
-    if world_size > 1:
-        mesh = (init_device_mesh(device.type, (world_size,)) if args.shard == "full" else
-                init_device_mesh(device.type, (world_size, 1), mesh_dim_names=("replicas", "shards")))
+    sharded = world_size > 1 and args.shard == "full"
+    if sharded:
+        mesh = init_device_mesh(device.type, (world_size,))
         for network in (student, teacher, *([dict(gram=gram_teacher)] if gram_teacher is not None else [])):
             shard(network, mesh, bf16(args, device))
     else:
@@ -890,7 +900,7 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
     barrier()
     probe = OnlineProbe(corpora, window_length(12) * patch)
     # Sharded parameters are bf16 already.
-    autocast = (torch.autocast(device.type, torch.bfloat16) if bf16(args, device) and world_size == 1 else
+    autocast = (torch.autocast(device.type, torch.bfloat16) if bf16(args, device) and not sharded else
                 contextlib.nullcontext())
 
     log = RunLog(out / "log.jsonl") if rank == 0 else None
@@ -916,6 +926,8 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
             loss, parts, cls, logits = objective(student, teacher, gram_teacher if step >= args.gram_from else None,
                                                  groups, s["temperature"])
         loss.backward()
+        if world_size > 1 and not sharded:
+            average_gradients(student)
         norms = {f"grad_{name}": whole(torch.nn.utils.clip_grad_norm_(part.parameters(), CLIP_NORM).detach())
                  for name, part in student.items()}
         skipped[step] = skip_if_not_finite(optimizer, loss, norms.values())
@@ -939,8 +951,9 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
             skipped.clear()
             if skipped_in_a_row >= MAX_SKIPPED:
                 raise ValueError(f"{skipped_in_a_row} steps in a row, up to step {step}, had a loss or gradient that is "
-                                 "not finite, and were skipped; the last checkpoint is good: --resume with a smaller --lr "
-                                 f"(now {args.lr}) or --precision fp32, and look at the recordings named in log.jsonl")
+                                 "not finite, and were skipped; the last checkpoint is good: --resume with a smaller "
+                                 f"--lr (now {args.lr}) or --precision fp32, and look at the recordings that log.jsonl "
+                                 "names")
             if rank == 0 and (step % args.log_every == 0 or last):
                 log.write(**row)
                 progress.set_postfix_str(f"loss {row['loss']:.3f} dino {row['dino_local']:.3f} "

@@ -134,7 +134,7 @@ def test_attention_equals_plain_code():
         p.data.copy_(0.4 * randn(*p.shape, seed=i))
     x, times_s = randn(1, 7, 24), torch.tensor([0.1, 0.3, 5.0, 0.3, 31.4, 2.0, 9.9])
     expected = plain_attention({k: v.double() for k, v in attention.state_dict().items()}, x[0].double(), times_s.tolist(), 3)
-    assert_close(attention(x, rope_table(times_s, 8))[0], expected.float(), atol=1e-4)             # fp32 angles of 500 radians
+    assert_close(attention(x[0], [(1, 7)], [rope_table(times_s, 8)]), expected.float(), atol=1e-4)             # fp32 angles of 500 radians
 
 
 # ---------------------------------------------------------------------------------------------------------------------
