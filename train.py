@@ -476,11 +476,15 @@ class StopRequest:
     """SIGTERM, SIGUSR1 (Slurm's, some minutes before the time limit) or Ctrl-C on any rank end the run on all of them
     after the same step. A second Ctrl-C ends it at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.group = dist.new_group(backend="gloo") if distributed() else None
         self.received = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self.note)
+        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def note(self, number, frame):
         self.received = number
@@ -505,8 +509,15 @@ class Watchdog:
 
     def __init__(self, rank):
         self.rank = rank
+
+    def __enter__(self):
         self.pat("the start")
         threading.Thread(target=self.watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.since = math.inf
+        faulthandler.cancel_dump_traceback_later()
 
     def pat(self, what):
         self.what, self.since = what, time.monotonic()
@@ -515,6 +526,8 @@ class Watchdog:
     def watch(self):
         while time.monotonic() - self.since < HANG_S:
             time.sleep(min(1.0, HANG_S / 4))
+            if self.since == math.inf:
+                return
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         stacks = "".join(f"  {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
                          for ident, frame in sys._current_frames().items() if ident != threading.get_ident())
@@ -522,10 +535,6 @@ class Watchdog:
                          f"it ends here (HANG_S in train.py is the limit). Its threads:\n{stacks}")
         sys.stderr.flush()
         os._exit(1)
-
-    def rest(self):
-        self.since = math.inf
-        faulthandler.cancel_dump_traceback_later()
 
 
 def bf16(args, device):
@@ -849,7 +858,7 @@ def run_about(args, world_size, device, sampler, student):
                       for c in sampler.corpora])
 
 
-def train(args, rank=0, world_size=1, device=torch.device("cpu")):
+def train(args, rank, world_size, device, stop, watchdog):
     """Pre-train into args.out. Returns the name of the signal that ended it before its last step, else None."""
     corpora = [open_corpus(dir) for dir, _ in args.data]
     few = lead_groups(args.window)[-1].global_patches
@@ -904,7 +913,6 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
                 contextlib.nullcontext())
 
     log = RunLog(out / "log.jsonl") if rank == 0 else None
-    stop, watchdog = StopRequest(), Watchdog(rank)
     skipped, skipped_in_a_row, told, waited_s = {}, 0, set(), 0.0
     batches = Batches(sampler, rank, world_size, noise, patch, device)
     batches.start(start)
@@ -950,6 +958,7 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
                     progress.write(f"step {at} was skipped: its loss or gradient is not finite (see log.jsonl)")
             skipped.clear()
             if skipped_in_a_row >= MAX_SKIPPED:
+                saved.wait()
                 raise ValueError(f"{skipped_in_a_row} steps in a row, up to step {step}, had a loss or gradient that is "
                                  "not finite, and were skipped; the last checkpoint is good: --resume with a smaller "
                                  f"--lr (now {args.lr}) or --precision fp32, and look at the recordings that log.jsonl "
@@ -981,7 +990,6 @@ def train(args, rank=0, world_size=1, device=torch.device("cpu")):
     progress.close()
     watchdog.pat("waiting for the last checkpoint")
     saved.wait()
-    watchdog.rest()
     if rank == 0 and stopped_by:
         write_whole(out / "stopped", f"by {stopped_by} after step {step}\n".encode())
         print(f"stopped by {stopped_by} after step {step}; the checkpoint is whole: go on with --resume")
@@ -1239,7 +1247,8 @@ def main(args):
         demo = not args.data
         if demo:
             prepare_demo(args, rank)
-        stopped_by = train(args, rank, world_size, device)
+        with StopRequest() as stop, Watchdog(rank) as watchdog:
+            stopped_by = train(args, rank, world_size, device, stop, watchdog)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
