@@ -190,6 +190,13 @@ class Sampler:
         self.skipped[f"shorter than {self.window_s:g} s"] += int(train.sum() - len(rows) + unused.sum())
         return pools
 
+    def _common_patients(self):
+        """(G, G) patients that two lead groups have in common; on the diagonal those of each."""
+        patients = [{m["corpus"]: self.corpora[m["corpus"]].index["patient"][m["rows"][m["first"]]]    # each once
+                     for m in group["members"]} for group in self.groups]
+        return np.array([[sum(len(np.intersect1d(a[c], b[c], assume_unique=True)) for c in a.keys() & b.keys())
+                          for b in patients] for a in patients])
+
     def _share_batch(self):
         """Split the batch among the groups by their shares, in grains: at least one each, and no more than a group
         has patients for."""
@@ -199,21 +206,25 @@ class Sampler:
                              f"try {max(1, round(self.batch / BATCH_GRAIN)) * BATCH_GRAIN}")
         total = BATCH_GRAIN if len(self.groups) > 1 else 1
         grain = self.batch // total
-        # Whoever has many leads counts in the groups of few too, and a batch holds a patient once.
-        patients = [int(g["patients"].sum()) for g in self.groups]
-        most = np.array(patients) // grain
         share = np.array([g["shape"].share for g in self.groups])
         exact, grains = share / share.sum() * total, np.ones(len(self.groups), int)
+        common = self._common_patients()
+
+        def fit(grains):
+            """Whether each group finds its patients even if those before it took all that they have in common: a batch
+            holds a patient once."""
+            taken = np.minimum(grains * grain, np.tril(common, -1)).sum(axis=1)
+            return (grains * grain + taken <= common.diagonal()).all()
         while grains.sum() < total:  # the next grain goes where the most is owed, of the groups that can take it
-            possible = (np.cumsum(grains) + np.tri(len(grains)).T <= most).all(axis=1)
-            if not possible.any():
+            possible = [fit(grains + one) for one in np.eye(len(grains), dtype=int)]
+            if not any(possible):
                 break
             grains[np.argmax(np.where(possible, exact - grains, -np.inf))] += 1
-        if grains.sum() < total or (np.cumsum(grains) > most).any():
+        if grains.sum() < total or not fit(grains):
             raise ValueError(f"a batch of {self.batch} needs {self.batch} different patients, and {grain} of each lead "
                              "count there is; the data have "
                              + ", ".join(f"{n} with {g['shape'].leads} or more leads"
-                                         for n, g in zip(patients, self.groups))
+                                         for n, g in zip(common.diagonal(), self.groups))
                              + "; use a smaller --batch or more data")
         for group, n in zip(self.groups, grains):
             group["size"] = int(n) * grain

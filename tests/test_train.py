@@ -38,7 +38,8 @@ def command(data, out, steps, *extra):
 
 
 def environment():
-    return dict(os.environ, OMP_NUM_THREADS="1")  # one thread: sums in one order, so runs can be compared bit for bit
+    # One thread: sums in one order, so runs can be compared bit for bit. The other as in run.sbatch.
+    return dict(os.environ, OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
 
 def start(launcher, data, out, steps, *extra, script=ROOT / "train.py"):
@@ -477,7 +478,7 @@ def test_non_finite_steps_are_skipped_on_all_ranks_and_named(data, tmp_path):
     done = run(torchrun(), data, tmp_path / "run", 5, "--log-every", "4", "--checkpoint-every", "100", script=patched(tmp_path, "BAD = (1, 3)" + NAN))
     skipped = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines() if "skipped" in line]
     assert [row["step"] for row in skipped] == [1, 3] and all(len(row["recordings"]) == 16 for row in skipped)
-    assert skipped[0]["recordings"][0].split("/")[0] == "ptbxl" and "step 1 was skipped" in done.stderr
+    assert skipped[0]["recordings"][0].split("/")[0] == "ptbxl" and "step 1 was skipped" in done.stdout
     assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run").values())
     done = run(torchrun(), data, tmp_path / "bad", 20, script=patched(tmp_path, "BAD = range(2, 99)" + NAN), expect=1)
     assert "error: 5 steps in a row" in done.stderr and "smaller --lr" in done.stderr
@@ -523,10 +524,10 @@ def test_out_of_memory_names_the_flags(data, tmp_path):
     limit = """
 import resource
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 900_000_000,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (used + 2_500_000_000,) * 2)
 """
-    done = run([sys.executable], data, tmp_path / "run", 3, "--size", "base", script=patched(tmp_path, limit), expect=1)
-    assert "error: out of memory on rank 0" in done.stderr and "--checkpoint-activations" in done.stderr and "--batch (now 16)" in done.stderr
+    done = run([sys.executable], data, tmp_path / "run", 3, "--size", "base", "--batch", "48", script=patched(tmp_path, limit), expect=1)
+    assert "error: out of memory on rank 0" in done.stderr and "--checkpoint-activations" in done.stderr and "--batch (now 48)" in done.stderr
 
 
 def test_views_of_few_leads_grow_with_the_window(data):
