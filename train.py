@@ -659,7 +659,8 @@ class Checkpoints:
         try:
             if pending is not None:
                 pending.result()
-        except Exception as error:  # whatever the disk, a library or another rank came up with
+        # Whatever the disk, a library or another rank came up with; the second is no Exception.
+        except (Exception, dcp.CheckpointException) as error:
             kept = checkpoints(self.folder)
             raise ValueError(
                 f"the checkpoint of step {self.step} could not be written: {last_line(error)}; "
@@ -914,8 +915,8 @@ def train(args, rank, world_size, device, stop, watchdog):
         saved.folder.mkdir(parents=True, exist_ok=True)
         saved.clean()
         (out / "stopped").unlink(missing_ok=True)
-        write_whole(out / "run.json", json.dumps(about, indent=1, default=str).encode())
         trim_log(out / "log.jsonl", start)
+        write_whole(out / "run.json", json.dumps(about, indent=1, default=str).encode())
         print_header(about, args, start)
     barrier()
     probe = OnlineProbe(corpora, window_length(12) * patch)

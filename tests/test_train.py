@@ -281,7 +281,11 @@ def test_killed_runs_resume_bit_for_bit(data, small_disk):
             assert ("could not be written" in done.stderr or "No space left" in done.stderr) and "Traceback" not in done.stderr, done.stderr[-2000:]
             filler.unlink()
         before = newest()
+        if (out / "run.json").exists():
+            (out / "run.json").unlink()
         victim = start([sys.executable], data, out, steps, "--resume")
+        # From then on what is there is this start's.
+        wait_until(lambda: victim.poll() is not None or (out / "run.json").exists() and not list(folder.glob("*.tmp")))
         if kill % 2:
             wait_until(lambda: victim.poll() is not None or list(folder.glob("*.tmp/*")))
             time.sleep(rng.uniform(0, 0.1))
