@@ -269,7 +269,7 @@ def test_killed_runs_resume_bit_for_bit(data, small_disk):
     """SIGKILL at random instants, every other one while a checkpoint is being written, in between a full disk: every start goes on from the last good
     checkpoint, of which there is always one once there was one, and log and weights are in the end those of a run left alone."""
     kills, out, rng = int(os.environ.get("ECG_KILLS", 3)), small_disk / "run", np.random.default_rng()
-    folder, filler, steps, interval, history = out / "checkpoints", small_disk / "filler", 7 + kills, 2, []
+    folder, filler, steps, interval, history = out / "checkpoints", small_disk / "filler", 7 + 3 * kills, 2, []
 
     def newest():
         return max([int(c.name[5:]) for c in train.checkpoints(folder)] or [0])
@@ -292,7 +292,7 @@ def test_killed_runs_resume_bit_for_bit(data, small_disk):
             writing = bool(list(folder.glob("*.tmp")))
         else:
             wait_until(lambda: victim.poll() is not None or last_step(out) >= before)
-            time.sleep(rng.uniform(0, 1.0))
+            time.sleep(rng.uniform(0, 3.0))
             writing = False
         victim.kill()
         victim.communicate()
