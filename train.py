@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import faulthandler
+import fcntl
 import json
 import math
 import os
@@ -127,6 +128,7 @@ DEFAULT_STEPS, DEMO_STEPS = 3400, 150
 KEEP_LAST = 2                    # checkpoints, beside those of --keep-every
 HANG_S = 900                     # a step, a checkpoint or a collective that takes longer ends the job
 MAX_SKIPPED = 5                  # steps in a row whose loss or gradient is not finite
+LOCK_S = 120                     # how long a run waits for another one in its folder to end
 EXIT_STOPPED = 75                # "try again later" in sysexits.h
 COLLAPSED_RANK = 2.0             # effective rank of a batch's global features; 20 to 27 in a good run
 COLLAPSED_ENTROPY = 0.3          # of the mean prediction, as a share of ln K; 0.95 in a good run
@@ -488,8 +490,7 @@ class StopRequest:
     after the same step. A second Ctrl-C ends it at once."""
 
     def __enter__(self):
-        self.group = dist.new_group(backend="gloo") if distributed() else None
-        self.received = 0
+        self.group, self.received = None, 0
         self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         return self
 
@@ -501,6 +502,10 @@ class StopRequest:
         self.received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def connect(self):
+        """Collective; what is received before is not lost."""
+        self.group = dist.new_group(backend="gloo") if distributed() else None
 
     def ask(self):
         """Start asking all ranks; the answer has arrived when the step is done."""
@@ -616,10 +621,14 @@ class Checkpoints:
         """Copy the state to the host, and write it and encoder.pt from it in a thread; collective."""
         self.wait()
         part = self.folder / f"step_{step:07d}.tmp"
-        self.step = step
-        shapes = {name: tuple(p.shape) for name, p in encoder.state_dict().items()}
+        self.writing = f"the checkpoint of step {step}"
+        shapes = self.shapes(encoder)
         written = dcp.async_save(state, checkpoint_id=part, process_group=self.group)
         self.pending = self.thread.submit(self.finish, written, part, dict(about, step=step), encoder, shapes)
+
+    @staticmethod
+    def shapes(encoder):
+        return {name: tuple(p.shape) for name, p in encoder.state_dict().items()}
 
     def finish(self, written, part, meta, encoder, shapes):
         try:
@@ -634,6 +643,7 @@ class Checkpoints:
                     meta["sha256"] |= sums
                 write_whole(part / "meta.json", json.dumps(meta, indent=1, default=str).encode())
                 part.rename(part.with_suffix(""))
+                self.writing = f"encoder.pt of step {meta['step']}"
                 self.forget_old()
                 export_encoder(part.with_suffix(""), self.out / "encoder.pt", encoder, shapes, command=meta["command"],
                                commit=meta["commit"], step=meta["step"])
@@ -663,9 +673,10 @@ class Checkpoints:
         except (Exception, dcp.CheckpointException) as error:
             kept = checkpoints(self.folder)
             raise ValueError(
-                f"the checkpoint of step {self.step} could not be written: {last_line(error)}; "
-                f"{shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free at {self.folder}, and the last good one "
-                f"is {kept[-1].name if kept else 'none'}: mend that, then --resume") from error
+                f"{self.writing} could not be written: {last_line(error)}; "
+                f"{shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free at {self.folder} (a quota may leave "
+                f"less), and the last good checkpoint is {kept[-1].name if kept else 'none'}: mend that, then --resume"
+            ) from error
 
     def newest(self):
         """The newest checkpoint whose files have the checksums of its meta.json, and that; damaged ones are set aside
@@ -702,8 +713,8 @@ def read_meta(path):
     """meta.json of a checkpoint, or None if it cannot be read."""
     try:
         meta = json.loads((path / "meta.json").read_text())
-        return meta if {"step", "args", "sha256"} <= set(meta) else None
-    except ValueError:
+        return meta if {"same", "sha256"} <= set(meta) and path.name == f"step_{meta['step']:07d}" else None
+    except (ValueError, TypeError, KeyError):
         return None
 
 
@@ -715,11 +726,32 @@ def checksum(path):
         return None
 
 
+def file_time(path):
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
 def last_line(error):
     """The innermost cause of an error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     full = next((line for line in lines if "No space left" in line), None)
     return full or (lines[-1] if lines else type(error).__name__)
+
+
+def hold(folder):
+    """A lock on the folder of a run, for as long as the returned file is open; ValueError if another process holds it
+    and does not let go. A file system may keep the lock of a dead machine for a while, or know no locks."""
+    file = open(folder / "lock", "w")
+    for attempt in range(LOCK_S):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if not attempt:
+                print(f"another process trains into {folder}; waiting for {LOCK_S} s", file=sys.stderr)
+            time.sleep(1)
+        except OSError:
+            return file
+    raise ValueError(f"another process trains into {folder}; choose another --out, or end it")
 
 
 def from_rank_0(value):
@@ -730,16 +762,24 @@ def from_rank_0(value):
     return held[0]
 
 
-SAME_ON_RESUME = ("size", "batch", "prototypes", "seed", "gram_from", "precision", "window")
+def same_on_resume(args, device):
+    """What a resumed run must share with its beginning. Corpora may have moved; what is in them may not change."""
+    same = {k: getattr(args, k) for k in ("size", "batch", "prototypes", "seed", "gram_from", "window")}
+    return same | dict(precision="bf16" if bf16(args, device) else "fp32",
+                       data=" ".join(f"{dir.resolve().name}:{weight:g}" for dir, weight in args.data),
+                       noise=args.noise.resolve().name if args.noise else None,
+                       exclude=" ".join(dir.resolve().name for dir in args.exclude))
 
 
-def check_resume(meta, args):
-    """A resumed run must be the same run: what a checkpoint was made with against the flags of now."""
-    differ = [f"--{k.replace('_', '-')} {meta['args'].get(k)} (now {getattr(args, k)})"
-              for k in SAME_ON_RESUME if meta["args"].get(k) != getattr(args, k)]
+def check_resume(meta, same, args):
+    differ = [f"--{k.replace('_', '-')} {meta['same'].get(k)} (now {same[k]})"
+              for k in same if meta["same"].get(k) != same[k]]
     if differ:
         raise ValueError(f"{args.out} was started with {', '.join(differ)}; resume with the same flags, "
                          "or choose another --out")
+    if meta["step"] > args.steps:
+        raise ValueError(f"{args.out} has already done {meta['step']} steps, --steps is {args.steps}; give at least "
+                         "as many, or choose another --out")
 
 
 def load_checkpoint(path, student, teacher, gram_teacher, optimizer):
@@ -777,7 +817,8 @@ def health(cls, logits, parts):
     (V, B, K) of the student; parts are this rank's."""
     x = torch.nan_to_num(gather_rows(cls[0].float())[0])
     x = x - x.mean(0)
-    spectrum = torch.linalg.svdvals(x)
+    # Singular values, by way of the smaller square.
+    spectrum = torch.linalg.eigvalsh(x @ x.T if x.shape[0] < x.shape[1] else x.T @ x).clamp(min=0).sqrt()
     share = spectrum / spectrum.sum().clamp(min=1e-12)
     mean_prediction = reduce_((logits.float() / 0.1).softmax(-1).mean((0, 1))) / num_ranks()
     everyone = reduce_(torch.stack([v.detach().float() for v in parts.values()])) / num_ranks()
@@ -854,7 +895,7 @@ def run_about(args, world_size, device, sampler, student):
         found = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
         return found.stdout.strip() if found.returncode == 0 else None
     constants = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, tuple))}
-    return dict(command=" ".join(sys.argv),
+    return dict(command=" ".join(sys.argv), same=same_on_resume(args, device),
                 args={k: [str(x) for x in v] if isinstance(v, list) else str(v) if isinstance(v, Path) else v
                       for k, v in vars(args).items()},
                 constants=constants, commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")),
@@ -903,17 +944,24 @@ def train(args, rank, world_size, device, stop, watchdog):
     optimizer = build_optimizer(student)
 
     out, start = args.out, 0
+    if rank == 0:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = hold(out)                                               # until the process ends
+    barrier()
+    watchdog.pat("reading the checkpoint")
     saved = Checkpoints(out, args.keep_every, rank, world_size)
     if from_rank_0(not args.resume and (bool(checkpoints(saved.folder)) or (out / "log.jsonl").exists())):
         raise ValueError(f"{out} already holds a run; continue it with --resume, or choose another --out")
     path, meta = saved.newest()
     if path is not None:
-        check_resume(meta, args)
+        check_resume(meta, about["same"], args)
         start = meta["step"]
         load_checkpoint(path, student, teacher, gram_teacher, optimizer)
     if rank == 0:
-        saved.folder.mkdir(parents=True, exist_ok=True)
         saved.clean()
+        if path is not None and file_time(out / "encoder.pt") < file_time(path / "meta.json"):     # killed in between
+            export_encoder(path, out / "encoder.pt", teacher["encoder"], saved.shapes(teacher["encoder"]),
+                           command=meta["command"], commit=meta["commit"], step=start)
         (out / "stopped").unlink(missing_ok=True)
         trim_log(out / "log.jsonl", start)
         write_whole(out / "run.json", json.dumps(about, indent=1, default=str).encode())
@@ -925,7 +973,7 @@ def train(args, rank, world_size, device, stop, watchdog):
                 contextlib.nullcontext())
 
     log = RunLog(out / "log.jsonl") if rank == 0 else None
-    skipped, skipped_in_a_row, told, waited_s = {}, 0, set(), 0.0
+    skipped, in_a_row, most_in_a_row, told, waited_s = {}, 0, 0, set(), 0.0
     batches = Batches(sampler, rank, world_size, noise, patch, device)
     batches.start(start)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None if rank == 0 else True,
@@ -939,7 +987,8 @@ def train(args, rank, world_size, device, stop, watchdog):
         tick = time.perf_counter()
         groups = batches.take()
         waited_s += time.perf_counter() - tick
-        batches.start(step + 1)
+        if step + 1 < args.steps:
+            batches.start(step + 1)
         if gram_teacher is not None and step == args.gram_from:
             gram_teacher.load_state_dict(teacher["encoder"].state_dict())
         with autocast:
@@ -963,16 +1012,17 @@ def train(args, rank, world_size, device, stop, watchdog):
             row = dict(step=step, **dict(zip(values, torch.stack(list(values.values())).tolist())),
                        ln_k=math.log(args.prototypes), **s, waited_s=round(waited_s, 3),
                        seconds=round(time.perf_counter() - began, 3))
-            for at, skip in skipped.items():
-                skipped_in_a_row = skipped_in_a_row + 1 if skip else 0
+            for at, skip in zip(skipped, torch.stack(list(skipped.values())).tolist()):
+                in_a_row = in_a_row + 1 if skip else 0
+                most_in_a_row = max(most_in_a_row, in_a_row)
                 if skip and rank == 0:
                     log.write(step=at, skipped="loss or gradient not finite", recordings=sampler.name(at))
                     progress.write(f"step {at} was skipped: its loss or gradient is not finite (see log.jsonl)")
             skipped.clear()
-            if skipped_in_a_row >= MAX_SKIPPED:
+            if most_in_a_row >= MAX_SKIPPED:
                 saved.wait()
-                raise ValueError(f"{skipped_in_a_row} steps in a row, up to step {step}, had a loss or gradient that is "
-                                 "not finite, and were skipped; the last checkpoint is good: --resume with a smaller "
+                raise ValueError(f"{most_in_a_row} steps in a row, before step {step + 1}, had a loss or gradient that "
+                                 "is not finite, and were skipped; the weights are good: --resume with a smaller "
                                  f"--lr (now {args.lr}) or --precision fp32, and look at the recordings that log.jsonl "
                                  "names")
             if rank == 0 and (step % args.log_every == 0 or last):
@@ -985,18 +1035,20 @@ def train(args, rank, world_size, device, stop, watchdog):
                         progress.write(f"warning, step {step}: {sentence}")
                         log.write(step=step, warning=kind, sentence=sentence)
                         told.add(kind)
-        saved.check()
-        if save:
-            watchdog.pat(f"the checkpoint of step {step + 1}")
-            saved.save(step + 1, training_state(student, teacher, gram_teacher, optimizer), about, teacher["encoder"])
-        if stopped_by and not last:
-            break
         if probe.usable and args.probe_every and (step == 0 or last or (step + 1) % args.probe_every == 0):
             watchdog.pat(f"the online probe of step {step + 1}")
             auroc = probe.score(teacher["encoder"], device)
             if rank == 0:
                 log.write(step=step, online_auroc=auroc)
                 progress.write(f"step {step + 1}: online probe AUROC {auroc:.3f}")
+        saved.check()
+        if save:
+            if rank == 0:
+                log.sync()                                             # what the checkpoint stands for is on disk first
+            watchdog.pat(f"the checkpoint of step {step + 1}")
+            saved.save(step + 1, training_state(student, teacher, gram_teacher, optimizer), about, teacher["encoder"])
+        if stopped_by and not last:
+            break
     else:
         stopped_by = None
     progress.close()
@@ -1016,7 +1068,7 @@ def whole(norm):
 
 
 class RunLog:
-    """log.jsonl: one object a line, on disk at once; what is not finite is null."""
+    """log.jsonl: one object a line; what is not finite is null."""
 
     def __init__(self, path):
         self.file = open(path, "a")
@@ -1026,15 +1078,16 @@ class RunLog:
                                     for k, v in row.items()}) + "\n")
         self.file.flush()
 
+    def sync(self):
+        os.fsync(self.file.fileno())
+
 
 def trim_log(path, start):
     """Drop what a killed run logged after its last checkpoint, which the resumed one logs again."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines()
                 if line.endswith("}") and json.loads(line)["step"] < start]
-        part = path.with_suffix(".tmp")
-        part.write_text("".join(line + "\n" for line in kept))
-        part.replace(path)
+        write_whole(path, "".join(line + "\n" for line in kept).encode())
 
 
 def print_header(about, args, start):
@@ -1254,23 +1307,25 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
 def main(args):
     """Train, and with no data show what came out. Returns the exit code."""
     check_args(args)
-    rank, world_size, device = setup_processes(args.device)
-    try:
+    with StopRequest() as stop:                                        # first: a signal while all starts counts too
+        rank, world_size, device = setup_processes(args.device)
+        stop.connect()
         demo = not args.data
         if demo:
             prepare_demo(args, rank)
-        with StopRequest() as stop, Watchdog(rank) as watchdog:
-            stopped_by = train(args, rank, world_size, device, stop, watchdog)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
-            raise
-        found = str(error).splitlines()[0][:200] if str(error) else "host memory"
-        raise ValueError(f"out of memory on rank {rank} ({found}); --checkpoint-activations saves most, then a smaller "
-                         f"--batch (now {args.batch}) or as many more processes, --shard full, --precision bf16, a "
-                         f"shorter --window (now {args.window:g} s)") from error
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            with Watchdog(rank) as watchdog:
+                stopped_by = train(args, rank, world_size, device, stop, watchdog)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+                raise
+            found = str(error).splitlines()[0][:200] if str(error) else "host memory"
+            raise ValueError(
+                f"out of memory on rank {rank} ({found}); --checkpoint-activations saves most, then a smaller --batch "
+                f"(now {args.batch}) or as many more processes, --shard full, --precision bf16, a shorter --window "
+                f"(now {args.window:g} s)") from error
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if stopped_by:
         return 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_STOPPED
     if demo and rank == 0:
@@ -1278,11 +1333,23 @@ def main(args):
     return 0
 
 
-if __name__ == "__main__":
+def cli():
+    """main() as a program: what a user can mend is said in one breath."""
     try:
-        code = main(parse_args())
+        sys.exit(main(parse_args()))
     except ValueError as error:
-        code = f"error: {error}"
+        said = f"error: {error}"
     except OSError as error:
-        code = f"error: {error}; what is on disk is whole: mend that, then --resume"
-    sys.exit(code)
+        said = f"error: {error}; what is on disk is whole: mend that, then --resume"
+    except KeyboardInterrupt:
+        said = "interrupted"
+    except Exception:
+        said = traceback.format_exc()
+    # At once: other ranks wait in a collective, and an orderly end would wait for them, and for threads.
+    print(said, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    cli()

@@ -73,7 +73,7 @@ def patched(folder, code):
     """train.py with a few lines of its own, as a script."""
     script = folder / "patched.py"
     script.write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, train\nRANK = int(os.environ.get('RANK', 0))\n{code}\n"
-                      "try:\n    code = train.main(train.parse_args())\nexcept ValueError as error:\n    code = f'error: {error}'\nsys.exit(code)\n")
+                      "train.cli()\n")
     return script
 
 
@@ -406,7 +406,7 @@ def again(args, rank, world_size, device, stop, watchdog):
     path, meta = train.Checkpoints(args.out, 0, rank, world_size).newest()
     train.load_checkpoint(path, student, teacher, None, optimizer)
     saved = train.Checkpoints(Path(os.environ["AGAIN"]), 0, rank, world_size)
-    saved.save(meta["step"], train.training_state(student, teacher, None, optimizer), {k: meta[k] for k in ("command", "commit", "args")}, teacher["encoder"])
+    saved.save(meta["step"], train.training_state(student, teacher, None, optimizer), {k: meta[k] for k in ("command", "commit", "same")}, teacher["encoder"])
     saved.wait()
 train.train = again
 """
