@@ -8,13 +8,14 @@ shared.
 Without --data, synthetic recordings are prepared in a temporary folder. Prints one line per path, medians after a
 warm-up:
     matmul    fp32 (bf16 on a GPU) matrix multiplication of this machine, the yardstick of `step`
-    step      training step: model FLOP/s (counted by torch, forward and backward) as a share of the matmul rate, what
+    step      training step: model FLOP/s (matrix products of forward and backward) as a share of the matmul rate, what
               it is made of, and the share of it that the loop waits for data
     loader    batches per second of train.host_batch, and the share of a step that they take
     views     windows, leads, gain and noise of a batch, as a share of a step (they are made beside it)
     embed     ten-second 12-lead recordings per second through a frozen encoder, FLOP/s as a share of the matmul rate
 --sizes: parameters, state, activations and FLOPs of every size, computed without memory, beside what is measured here
---ranks: state of each rank, step and checkpoint of a sharded and a replicated run, on 1 to so many processes
+--ranks: state of each rank, step and checkpoint of a sharded and a replicated run, on 1 to so many processes; `alone`
+    is a rank that speaks to no other, and whose losses see only its own recordings
 --lengths: time and memory of a training step against --window, and of embedding against the recording's length
 --prepare: recordings per second of prepare.py, from raw files to finished shards, on one core and on two, as a ratio to
     wfdb.rdrecord (h5py for HDF5) alone reading the same files, and where the time goes
@@ -186,6 +187,8 @@ def bench(args):
             waited += time.perf_counter() - before if step else 0.0     # nothing was ahead of the first
             batches.start(step + 1)
             run.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()                               # else the host waits for steps, not for data
         batches.take()
         return waited
 
@@ -202,8 +205,9 @@ def bench(args):
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"size {args.size}, batch {args.batch}, {name}, torch {torch.__version__}")
     print(f"matmul  {rate / 1e9:10.1f} GFLOP/s")
-    print(f"step    {args.batch / t_step:10.1f} recordings/s  {100 * flops(run.step) / t_step / rate:6.1f} % of the "
-          f"matmul rate   ({t_step:.3f} s)")
+    work = step_flops(on_paper(args.size, args.batch))
+    print(f"step    {args.batch / t_step:10.1f} recordings/s  {100 * work / t_step / rate:6.1f} % of the matmul rate   "
+          f"({t_step:.3f} s)")
     parts = {"teacher": t_teacher, "student forward": t_student, "heads and losses": t_forward - t_teacher - t_student,
              "clip and AdamW": t_update, "EMA": t_ema}
     parts["backward"] = t_step - sum(parts.values())
@@ -218,17 +222,18 @@ def bench(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # sizes, ranks, lengths
 
-def saved_bytes(function):
-    """What autograd keeps for the backward pass of function(), each storage once."""
-    kept = {}
+def saved_bytes(run):
+    """What autograd keeps for the backward pass of a step, each storage once, without the weights."""
+    kept, weights = {}, {p.untyped_storage()._cdata for p in run.student.parameters()}
 
     def keep(t):
         storage = t.untyped_storage()                                  # held, so that no other gets its address
-        kept[storage._cdata] = storage
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
         return t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        result = function()
-    del result
+        loss = run.loss()
+    del loss
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -244,19 +249,31 @@ def peak_mb():
 
 
 def measure_step(size, batch, recompute, window_s=train.WINDOW_S, groups=None):
-    """(peak MB above what the imports take, seconds of a step, GFLOP/s of the machine) on one CPU thread."""
+    """(peak MB of a step above what the imports take, its seconds, FLOP/s of the machine) on one CPU thread."""
     torch.set_num_threads(1)
-    rate, before, cpu = matmul_rate(torch.device("cpu")), resident_mb(), torch.device("cpu")
-    imports = peak_mb()
+    cpu, before = torch.device("cpu"), peak_mb()
     run = Run(size, cpu, random_views(batch, cpu, window_s, groups), recompute)
     run.step()
-    return max(0.0, peak_mb() - max(imports, before)) if peak_mb() > imports else 0.0, seconds(run.step, cpu, 1), rate
+    peak = peak_mb() - before
+    return peak, seconds(run.step, cpu, 1), matmul_rate(cpu)
+
+
+def on_paper(size, batch, recompute=False):
+    """A Run whose tensors have shapes and no memory: neither generators nor autocast know such a device."""
+    meta = torch.device("meta")
+    with (patch("model.Encoder.init_weights"), patch("dino.DINOHead.init_weights"), meta):
+        return Run(size, meta, random_views(batch, meta), recompute)
+
+
+def step_flops(run):
+    """Of the matrix products of a step on paper, attention's among them, which torch does not count on a CPU."""
+    with patch("dino.full_precision", contextlib.nullcontext):
+        return flops(lambda: run.loss().backward())
 
 
 def bench_sizes(args):
     """What each size costs: computed with tensors that have no memory, and for MEASURED sizes beside a step of this
     machine."""
-    meta = torch.device("meta")
     print("state: weights, gradients and two moments of the student and weights of the teacher, 4 bytes each; with "
           "--shard full divided by the ranks.\nactivations in fp32, without the teacher's; recomp.: with "
           "--checkpoint-activations")
@@ -264,13 +281,11 @@ def bench_sizes(args):
           f"{'':4}measured here, batch 16, one thread: MB predicted, found; step s, % of matmul rate")
     print(f"{'':7}{'M params':>10}{'M params':>9}{'GB':>10}{'recording':>12}{'per rec.':>10}{'recomp.':>10}")
     for size in SIZES:
-        # Shapes are all that is wanted, and neither generators nor autocast know this device.
-        with (patch("model.Encoder.init_weights"), patch("dino.DINOHead.init_weights"),
-              patch("dino.full_precision", contextlib.nullcontext), meta):
-            run = Run(size, meta, random_views(16, meta))
-            n_encoder, n_all = (sum(p.numel() for p in x.parameters()) for x in (run.student["encoder"], run.student))
-            kept, work = saved_bytes(run.loss) / 16, flops(lambda: run.loss().backward()) / 16
-            kept_less = saved_bytes(Run(size, meta, run.groups, recompute=True).loss) / 16
+        run = on_paper(size, 16)
+        n_encoder, n_all = (sum(p.numel() for p in x.parameters()) for x in (run.student["encoder"], run.student))
+        with patch("dino.full_precision", contextlib.nullcontext):
+            kept, kept_less = saved_bytes(run) / 16, saved_bytes(on_paper(size, 16, recompute=True)) / 16
+        work = step_flops(run) / 16
         line = (f"{size:7}{n_encoder / 1e6:10.1f}{n_all / 1e6:9.1f}{20 * n_all / 1e9:10.2f}{work / 1e9:12.1f}"
                 f"{kept / 1e6:10.1f}{kept_less / 1e6:10.1f}")
         if size in MEASURED:

@@ -816,14 +816,14 @@ def health(cls, logits, parts):
     """Signs that the loss does not show, over the recordings of all ranks. cls (2, B, 2D) teacher features, logits
     (V, B, K) of the student; parts are this rank's."""
     x = torch.nan_to_num(gather_rows(cls[0].float())[0])
-    x = x - x.mean(0)
-    # Singular values, by way of the smaller square.
+    x = (x - x.mean(0)).double()
+    # Singular values, by way of the smaller square: in fp64, for the root of a rounded zero is no small number.
     spectrum = torch.linalg.eigvalsh(x @ x.T if x.shape[0] < x.shape[1] else x.T @ x).clamp(min=0).sqrt()
     share = spectrum / spectrum.sum().clamp(min=1e-12)
     mean_prediction = reduce_((logits.float() / 0.1).softmax(-1).mean((0, 1))) / num_ranks()
     everyone = reduce_(torch.stack([v.detach().float() for v in parts.values()])) / num_ranks()
-    return dict(zip(parts, everyone), cls_std=x.std(0).mean(),
-                cls_rank=(-(share * share.clamp(min=1e-12).log()).sum()).exp(),
+    return dict(zip(parts, everyone), cls_std=x.std(0).mean().float(),
+                cls_rank=(-(share * share.clamp(min=1e-12).log()).sum()).exp().float(),
                 prediction_entropy=-(mean_prediction * mean_prediction.clamp(min=1e-12).log()).sum())
 
 
@@ -1259,8 +1259,9 @@ def parse_args(argv=None):
     system = p.add_argument_group("system")
     system.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     system.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                        help="bf16: matrix products in bf16, weights and losses in fp32; on a CPU with AVX-512 BF16 "
-                             "or AMX 1.4 times as fast (default: bf16 on GPUs, else fp32)")
+                        help="bf16: matrix products in bf16, stored weights and losses in fp32 (sharded, what lies "
+                             "between the layers is bf16 too); on a CPU with AVX-512 BF16 or AMX 1.4 times as fast "
+                             "(default: bf16 on GPUs, else fp32)")
     system.add_argument("--shard", choices=("full", "none"), default="full",
                         help="full: weights, gradients and moments are split over all ranks (FSDP); none: every rank "
                              "holds them, for models so small that fetching them costs more (default: %(default)s)")
