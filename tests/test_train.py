@@ -374,8 +374,9 @@ def test_old_checkpoints_go_and_milestones_stay(data, tmp_path):
 
 
 # Sums over recordings, tokens or ranks are taken in another order, which is 1e-7 of a value each time; AdamW divides small gradients by their own size, so
-# that differences grow with the steps, in 100 to about 3e-6 of a loss. KoLeo is the logarithm of a small distance, and passes through zero.
-AGREE = dict(rel=2e-5, abs=5e-5)
+# that differences grow with the steps, in 100 to about 5e-6 of a loss. KoLeo is the logarithm of a small distance, and Contrast has a temperature of 0.15:
+# ten times as much.
+AGREE = dict(koleo=2e-4, contrast=2e-4)
 LOSSES = ("loss", "dino_global", "dino_local", "ibot", "koleo", "contrast", "target_entropy", "patch_target_entropy", "cls_rank", "prediction_entropy")
 
 
@@ -391,7 +392,7 @@ def test_ranks_sharding_compiling_and_recomputing_do_not_change_the_losses(data,
         assert len(b) == steps
         worst = {k: max(abs(a[step][k] - b[step][k]) / max(1.0, abs(a[step][k])) for step in range(steps)) for k in LOSSES}
         print(f"{name} after {steps} steps:", *(f"{k} {v:.1e}" for k, v in worst.items()))
-        assert all(b[step] == pytest.approx(a[step], **AGREE) for step in range(steps)), (name, worst)
+        assert all(v <= AGREE.get(k, 2e-5) for k, v in worst.items()), (name, worst)
 
 
 SAVE_AGAIN = """
