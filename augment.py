@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from scipy.signal import butter, sosfiltfilt
 
-from prepare import FS, LEADS, MISSING, SPLITS, lead_id
+from prepare import FS, LEADS, MISSING, SPLITS
 
 NOISE_TYPES = ("bw", "em", "ma")     # baseline wander, electrode motion, muscle artefact: records of the noise corpus
 NOISE_TYPE_SHARE = 0.7               # chance of each type in a noisy view

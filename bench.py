@@ -50,7 +50,7 @@ import prepare
 import train
 from augment import load_noise, mask_counts
 from dino import build_networks, distributed, update_teacher
-from model import SIZES, WINDOW_PATCHES, build_encoder
+from model import SIZES, build_encoder
 from prepare import FS, open_corpus
 
 REPEATS = 5

@@ -872,9 +872,9 @@ class OnlineProbe:
     def score(self, encoder, device):
         """Macro AUROC over the superclasses that both splits have, at the best of ONLINE_PROBE_C."""
         x, y = {}, {}
-        for split, (signal, leads, labels) in self.sets.items():
-            x[split] = torch.cat([encoder(s.to(device).float() * 1e-3, l.to(device)).pooled()
-                                  for s, l in zip(signal.split(64), leads.split(64))]).float().cpu().numpy()
+        for split, (windows, leads, labels) in self.sets.items():
+            x[split] = torch.cat([encoder(w.to(device).float() * 1e-3, l.to(device)).pooled()
+                                  for w, l in zip(windows.split(64), leads.split(64))]).float().cpu().numpy()
             y[split] = labels
         scored = [k for k in range(8) if all(5 <= y[s][:, k].sum() <= len(y[s]) - 5 for s in y)]
         auroc = []
@@ -944,12 +944,12 @@ def train(args, rank, world_size, device, stop, watchdog):
     optimizer = build_optimizer(student)
 
     out, start = args.out, 0
+    saved = Checkpoints(out, args.keep_every, rank, world_size)
     if rank == 0:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = hold(out)                                               # until the process ends
+        saved.folder.mkdir(parents=True, exist_ok=True)
+        saved.lock = hold(out)                                         # until the process ends
     barrier()
     watchdog.pat("reading the checkpoint")
-    saved = Checkpoints(out, args.keep_every, rank, world_size)
     if from_rank_0(not args.resume and (bool(checkpoints(saved.folder)) or (out / "log.jsonl").exists())):
         raise ValueError(f"{out} already holds a run; continue it with --resume, or choose another --out")
     path, meta = saved.newest()
