@@ -2,6 +2,7 @@
 
 $ECG_KILLS (3) is how often a run is killed at a random instant, $ECG_STEPS (6) how long runs that must agree are compared.
 """
+import fcntl
 import json
 import math
 import os
@@ -366,6 +367,25 @@ def test_damaged_checkpoints_are_noticed(data, whole, tmp_path):
         damage(checkpoint) if i else (checkpoint / "meta.json").write_text('{"step": 6')
     done = run([sys.executable], data, tmp_path / "run", 7, "--resume", expect=1)
     assert "no checkpoint" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_goes_on_only_as_it_began(data, whole, tmp_path):
+    """Other flags or corpora, fewer steps, another process in the folder: refused. encoder.pt is made anew where a kill came before it."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "encoder.pt").unlink()
+    run([sys.executable], data, out, 7, "--resume")
+    assert same(weights(out), weights(whole))
+    for steps, extra, text in ((7, ["--seed", "1"], "--seed 0 (now 1)"), (7, ["--data", str(data / "ptbxl")], "--data ptbxl:1 mitdb:1 (now ptbxl:1)"),
+                               (5, [], "already done 7 steps")):
+        done = run([sys.executable], data, out, steps, "--resume", *extra, expect=1)
+        assert text in done.stderr and "Traceback" not in done.stderr, done.stderr
+    with open(out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run([sys.executable], data, out, 7, "--resume", expect=1, script=patched(tmp_path, "train.LOCK_S = 2"))
+    assert "another process trains into" in done.stderr
+    (out / "checkpoints/step_0000007").rename(out / "checkpoints/step_0000009")
+    assert train.read_meta(out / "checkpoints/step_0000009") is None                          # it says step 7
 
 
 def test_old_checkpoints_go_and_milestones_stay(data, tmp_path):
