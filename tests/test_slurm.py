@@ -33,8 +33,8 @@ def corpora(request, tmp_path_factory):
     try:
         raw = request.getfixturevalue("shared_data")
     except pytest.skip.Exception:
-        prepare.main(prepare.parse_args(["synth", "--raw", str(folder / "raw"), "--out", str(folder), "--records", "80"]))
-        return folder
+        prepare.main(prepare.parse_args(["synth", "--raw", str(folder / "raw"), "--out", str(folder / "data"), "--records", "80"]))
+        return folder / "data"
     for source, limit in (("ptbxl", ["--limit", "200"]), ("mitdb", []), ("nstdb", [])):
         prepare.main(prepare.parse_args([source, "--raw", str(raw / source), "--out", str(folder / source), *limit]))
     return folder
