@@ -50,7 +50,7 @@ import prepare
 import train
 from augment import load_noise, mask_counts
 from dino import build_networks, distributed, update_teacher
-from model import SIZES, build_encoder
+from model import PATCH_S, SIZES, build_encoder
 from prepare import FS, open_corpus
 
 REPEATS = 5
@@ -146,7 +146,7 @@ def random_views(batch, device, window_s=train.WINDOW_S, groups=None):
     """Views of a batch as cut_views makes them, of random signal: shapes are all that time and memory depend on."""
     made = []
     for shape in groups or train.lead_groups(window_s):
-        n, P = max(1, round(batch * shape.share)), round(0.2 * FS)
+        n, P = max(1, round(batch * shape.share)), round(PATCH_S * FS)
         views = []
         for spec in train.view_specs(shape, few=2):
             signal = torch.randn(spec.views * n, spec.leads, spec.patches * P, device=device) * 0.2
@@ -243,18 +243,13 @@ def in_new_process(function, *args):
         return pool.apply(function, args)
 
 
-def peak_mb():
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1024
-
-
 def measure_step(size, batch, recompute, window_s=train.WINDOW_S, groups=None):
     """(peak MB of a step above what the imports take, its seconds, FLOP/s of the machine) on one CPU thread."""
     torch.set_num_threads(1)
-    cpu, before = torch.device("cpu"), peak_mb()
+    cpu, before = torch.device("cpu"), memory_mb("VmHWM")
     run = Run(size, cpu, random_views(batch, cpu, window_s, groups), recompute)
     run.step()
-    peak = peak_mb() - before
+    peak = memory_mb("VmHWM") - before
     return peak, seconds(run.step, cpu, 1), matmul_rate(cpu)
 
 
@@ -370,9 +365,9 @@ def measure_embedding(size, leads, duration_s):
     names = prepare.PTBXL_LEADS[:leads]
     signal = np.random.default_rng(0).normal(0, 0.3, (leads, round(duration_s * FS))).astype(np.float32)
     encoder.embed(signal[:, :10 * FS], fs=FS, leads=names)
-    before = peak_mb()
+    before = memory_mb("VmHWM")
     took = clock(lambda: encoder.embed(signal, fs=FS, leads=names))
-    return took, peak_mb() - before
+    return took, memory_mb("VmHWM") - before
 
 
 def bench_lengths(args):
@@ -482,10 +477,10 @@ def clock_each(function, items):
     return clock(lambda: deque(map(function, items), maxlen=0))
 
 
-def resident_mb():
-    """Memory of this process that is not mapped from files, in MB."""
+def memory_mb(field):
+    """Memory of this process in MB: RssAnon what is not mapped from files, VmHWM the most that there was of all."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["RssAnon"].split()[0]) / 1024
+    return int(status[field].split()[0]) / 1024
 
 
 def bench_index(args):
@@ -510,12 +505,12 @@ def bench_index(args):
                 "magic": prepare.MAGIC, "format_version": prepare.FORMAT_VERSION, "recordings": size,
                 "shard_bytes": sizes}))
             del index
-            before, opened = resident_mb(), []
+            before, opened = memory_mb("RssAnon"), []
             t_open = clock(lambda: opened.append(open_corpus(folder)))
             t_sampler = clock(lambda: opened.append(train.Sampler(opened[:1], 1024, 0)))
             t_batch = statistics.median(clock(lambda: opened[1].choose(step)) for step in range(20))
             print(f"index of {size:12,}: open {t_open:.3f} s ({len(sizes):,} shards), sampler {t_sampler:.2f} s and "
-                  f"{resident_mb() - before:,.0f} MB, choice of a batch of 1,024 {1000 * t_batch:.1f} ms")
+                  f"{memory_mb('RssAnon') - before:,.0f} MB, choice of a batch of 1,024 {1000 * t_batch:.1f} ms")
 
 
 def parse_args(argv=None):

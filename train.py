@@ -645,8 +645,7 @@ class Checkpoints:
                 part.rename(part.with_suffix(""))
                 self.writing = f"encoder.pt of step {meta['step']}"
                 self.forget_old()
-                export_encoder(part.with_suffix(""), self.out / "encoder.pt", encoder, shapes, command=meta["command"],
-                               commit=meta["commit"], step=meta["step"])
+                export_encoder(part.with_suffix(""), self.out / "encoder.pt", encoder, shapes, meta)
         except BaseException:
             if self.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
@@ -792,14 +791,14 @@ def load_checkpoint(path, student, teacher, gram_teacher, optimizer):
         set_model_state_dict(gram_teacher, state["gram_teacher"])
 
 
-def export_encoder(checkpoint, path, encoder, shapes, **about):
+def export_encoder(checkpoint, path, encoder, shapes, meta):
     """encoder.pt with the teacher's weights, read back from a finished checkpoint: no rank has to wait, and what was
     written has been read once."""
     weights = {name: torch.empty(shape) for name, shape in shapes.items()}
     state = dict(teacher={f"encoder.{name}": w for name, w in weights.items()})
     dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     part = path.with_suffix(".tmp")
-    save_encoder(encoder, part, weights, **about)
+    save_encoder(encoder, part, weights, **{k: meta[k] for k in ("command", "commit", "step")})
     part.replace(path)
 
 
@@ -960,8 +959,7 @@ def train(args, rank, world_size, device, stop, watchdog):
     if rank == 0:
         saved.clean()
         if path is not None and file_time(out / "encoder.pt") < file_time(path / "meta.json"):     # killed in between
-            export_encoder(path, out / "encoder.pt", teacher["encoder"], saved.shapes(teacher["encoder"]),
-                           command=meta["command"], commit=meta["commit"], step=start)
+            export_encoder(path, out / "encoder.pt", teacher["encoder"], saved.shapes(teacher["encoder"]), meta)
         (out / "stopped").unlink(missing_ok=True)
         trim_log(out / "log.jsonl", start)
         write_whole(out / "run.json", json.dumps(about, indent=1, default=str).encode())
@@ -1007,11 +1005,8 @@ def train(args, rank, world_size, device, stop, watchdog):
         stopped_by = stop.answer()
         last = step + 1 == args.steps
         save = last or stopped_by or (step + 1) % args.checkpoint_every == 0
-        if step % args.log_every == 0 or save:
-            values = health(cls, logits.detach(), dict(loss=loss, **parts)) | norms
-            row = dict(step=step, **dict(zip(values, torch.stack(list(values.values())).tolist())),
-                       ln_k=math.log(args.prototypes), **s, waited_s=round(waited_s, 3),
-                       seconds=round(time.perf_counter() - began, 3))
+        show = last or step % args.log_every == 0
+        if show or save:
             for at, skip in zip(skipped, torch.stack(list(skipped.values())).tolist()):
                 in_a_row = in_a_row + 1 if skip else 0
                 most_in_a_row = max(most_in_a_row, in_a_row)
@@ -1025,7 +1020,12 @@ def train(args, rank, world_size, device, stop, watchdog):
                                  "is not finite, and were skipped; the weights are good: --resume with a smaller "
                                  f"--lr (now {args.lr}) or --precision fp32, and look at the recordings that log.jsonl "
                                  "names")
-            if rank == 0 and (step % args.log_every == 0 or last):
+        if show:
+            values = health(cls, logits.detach(), dict(loss=loss, **parts)) | norms
+            row = dict(step=step, **dict(zip(values, torch.stack(list(values.values())).tolist())),
+                       ln_k=math.log(args.prototypes), **s, waited_s=round(waited_s, 3),
+                       seconds=round(time.perf_counter() - began, 3))
+            if rank == 0:
                 log.write(**row)
                 progress.set_postfix_str(f"loss {row['loss']:.3f} dino {row['dino_local']:.3f} "
                                          f"ibot {row['ibot']:.3f} targets {row['target_entropy']:.2f}"
