@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from scipy.signal import butter, sosfiltfilt
 
-from prepare import FS, LEADS, MISSING, SPLITS
+from corpus import SPLITS
+from ecg import FS, LEADS, MISSING
 
 NOISE_TYPES = ("bw", "em", "ma")     # baseline wander, electrode motion, muscle artefact: records of the noise corpus
 NOISE_TYPE_SHARE = 0.7               # chance of each type in a noisy view
@@ -98,7 +99,7 @@ def draw_views(rng, spec, recordings, slots, window, noise_length, patch_samples
     )
 
 
-def take_rows(draws, rows, spec, available):
+def share_of_rank(draws, rows, spec, available):
     """This rank's part of the draws, as tensors: recordings `rows`, whose first available[b] slots hold a lead.
 
     Which leads a view takes is settled here: all there is to know (the first slots, see ViewSpec), or random ones.
@@ -115,7 +116,7 @@ def take_rows(draws, rows, spec, available):
 def make_views(batch_uv, slot_leads, draws, spec, patch_samples, noise=None):
     """Cut one view list out of a batch.
 
-    batch_uv (B, S, W) int16 uV, slot_leads (B, S) lead ids, draws of take_rows, noise of load_noise or None.
+    batch_uv (B, S, W) int16 uV, slot_leads (B, S) lead ids, draws of share_of_rank, noise of load_noise or None.
     Returns noisy and clean signal, each (V*B, L, T) mV, and the leads (V*B, L) with some names hidden and as they are;
     all view-major (row = view * B + recording).
     """
@@ -236,3 +237,106 @@ def draw_masks(rng, crops, leads, patches):
     return (position < counts[:, None]).reshape(crops, leads, patches)
 
 
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# view lists and batches
+
+WINDOW_S = 9.0                   # s; --window
+
+
+class LeadGroup(NamedTuple):
+    """A part of every batch whose views have one shape."""
+    leads: int                   # of a global view; recordings with as many or more take part
+    slots: int                   # leads that a batch carries
+    window_s: float              # the stretch of a recording from which its views are cut
+    global_patches: int          # of a lead of a global view, and of a local one
+    local_patches: int
+    share: float                 # of the batch
+
+
+def lead_groups(window_s=WINDOW_S):
+    """The lead groups of a run, views as long as the window allows.
+
+    Few leads get longer views for the same number of tokens: what can be told from one lead is rhythm, and that takes
+    several beats. Recordings with many leads take part in the groups of few as well, with random ones of their leads.
+    A longer window makes the views of few leads longer, and a recording that is too short for it may still show many.
+    """
+    few, local = (round(patches * window_s / WINDOW_S) for patches in (WINDOW_PATCHES[1], 15))
+    return (LeadGroup(8, 12, min(window_s, WINDOW_S), WINDOW_PATCHES[8], 8, 0.5),
+            LeadGroup(2, 4, window_s, few, local, 0.25), LeadGroup(1, 1, window_s, few, local, 0.25))
+
+
+GLOBAL_VIEWS, LOCAL_FULL_VIEWS, LOCAL_FEW_VIEWS = 2, 3, 1
+FEW_LEADS = (1, 2, 3)            # lead count of the last list, drawn per step
+
+
+def view_specs(shape, few):
+    """View lists of a lead group: globals, locals with all its leads, locals with few; the last count is drawn per
+    step."""
+    return (ViewSpec(GLOBAL_VIEWS, shape.leads, shape.global_patches, True),
+            ViewSpec(LOCAL_FULL_VIEWS, shape.leads, shape.local_patches, True),
+            ViewSpec(LOCAL_FEW_VIEWS, min(few, shape.leads), shape.local_patches, False))
+
+
+def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
+    """Everything random or read from disk in a step, for this rank: per group windows, lead ids, draws of views,
+    masks."""
+    few = int(np.random.default_rng([sampler.seed, step, 99]).choice(FEW_LEADS))
+    groups, chosen = [], sampler.choose(step)
+    for g, group in enumerate(sampler.groups):
+        rng = np.random.default_rng([sampler.seed, step, g, 2])
+        rows = slice(rank, group["size"], world_size)
+        batch, leads, available = sampler.draw(step, g, chosen[g], rows)
+        specs = view_specs(group["shape"], few)
+        draws = [share_of_rank(draw_views(rng, spec, group["size"], group["shape"].slots, group["window"], noise_length,
+                                      patch_samples), rows, spec, available) for spec in specs]
+        masks = draw_masks(rng, GLOBAL_VIEWS * group["size"], specs[0].leads, specs[0].patches)
+        masks = masks.reshape(GLOBAL_VIEWS, group["size"], *masks.shape[1:])[:, rows].reshape(-1, *masks.shape[1:])
+        groups.append(dict(batch=torch.from_numpy(batch), leads=torch.from_numpy(leads), specs=specs, draws=draws,
+                           masks=torch.from_numpy(masks)))
+    return groups
+
+
+def cut_views(group, noise, patch_samples, device):
+    """A lead group of host_batch on the device: its views (noisy signal, clean signal, lead ids with some hidden, lead
+    ids), masks (2B, L, N), and of each masked patch its place among the patches of all global views and its weight in
+    the iBOT loss."""
+    masks = group["masks"]
+    place = masks.flatten().nonzero().squeeze(1)
+    weights = (1.0 / masks.sum((1, 2)).clamp(min=1))[place // masks[0].numel()]
+    batch, leads = group["batch"].to(device), group["leads"].to(device)
+    views = [make_views(batch, leads, draws, spec, patch_samples, noise)
+             for spec, draws in zip(group["specs"], group["draws"])]
+    return dict(views=views, masks=masks.to(device), place=place.to(device), weights=weights.to(device),
+                recordings=len(batch))
+
+
+class Batches:
+    """The views of this rank, one step ahead: a thread reads and draws them, moves them to the device and cuts them
+    there, on a GPU on a stream of their own, so that neither the host nor the device waits."""
+
+    def __init__(self, sampler, rank, world_size, noise, patch_samples, device):
+        self.sampler, self.rank, self.world_size = sampler, rank, world_size
+        self.noise, self.patch_samples, self.device = noise, patch_samples, device
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1)
+
+    def make(self, step):
+        noise_length = self.noise.shape[-1] if self.noise is not None else max(g["window"] for g in self.sampler.groups)
+        groups = host_batch(self.sampler, step, self.rank, self.world_size, noise_length, self.patch_samples)
+        with torch.cuda.stream(self.stream):                           # nothing where there is none
+            made = [cut_views(g, self.noise, self.patch_samples, self.device) for g in groups]
+            return made, self.stream.record_event() if self.stream else None
+
+    def start(self, step):
+        self.next = self.thread.submit(self.make, step)
+
+    def take(self):
+        made, ready = self.next.result()
+        if ready is not None:
+            torch.cuda.current_stream().wait_event(ready)
+            for group in made:                                         # in use until this stream is done with them
+                for tensor in (group["masks"], group["place"], group["weights"], *sum(map(list, group["views"]), [])):
+                    tensor.record_stream(torch.cuda.current_stream())
+        return made

@@ -45,15 +45,9 @@ RECORD_S, RECORD_LEADS = 10, 12  # s and leads of every PTB-XL recording
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, the inverse strength of the L2 penalty
 MAX_ITER = 2000  # of L-BFGS, which takes up to 300 at the weakest penalty
 MIN_POSITIVES = 10  # positives in fold 10 below which the AUROC of a label is mostly noise
-BOOTSTRAPS = 1000  # resamples of the patients of fold 10
 FEW_PATIENTS = 1000  # in fold 10 (all of PTB-XL has about 1,900), below which this is said:
 FEW_NOTE = "\nfew test patients: the intervals are wide, and labels with few positives move the macro over all"
-NOISE_DB = (24, 18, 12, 6, 0, -6)  # signal-to-noise ratios of fold 10 for the robustness
-ECE_BINS = 15  # equal-width bins of the class-wise expected calibration error
-COLORS = {"untrained": "#c4c4c4", "pre-trained": "#7fb2e5"}
 
-
-# ---- data --------------------------------------------------------------------------------------------------
 
 def read_tables(raw):
     """PTB-XL's recordings (with `codes` and `path`), its SCP statements, and the rate in Hz of what `path` leads to.
@@ -102,8 +96,6 @@ def label_sets(codes, statements):
     return sets
 
 
-# ---- features ----------------------------------------------------------------------------------------------
-
 def read_record(path, patch_samples):
     """signal (L, T) mV at FS, up to 10 s in whole patches, and lead ids (L,); None if none of it is usable."""
     try:
@@ -143,33 +135,6 @@ def extract_features(encoders, paths, batch, device):
     return features, counts
 
 
-def noisy_features(encoders, paths, noise, seed, device):
-    """[CLS, mean patch] of R recordings at every level of NOISE_DB: (encoders, H, R, 2D). NaN if one has gaps.
-
-    A recording gets the same noise at every level, only stronger, and for every encoder.
-    """
-    P = encoders[0].patch_samples
-    N = RECORD_S * FS // P
-    features = np.full((len(encoders), len(NOISE_DB), len(paths), 2 * encoders[0].width), np.nan, dtype=np.float32)
-    levels = torch.tensor(NOISE_DB, dtype=torch.float32)
-    for r, path in enumerate(tqdm(paths, desc="noise", unit="record", disable=None)):
-        record = read_record(path, P)
-        if not record or record[0].shape != (RECORD_LEADS, N * P) or not np.isfinite(record[0]).all():
-            continue
-        signal, leads = (torch.from_numpy(x).expand(len(NOISE_DB), *x.shape) for x in record)
-        draws = draw_views(np.random.default_rng([seed, r]), ViewSpec(1, RECORD_LEADS, N, True), 1, RECORD_LEADS, N * P,
-                           noise.shape[-1], P)
-        draws = {k: torch.from_numpy(draws[k][0]).expand(len(NOISE_DB), *draws[k].shape[2:])
-                 for k in ("amplitude", "sign", "channel", "offset")}
-        noisy = add_noise(signal, leads, noise, levels, **draws).to(device)
-        for e, encoder in enumerate(encoders):
-            with torch.inference_mode():
-                features[e, :, r] = encoder.pool(noisy, leads.to(device)).cpu()
-    return features
-
-
-# ---- probe -------------------------------------------------------------------------------------------------
-
 def fit_label(x, y, x_new):
     """Logits (G, R') of one label's logistic regression at every C; x (R, F), y (R,) bool, x_new (R', F)."""
     # Along rising C every solution starts the next. At the default tolerance the macro AUROC is within 0.001 of the
@@ -199,75 +164,12 @@ def fit_labels(features, y, train):
     return logits[:, :, where.ravel()]
 
 
-def both_classes(y):
-    """Which columns of y (R, C) bool have positives and negatives: (C,)."""
-    return y.any(axis=0) & ~y.all(axis=0)
-
-
 def choose_c(logits, y):
     """Place in C_GRID of the best macro AUROC of logits (G, R, C) on y (R, C); the middle if nothing can be scored."""
     usable = np.flatnonzero(both_classes(y) & np.isfinite(logits).all(axis=(0, 1)))
     once = np.ones((1, len(y)))
     scores = [[resampled_auroc(y[:, k], z[:, k], once)[0] for k in usable] for z in logits]
     return int(np.argmax(np.mean(scores, axis=1))) if len(usable) else len(C_GRID) // 2
-
-
-def platt(logit, y, logit_new):
-    """Platt's (1999) sigmoid, fitted on logit (R,) and y (R,) bool: probabilities of logit_new (R',).
-
-    As CalibratedClassifierCV(method="sigmoid"), which wants the classifier itself. The smoothed targets that he asks
-    for are fractions, so every row enters as a positive and as a negative, weighted.
-    """
-    target = np.where(y, (y.sum() + 1) / (y.sum() + 2), 1 / ((~y).sum() + 2))
-    model = LogisticRegression(C=np.inf, tol=1e-6, max_iter=MAX_ITER)
-    model.fit(np.tile(logit, 2)[:, None], np.repeat([1, 0], len(y)), sample_weight=np.r_[target, 1 - target])
-    return model.predict_proba(logit_new[:, None])[:, 1]
-
-
-# ---- scores ------------------------------------------------------------------------------------------------
-
-def resampled_auroc(y, score, counts):
-    """AUROC (S,) of one label in every resample, by ranks: exact, ties count half, NaN where a class is absent.
-
-    y (R,) bool; score (R,); counts (S, R): how often resample s holds row r. A row of ones gives the plain AUROC.
-    """
-    order = np.argsort(score)
-    first = np.unique(score[order], return_index=True)[1]  # where each distinct score begins
-    positives = np.add.reduceat(counts[:, order] * y[order], first, axis=1)  # (S, distinct scores)
-    negatives = np.add.reduceat(counts[:, order] * ~y[order], first, axis=1)
-    won = positives * (np.cumsum(negatives, axis=1) - negatives / 2)
-    with np.errstate(invalid="ignore"):
-        return won.sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
-
-
-def patient_counts(patients, seed):
-    """counts (S, R) of resamples of patients (R,): each is drawn with replacement and brings all of its recordings."""
-    _, patient = np.unique(patients, return_inverse=True)
-    n = patient.max() + 1
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=BOOTSTRAPS)[:, patient]
-
-
-def macro(auroc):
-    """Mean over labels of auroc (S, C) -> (S,); a label that a resample cannot score is left out of its mean."""
-    scored = np.isfinite(auroc)
-    with np.errstate(invalid="ignore"):
-        return np.where(scored, auroc, 0).sum(axis=1) / scored.sum(axis=1)
-
-
-def interval(samples):
-    """95 % percentile interval [low, high] of bootstrap samples (S,)."""
-    return np.nanpercentile(samples, [2.5, 97.5]).tolist() if np.isfinite(samples).any() else [np.nan, np.nan]
-
-
-def calibration(p, y):
-    """Brier score, negative log-likelihood (nats) and class-wise ECE: means over labels of p (R, C), y (R, C)."""
-    if not p.size:
-        return dict(brier=np.nan, nll=np.nan, ece=np.nan)
-    bins = np.minimum((p * ECE_BINS).astype(int), ECE_BINS - 1)
-    gaps = [np.bincount(bins[:, k], weights=p[:, k] - y[:, k]) for k in range(p.shape[1])]
-    likelihood = np.where(y, p, 1 - p).clip(np.finfo(float).tiny)
-    return dict(brier=np.mean((p - y) ** 2), nll=-np.mean(np.log(likelihood)),
-                ece=np.mean([np.abs(gap).sum() / len(p) for gap in gaps]))
 
 
 def score_task(logits, y, fold, scored, counts):
@@ -329,31 +231,6 @@ def compare(names, y, fold, logits, counts, noisy=None):
                        p_platt=runs[0]["platt"], p_untrained=runs[-1]["raw"], difference=difference)
 
 
-# ---- output ------------------------------------------------------------------------------------------------
-
-def write_whole(path, write):
-    """write(temporary path), then rename: the file appears whole or not at all."""
-    temporary = path.with_name(f"writing-{path.name}")  # keeps the suffix, by which savefig and savez choose the format
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def to_json(value):
-    """Plain types for json.dumps; a number that could not be computed becomes null, because JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return value if not isinstance(value, float) else round(value, 6) if np.isfinite(value) else None
-
-
-def show(value, ci):
-    """A score with its interval, for people."""
-    return "-" if value is None else f"{value:.3f} [{', '.join('-' if v is None else f'{v:.3f}' for v in ci)}]"
-
-
 def report(result):
     """The protocol and the scores, as text."""
     n, rows = result["n"], {}
@@ -404,57 +281,7 @@ def draw(path, result, arrays):
     for axis in more:
         draw_robustness(axis, noise, series)
     figure.axes[0].spines[["top", "right"]].set_visible(False)
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150))
-
-
-def draw_reliability(axis, labels, y, p, p_platt):
-    """Share of positives against calibrated probability; a point holds about 40 recordings or more."""
-    axis.plot((0, 1), (0, 1), color="#999999", linewidth=1, linestyle="--")
-    n_bins = int(np.clip(len(y) // 40, 4, 10))
-    for k, name in enumerate(labels):
-        truth, said = calibration_curve(y[:, k], p_platt[:, k], n_bins=n_bins, strategy="quantile")
-        raw, calibrated = (calibration(x[:, [k]], y[:, [k]])["ece"] for x in (p, p_platt))
-        axis.plot(said, truth, marker="o", markersize=4, label=f"{name}  ECE {raw:.3f}, calibrated {calibrated:.3f}")
-    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="calibrated probability", ylabel="share with the label")
-    axis.set_title("Reliability of the superclasses", loc="left")
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
-
-
-def draw_robustness(axis, noise, series):
-    """Macro AUROC of the superclasses against the signal-to-noise ratio, with intervals."""
-    at = range(len(noise["snr_db"]))
-    for name, (key, _) in series.items():
-        axis.fill_between(at, *np.array(noise[f"{key}_ci95"], dtype=float).T, color=COLORS[name], alpha=0.3,
-                          linewidth=0)
-        axis.plot(at, noise[key], marker="o", color=COLORS[name], label=f"{name}, keeps {noise[f'{key}_kept']:.1%}")
-    axis.set(xticks=list(at), xticklabels=noise["snr_db"], xlabel="signal-to-noise ratio (dB)", ylabel="macro AUROC")
-    axis.set_title("Superclasses under noise", loc="left")
-    axis.legend(frameon=False, fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-# ---- main --------------------------------------------------------------------------------------------------
-
-def parser_of(description):
-    """The flags that both probes share."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--encoder", required=True, default=argparse.SUPPRESS,
-                        help="encoder.pt of a run; random:SIZE gives the untrained control alone")
-    parser.add_argument("--raw", type=Path, required=True, default=argparse.SUPPRESS,
-                        help="folder of the raw recordings, in their publisher's layout")
-    parser.add_argument("--out", type=Path, required=True, default=argparse.SUPPRESS,
-                        help="folder for the results; made if absent, earlier results in it are replaced")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
-    return parser
-
-
-def load_encoders(path, device):
-    """The encoder and its untrained control (the control alone for random:SIZE), and the device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-    encoder = load_encoder(path, device)
-    return [encoder] if path.startswith("random:") else [encoder, untrained_like(encoder)], device
+    atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
 def parse_args(argv=None):
@@ -497,14 +324,7 @@ def main(args):
     args.out.mkdir(parents=True, exist_ok=True)
     stored = {f"{task}_{key}": value for task, group in arrays.items() for key, value in group.items()}
     stored |= dict(ecg_id=table.index.to_numpy()[test], patient_id=patients[test])
-    write_whole(args.out / "predictions.npz", lambda path: np.savez_compressed(path, **stored))
+    atomic_write(args.out / "predictions.npz", lambda path: np.savez_compressed(path, **stored))
     draw(args.out / "ptbxl.png", result, arrays)
-    write_whole(args.out / "ptbxl.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+    atomic_write(args.out / "ptbxl.json", lambda path: path.write_text(json.dumps(result, indent=1)))
     print(f"wrote {args.out / 'ptbxl.json'}, predictions.npz and ptbxl.png")
-
-
-if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError) as error:
-        sys.exit(f"probe_ptbxl.py: {error}")

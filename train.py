@@ -53,54 +53,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from augment import ViewSpec, draw_masks, draw_views, load_noise, make_views, take_rows
+from augment import ViewSpec, draw_masks, draw_views, load_noise, make_views, share_of_rank
 from dino import (build_networks, contrast_loss, dino_loss, distributed, gather_rows, gram_loss, ibot_loss, koleo_loss,
                   num_ranks, reduce_, sinkhorn_knopp, update_teacher)
 import prepare
 import probe_mitbih
 import probe_ptbxl
 from model import SIZES, WINDOW_PATCHES, build_encoder, load_encoder, save_encoder, window_length
-from prepare import FS, LEADS, MISSING, SPLITS, open_corpus, rows_to_leave_out, sha256, write_whole
+from prepare import FS, LEADS, MISSING, SPLITS, open_corpus, rows_to_leave_out, sha256, atomic_write
 
 matplotlib.use("Agg")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")             # one process is no mishap
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
 
-
-class LeadGroup(NamedTuple):
-    """A part of every batch whose views have one shape."""
-    leads: int                   # of a global view; recordings with as many or more take part
-    slots: int                   # leads that a batch carries
-    window_s: float              # the stretch of a recording from which its views are cut
-    global_patches: int          # of a lead of a global view, and of a local one
-    local_patches: int
-    share: float                 # of the batch
-
-
-WINDOW_S = 9.0                   # s; --window
-
-
-def lead_groups(window_s=WINDOW_S):
-    """The lead groups of a run, views as long as the window allows.
-
-    Few leads get longer views for the same number of tokens: what can be told from one lead is rhythm, and that takes
-    several beats. Recordings with many leads take part in the groups of few as well, with random ones of their leads.
-    A longer window makes the views of few leads longer, and a recording that is too short for it may still show many.
-    """
-    few, local = (round(patches * window_s / WINDOW_S) for patches in (WINDOW_PATCHES[1], 15))
-    return (LeadGroup(8, 12, min(window_s, WINDOW_S), WINDOW_PATCHES[8], 8, 0.5),
-            LeadGroup(2, 4, window_s, few, local, 0.25), LeadGroup(1, 1, window_s, few, local, 0.25))
-
-
-GLOBAL_VIEWS, LOCAL_FULL_VIEWS, LOCAL_FEW_VIEWS = 2, 3, 1
-FEW_LEADS = (1, 2, 3)            # lead count of the last list, drawn per step
-# I, II and the chest leads come first: every other limb lead follows from I and II.
-LEAD_PRIORITY = np.array([
-    50 if n == "unknown" else {"I": 0, "II": 1}.get(n, 2 + i if n in ("V1", "V2", "V3", "V4", "V5", "V6") else 20 + i)
-    for i, n in enumerate(LEADS)])
-# A lead group's share of the batch is a multiple of batch / 16, so any rank count up to batch / 16 divides it.
-BATCH_GRAIN = 16
-WINDOW_TRIES = 8                 # random starts before a window with missing samples is taken after all
 
 # Objective: DINOv3's weights, and Contrast beside them, because in a run of an hour on a CPU the teacher's targets
 # alone say more about phase and noise than about the patient; a long run can go back to 0 (LOG.md).
@@ -112,7 +77,6 @@ GRAM_WEIGHT = 2.0
 TEACHER_TEMPERATURE = (0.015, 0.015, 0.3)       # start, end, share of the steps until the end is reached
 TEACHER_MOMENTUM = (0.98, 0.998)                 # cosine
 HEAD_HIDDEN, HEAD_BOTTLENECK = 512, 128
-
 # Optimisation.
 WARMUP_SHARE = 0.1
 FINAL_LR_SHARE = 0.01
@@ -120,260 +84,14 @@ WEIGHT_DECAY = (0.04, 0.04)                     # cosine
 ADAM_BETAS = (0.9, 0.99)
 CLIP_NORM = 3.0                                 # for encoder and heads each
 FREEZE_PROTOTYPES_SHARE = 0.01                  # of the steps, with learning rate 0 for the prototypes
-# The best one is taken: what training teaches lies along directions of little variance, which a small C hides.
-ONLINE_PROBE_C = (0.01, 0.1, 1.0)
 DEFAULT_STEPS, DEMO_STEPS = 3400, 150
-
 # Running.
 KEEP_LAST = 2                    # checkpoints, beside those of --keep-every
 HANG_S = 900                     # a step, a checkpoint or a collective that takes longer ends the job
 MAX_SKIPPED = 5                  # steps in a row whose loss or gradient is not finite
 LOCK_S = 120                     # how long a run waits for another one in its folder to end
 EXIT_STOPPED = 75                # "try again later" in sysexits.h
-COLLAPSED_RANK = 2.0             # effective rank of a batch's global features; 20 to 27 in a good run
-COLLAPSED_ENTROPY = 0.3          # of the mean prediction, as a share of ln K; 0.95 in a good run
-UNIFORM_ENTROPY = 0.98           # of the targets after the warm-up, as a share of ln K; 0.45 in a good run
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# batches: a pure function of (seed, step)
-
-class Sampler:
-    """Draws windows of recordings from several corpora, at most one per patient in a batch.
-
-    A corpus weighs (patients x hours) ** 0.25, the square root of what lies between the two: neither many short
-    recordings nor a few long ones crowd the others out (by the root of the hours alone, eleven hours of MIT-BIH's 22
-    people would outweigh 1,400 people of PTB-XL). That is multiplied by its one of `weights`. Its patients weigh the
-    same. Each of lead_groups() has a fixed share of the batch, so that shapes never change.
-    """
-
-    def __init__(self, corpora, batch, seed, window_s=WINDOW_S, weights=None, excluded=()):
-        self.corpora, self.seed, self.batch, self.window_s = corpora, seed, batch, window_s
-        self.skipped = {"not in split train": 0, f"shorter than {window_s:g} s": 0}
-        pools = [self._pools(corpus, weight, *rows)
-                 for corpus, weight, rows in zip(corpora, weights or [1.0] * len(corpora),
-                                                 rows_to_leave_out(corpora, excluded))]
-        self.groups = []
-        for group in lead_groups(window_s):
-            members = [dict(pool[group], corpus=c) for c, pool in enumerate(pools) if group in pool]
-            if members:
-                self.groups.append(dict(shape=group, members=members, window=round(group.window_s * FS),
-                                        weight=np.array([m["weight"] for m in members]),
-                                        patients=np.array([len(m["first"]) for m in members])))
-        if not self.groups:
-            raise ValueError(f"no recording to train on in {', '.join(str(c.dir) for c in corpora)}: {self.skipped}")
-        self._share_batch()
-
-    def _pools(self, corpus, weight, leaks, twice):
-        """Per lead group of one corpus: index rows sorted by patient, where each patient's rows begin, the corpus'
-        weight."""
-        index = corpus.index
-        train = index["split"] == SPLITS.index("train")
-        for rows, why in ((leaks, "copy of a held-out recording"), (twice, "copy of another recording")):
-            train[rows] = False
-            if len(rows):
-                self.skipped[why] = self.skipped.get(why, 0) + len(rows)
-        self.skipped["not in split train"] += int((index["split"] != SPLITS.index("train")).sum())
-        groups = lead_groups(self.window_s)
-        # Half the memory of int64.
-        rows = np.flatnonzero(train & (index["length"] >= groups[0].window_s * FS)).astype(np.uint32)
-        rows = rows[np.argsort(index["patient"][rows], kind="stable")]
-        pools, n_leads, length, unused = {}, index["n_leads"][rows], index["length"][rows], np.ones(len(rows), bool)
-        for group in groups:
-            wanted = (n_leads >= group.leads) & (length >= group.window_s * FS)
-            unused &= ~wanted
-            members = rows if wanted.all() else rows[wanted]
-            if len(members):
-                patient = index["patient"][members]
-                first = np.flatnonzero(np.r_[True, patient[1:] != patient[:-1]])
-                hours = float(index["length"][members].sum(dtype=np.int64)) / FS / 3600
-                pools[group] = dict(rows=members, first=first, count=np.diff(np.append(first, len(members))),
-                                    weight=weight * (len(first) * hours) ** 0.25)
-        self.skipped[f"shorter than {self.window_s:g} s"] += int(train.sum() - len(rows) + unused.sum())
-        return pools
-
-    def _common_patients(self):
-        """(G, G) patients that two lead groups have in common; on the diagonal those of each."""
-        patients = [{m["corpus"]: self.corpora[m["corpus"]].index["patient"][m["rows"][m["first"]]]    # each once
-                     for m in group["members"]} for group in self.groups]
-        return np.array([[sum(len(np.intersect1d(a[c], b[c], assume_unique=True)) for c in a.keys() & b.keys())
-                          for b in patients] for a in patients])
-
-    def _share_batch(self):
-        """Split the batch among the groups by their shares, in grains: at least one each, and no more than a group
-        has patients for."""
-        if len(self.groups) > 1 and self.batch % BATCH_GRAIN:
-            raise ValueError(f"--batch {self.batch} must be a multiple of {BATCH_GRAIN}: the data have "
-                             f"{len(self.groups)} groups of lead counts that share it; "
-                             f"try {max(1, round(self.batch / BATCH_GRAIN)) * BATCH_GRAIN}")
-        total = BATCH_GRAIN if len(self.groups) > 1 else 1
-        grain = self.batch // total
-        share = np.array([g["shape"].share for g in self.groups])
-        exact, grains = share / share.sum() * total, np.ones(len(self.groups), int)
-        common = self._common_patients()
-
-        def fit(grains):
-            """Whether each group finds its patients even if those before it took all that they have in common: a batch
-            holds a patient once."""
-            taken = np.minimum(grains * grain, np.tril(common, -1)).sum(axis=1)
-            return (grains * grain + taken <= common.diagonal()).all()
-        while grains.sum() < total:  # the next grain goes where the most is owed, of the groups that can take it
-            possible = [fit(grains + one) for one in np.eye(len(grains), dtype=int)]
-            if not any(possible):
-                break
-            grains[np.argmax(np.where(possible, exact - grains, -np.inf))] += 1
-        if grains.sum() < total or not fit(grains):
-            raise ValueError(f"a batch of {self.batch} needs {self.batch} different patients, and {grain} of each lead "
-                             "count there is; the data have "
-                             + ", ".join(f"{n} with {g['shape'].leads} or more leads"
-                                         for n, g in zip(common.diagonal(), self.groups))
-                             + "; use a smaller --batch or more data")
-        for group, n in zip(self.groups, grains):
-            group["size"] = int(n) * grain
-
-    def choose(self, step):
-        """Per group (member, patient) for each place of the batch of `step`, no patient twice; the cost does not
-        depend on the size of the corpora."""
-        taken, chosen = set(), []
-        for g, group in enumerate(self.groups):
-            rng, places = np.random.default_rng([self.seed, step, g, 0]), []
-            while len(places) < group["size"]:
-                member = rng.choice(len(group["weight"]), 4 * group["size"], p=group["weight"] / group["weight"].sum())
-                patient = (rng.random(len(member)) * group["patients"][member]).astype(np.int64)
-                for m, p in zip(member.tolist(), patient.tolist()):
-                    pool = group["members"][m]
-                    index = self.corpora[pool["corpus"]].index
-                    who = pool["corpus"], index["patient"][pool["rows"][pool["first"][p]]]
-                    if who not in taken and len(places) < group["size"]:
-                        taken.add(who)
-                        places.append((m, p))
-            chosen.append(places)
-        return chosen
-
-    def draw(self, step, g, chosen, rows):
-        """Recordings `rows` (slice) of group g, chosen for the batch of `step`.
-
-        Returns int16 windows (B, S, W), lead ids (B, S) and how many slots hold a lead (B,); further slots repeat
-        the first.
-        """
-        group = self.groups[g]
-        batch = np.empty((group["size"], group["shape"].slots, group["window"]), np.int16)[rows]
-        leads, available = np.empty(batch.shape[:2], np.int64), np.empty(len(batch), np.int64)
-        for i, r in enumerate(range(*rows.indices(group["size"]))):
-            rng = np.random.default_rng([self.seed, step, g, 1, r])
-            window, ids, _ = self._window(rng, *chosen[r], group)
-            available[i] = len(ids)
-            order = np.arange(group["shape"].slots) % len(ids)
-            batch[i], leads[i] = window[order], ids[order]
-        return batch, leads, available
-
-    def name(self, step):
-        """What the batch of `step` is made of: corpus/record@second of each window."""
-        names = []
-        for g, (group, chosen) in enumerate(zip(self.groups, self.choose(step))):
-            for r, (m, patient) in enumerate(chosen):
-                _, _, (row, start) = self._window(np.random.default_rng([self.seed, step, g, 1, r]), m, patient, group)
-                corpus = self.corpora[group["members"][m]["corpus"]]
-                names.append(f"{corpus.dir.name}/{corpus.records[row].decode()}@{start / FS:g}")
-        return names
-
-    def _window(self, rng, m, patient, group):
-        """A random window of a patient: (L, W) int16, the ids of its leads, those from which all others follow first
-        (where not all of those are wanted, random ones), and where it was: index row, first sample.
-
-        Windows with too few complete leads are drawn again; if none is complete, missing samples of the last one
-        become 0.
-        """
-        member, shape = group["members"][m], group["shape"]
-        corpus = self.corpora[member["corpus"]]
-        for _ in range(WINDOW_TRIES):
-            row = member["rows"][member["first"][patient] + rng.integers(member["count"][patient])]
-            start = int(rng.integers(0, corpus.index["length"][row] - group["window"] + 1))
-            window, ids = (np.asarray(corpus.read(row, start, group["window"])),
-                           corpus.index["leads"][row][:corpus.index["n_leads"][row]])
-            complete = ~(window == MISSING).any(axis=1)
-            if complete.sum() >= shape.leads:
-                window, ids = window[complete], ids[complete]
-                break
-        window = np.where(window == MISSING, 0, window)
-        any_will_do = len(ids) > shape.slots and shape.leads < lead_groups()[0].leads
-        order = rng.permutation(len(ids)) if any_will_do else np.argsort(LEAD_PRIORITY[ids], kind="stable")
-        return window[order[:shape.slots]], ids[order[:shape.slots]].astype(np.int64), (row, start)
-
-
-def view_specs(shape, few):
-    """View lists of a lead group: globals, locals with all its leads, locals with few; the last count is drawn per
-    step."""
-    return (ViewSpec(GLOBAL_VIEWS, shape.leads, shape.global_patches, True),
-            ViewSpec(LOCAL_FULL_VIEWS, shape.leads, shape.local_patches, True),
-            ViewSpec(LOCAL_FEW_VIEWS, min(few, shape.leads), shape.local_patches, False))
-
-
-def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
-    """Everything random or read from disk in a step, for this rank: per group windows, lead ids, draws of views,
-    masks."""
-    few = int(np.random.default_rng([sampler.seed, step, 99]).choice(FEW_LEADS))
-    groups, chosen = [], sampler.choose(step)
-    for g, group in enumerate(sampler.groups):
-        rng = np.random.default_rng([sampler.seed, step, g, 2])
-        rows = slice(rank, group["size"], world_size)
-        batch, leads, available = sampler.draw(step, g, chosen[g], rows)
-        specs = view_specs(group["shape"], few)
-        draws = [take_rows(draw_views(rng, spec, group["size"], group["shape"].slots, group["window"], noise_length,
-                                      patch_samples), rows, spec, available) for spec in specs]
-        masks = draw_masks(rng, GLOBAL_VIEWS * group["size"], specs[0].leads, specs[0].patches)
-        masks = masks.reshape(GLOBAL_VIEWS, group["size"], *masks.shape[1:])[:, rows].reshape(-1, *masks.shape[1:])
-        groups.append(dict(batch=torch.from_numpy(batch), leads=torch.from_numpy(leads), specs=specs, draws=draws,
-                           masks=torch.from_numpy(masks)))
-    return groups
-
-
-def cut_views(group, noise, patch_samples, device):
-    """A lead group of host_batch on the device: its views (noisy signal, clean signal, lead ids with some hidden, lead
-    ids), masks (2B, L, N), and of each masked patch its place among the patches of all global views and its weight in
-    the iBOT loss."""
-    masks = group["masks"]
-    place = masks.flatten().nonzero().squeeze(1)
-    weights = (1.0 / masks.sum((1, 2)).clamp(min=1))[place // masks[0].numel()]
-    batch, leads = group["batch"].to(device), group["leads"].to(device)
-    views = [make_views(batch, leads, draws, spec, patch_samples, noise)
-             for spec, draws in zip(group["specs"], group["draws"])]
-    return dict(views=views, masks=masks.to(device), place=place.to(device), weights=weights.to(device),
-                recordings=len(batch))
-
-
-class Batches:
-    """The views of this rank, one step ahead: a thread reads and draws them, moves them to the device and cuts them
-    there, on a GPU on a stream of their own, so that neither the host nor the device waits."""
-
-    def __init__(self, sampler, rank, world_size, noise, patch_samples, device):
-        self.sampler, self.rank, self.world_size = sampler, rank, world_size
-        self.noise, self.patch_samples, self.device = noise, patch_samples, device
-        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
-        self.thread = ThreadPoolExecutor(1)
-
-    def make(self, step):
-        noise_length = self.noise.shape[-1] if self.noise is not None else max(g["window"] for g in self.sampler.groups)
-        groups = host_batch(self.sampler, step, self.rank, self.world_size, noise_length, self.patch_samples)
-        with torch.cuda.stream(self.stream):                           # nothing where there is none
-            made = [cut_views(g, self.noise, self.patch_samples, self.device) for g in groups]
-            return made, self.stream.record_event() if self.stream else None
-
-    def start(self, step):
-        self.next = self.thread.submit(self.make, step)
-
-    def take(self):
-        made, ready = self.next.result()
-        if ready is not None:
-            torch.cuda.current_stream().wait_event(ready)
-            for group in made:                                         # in use until this stream is done with them
-                for tensor in (group["masks"], group["place"], group["weights"], *sum(map(list, group["views"]), [])):
-                    tensor.record_stream(torch.cuda.current_stream())
-        return made
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the objective on one batch
 
 def group_features(group, target, anchor, views):
     """What the losses take of a lead group: global features view-major (V, B, 2D), patches of the masked places only
@@ -431,9 +149,6 @@ def objective(student, teacher, gram_teacher, groups, temperature):
     return loss, parts, target_cls, logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# schedules: functions of the step
-
 def cosine(start, end, share):
     """From start to end along half a cosine, share in [0, 1] of the way."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, share))))
@@ -467,9 +182,6 @@ def set_schedules(optimizer, s):
         group["lr"] = s["prototype_lr"] if group.get("prototypes") else s["lr"]
         group["weight_decay"] = s["weight_decay"] if group["decay"] else 0.0
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# processes, sharding, checkpoints
 
 def setup_processes(device_flag):
     """(rank, world size, device). torchrun's variables decide; a process group that cannot start is an error, never
@@ -641,7 +353,7 @@ class Checkpoints:
                 meta["sha256"] = {".metadata": sha256(part / ".metadata")}
                 for sums in everyone:
                     meta["sha256"] |= sums
-                write_whole(part / "meta.json", json.dumps(meta, indent=1, default=str).encode())
+                atomic_write(part / "meta.json", json.dumps(meta, indent=1, default=str).encode())
                 part.rename(part.with_suffix(""))
                 self.writing = f"encoder.pt of step {meta['step']}"
                 self.forget_old()
@@ -672,7 +384,7 @@ class Checkpoints:
         except (Exception, dcp.CheckpointException) as error:
             kept = checkpoints(self.folder)
             raise ValueError(
-                f"{self.writing} could not be written: {last_line(error)}; "
+                f"{self.writing} could not be written: {innermost_cause(error)}; "
                 f"{shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free at {self.folder} (a quota may leave "
                 f"less), and the last good checkpoint is {kept[-1].name if kept else 'none'}: mend that, then --resume"
             ) from error
@@ -729,14 +441,14 @@ def file_time(path):
     return path.stat().st_mtime if path.exists() else 0.0
 
 
-def last_line(error):
+def innermost_cause(error):
     """The innermost cause of an error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     full = next((line for line in lines if "No space left" in line), None)
     return full or (lines[-1] if lines else type(error).__name__)
 
 
-def hold(folder):
+def lock_run(folder):
     """A lock on the folder of a run, for as long as the returned file is open; ValueError if another process holds it
     and does not let go. A file system may keep the lock of a dead machine for a while, or know no locks."""
     file = open(folder / "lock", "w")
@@ -807,87 +519,6 @@ def barrier():
         dist.barrier()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# is it learning? signs of health and an online probe
-
-@torch.no_grad()
-def health(cls, logits, parts):
-    """Signs that the loss does not show, over the recordings of all ranks. cls (2, B, 2D) teacher features, logits
-    (V, B, K) of the student; parts are this rank's."""
-    x = torch.nan_to_num(gather_rows(cls[0].float())[0])
-    x = (x - x.mean(0)).double()
-    # Singular values, by way of the smaller square: in fp64, for the root of a rounded zero is no small number.
-    spectrum = torch.linalg.eigvalsh(x @ x.T if x.shape[0] < x.shape[1] else x.T @ x).clamp(min=0).sqrt()
-    share = spectrum / spectrum.sum().clamp(min=1e-12)
-    mean_prediction = reduce_((logits.float() / 0.1).softmax(-1).mean((0, 1))) / num_ranks()
-    everyone = reduce_(torch.stack([v.detach().float() for v in parts.values()])) / num_ranks()
-    return dict(zip(parts, everyone), cls_std=x.std(0).mean().float(),
-                cls_rank=(-(share * share.clamp(min=1e-12).log()).sum()).exp().float(),
-                prediction_entropy=-(mean_prediction * mean_prediction.clamp(min=1e-12).log()).sum())
-
-
-def name_trouble(row, warm):
-    """What the numbers of a logged step say in words: {kind: sentence}, empty in a run that learns."""
-    found = {}
-    if row["cls_rank"] < COLLAPSED_RANK:
-        found["collapse of features"] = (
-            f"the global features of a batch differ along {row['cls_rank']:.1f} directions: the encoder gives every "
-            "recording the same feature. Try a smaller --lr, a larger KOLEO_WEIGHT, or more patients")
-    if row["prediction_entropy"] < COLLAPSED_ENTROPY * row["ln_k"]:
-        found["collapse of predictions"] = (
-            f"the student names few of the prototypes (entropy {row['prediction_entropy']:.2f} of {row['ln_k']:.2f}). "
-            "Try a smaller --lr, or fewer --prototypes")
-    if warm and row["target_entropy"] > UNIFORM_ENTROPY * row["ln_k"]:
-        found["uniform targets"] = (
-            f"the teacher calls all prototypes equally likely (entropy {row['target_entropy']:.2f} of "
-            f"{row['ln_k']:.2f}), which teaches nothing. Try a lower TEACHER_TEMPERATURE, or fewer --prototypes")
-    return found
-
-
-class OnlineProbe:
-    """AUROC of a logistic regression on the teacher's features, on a few labelled recordings of the data; None
-    without labels.
-
-    Fitted on the train split, scored on the val split (PTB-XL fold 9), which is never pre-trained on. A sign, not a
-    result.
-    """
-
-    def __init__(self, corpora, window, limit=256):
-        self.sets = {}
-        for split in ("train", "val"):
-            found = [(c, i) for c in corpora for i in np.flatnonzero(
-                (c.index["label"] > 0) & (c.index["n_leads"] == 12) & (c.index["length"] >= window)
-                & (c.index["split"] == SPLITS.index(split)))[:limit]]
-            found = [(c, i) for c, i in found if not (c.read(i, 0, window) == MISSING).any()]
-            if len(found) >= 20:
-                self.sets[split] = (
-                    torch.from_numpy(np.stack([c.read(i, 0, window) for c, i in found])),
-                    torch.from_numpy(np.stack([c.index["leads"][i][:12] for c, i in found]).astype(np.int64)),
-                    np.unpackbits(np.array([c.index["label"][i] for c, i in found])[:, None], axis=1,
-                                  bitorder="little"))
-        self.usable = len(self.sets) == 2
-
-    @torch.no_grad()
-    def score(self, encoder, device):
-        """Macro AUROC over the superclasses that both splits have, at the best of ONLINE_PROBE_C."""
-        x, y = {}, {}
-        for split, (windows, leads, labels) in self.sets.items():
-            x[split] = torch.cat([encoder(w.to(device).float() * 1e-3, l.to(device)).pooled()
-                                  for w, l in zip(windows.split(64), leads.split(64))]).float().cpu().numpy()
-            y[split] = labels
-        scored = [k for k in range(8) if all(5 <= y[s][:, k].sum() <= len(y[s]) - 5 for s in y)]
-        auroc = []
-        for c in ONLINE_PROBE_C:
-            probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=200))
-            auroc.append(np.mean([
-                roc_auc_score(y["val"][:, k], probe.fit(x["train"], y["train"][:, k]).decision_function(x["val"]))
-                for k in scored]))
-        return float(max(auroc))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the run
-
 def run_about(args, world_size, device, sampler, student):
     """What this run is, for run.json and for the screen."""
     def git(*command):
@@ -946,7 +577,7 @@ def train(args, rank, world_size, device, stop, watchdog):
     saved = Checkpoints(out, args.keep_every, rank, world_size)
     if rank == 0:
         saved.folder.mkdir(parents=True, exist_ok=True)
-        saved.lock = hold(out)                                         # until the process ends
+        saved.lock = lock_run(out)                                         # until the process ends
     barrier()
     watchdog.pat("reading the checkpoint")
     if from_rank_0(not args.resume and (bool(checkpoints(saved.folder)) or (out / "log.jsonl").exists())):
@@ -962,7 +593,7 @@ def train(args, rank, world_size, device, stop, watchdog):
             export_encoder(path, out / "encoder.pt", teacher["encoder"], saved.shapes(teacher["encoder"]), meta)
         (out / "stopped").unlink(missing_ok=True)
         trim_log(out / "log.jsonl", start)
-        write_whole(out / "run.json", json.dumps(about, indent=1, default=str).encode())
+        atomic_write(out / "run.json", json.dumps(about, indent=1, default=str).encode())
         print_header(about, args, start)
     barrier()
     probe = OnlineProbe(corpora, window_length(12) * patch)
@@ -1030,7 +661,7 @@ def train(args, rank, world_size, device, stop, watchdog):
                 progress.set_postfix_str(f"loss {row['loss']:.3f} dino {row['dino_local']:.3f} "
                                          f"ibot {row['ibot']:.3f} targets {row['target_entropy']:.2f}"
                                          f" of {row['ln_k']:.2f} rank {row['cls_rank']:.1f}")
-                for kind, sentence in name_trouble(row, warm=step > WARMUP_SHARE * args.steps).items():
+                for kind, sentence in diagnose(row, warm=step > WARMUP_SHARE * args.steps).items():
                     if kind not in told:
                         progress.write(f"warning, step {step}: {sentence}")
                         log.write(step=step, warning=kind, sentence=sentence)
@@ -1055,7 +686,7 @@ def train(args, rank, world_size, device, stop, watchdog):
     watchdog.pat("waiting for the last checkpoint")
     saved.wait()
     if rank == 0 and stopped_by:
-        write_whole(out / "stopped", f"by {stopped_by} after step {step}\n".encode())
+        atomic_write(out / "stopped", f"by {stopped_by} after step {step}\n".encode())
         print(f"stopped by {stopped_by} after step {step}; the checkpoint is whole: go on with --resume")
     elif rank == 0:
         draw_curves(out)
@@ -1087,7 +718,7 @@ def trim_log(path, start):
     if path.exists():
         kept = [line for line in path.read_text().splitlines()
                 if line.endswith("}") and json.loads(line)["step"] < start]
-        write_whole(path, "".join(line + "\n" for line in kept).encode())
+        atomic_write(path, "".join(line + "\n" for line in kept).encode())
 
 
 def print_header(about, args, start):
@@ -1100,68 +731,6 @@ def print_header(about, args, start):
     print(f"  left out: {', '.join(f'{n} {why}' for why, n in about['skipped'].items())}")
     print(f"steps {start} to {args.steps}, checkpoints and log in {args.out}")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# pictures
-
-def draw_curves(out):
-    """curves.png: losses, entropy of the targets beside ln K, and the online probe, against the step."""
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    steps = [{k: math.nan if v is None else v for k, v in r.items()} for r in rows if "loss" in r]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), constrained_layout=True)
-    for name in ("dino_global", "dino_local", "ibot"):
-        axes[0].plot([r["step"] for r in steps], [r[name] for r in steps], label=name)
-    for name in ("target_entropy", "patch_target_entropy", "prediction_entropy"):
-        axes[1].plot([r["step"] for r in steps], [r[name] for r in steps], label=name)
-    for axis, title in zip(axes, ("losses", "entropy (nats)")):
-        axis.axhline(steps[0]["ln_k"], color="0.6", linestyle=":", label="ln K")
-        axis.set(title=title, xlabel="step")
-        axis.legend(fontsize=8)
-    probed = [r for r in rows if "online_auroc" in r]
-    axes[2].plot([r["step"] for r in probed], [r["online_auroc"] for r in probed], "o-")
-    axes[2].set(title="online probe, macro AUROC", xlabel="step")
-    figure.savefig(out / "curves.png", dpi=110)
-    plt.close(figure)
-
-
-def fine_features(encoder, signal_mv, leads, step_samples=5):
-    """Local features every step_samples / FS seconds, by shifting the patches: features (L, M, D) and centres (M,)
-    in seconds."""
-    shifted = [encoder.embed(signal_mv[:, shift:], fs=FS, leads=leads)
-               for shift in range(0, encoder.patch_samples, step_samples)]
-    times_s = np.concatenate([e.times_s + i * step_samples / FS for i, e in enumerate(shifted)])
-    order = np.argsort(times_s)
-    return np.concatenate([e.local_features for e in shifted], axis=1)[:, order], times_s[order]
-
-
-def draw_features(encoder, corpus, row, path, show=("I", "II", "V1", "V3", "V5"), seconds=5.0):
-    """features.png: an ECG whose colour is its local feature: the first three principal components as RGB."""
-    ids = corpus.index["leads"][row][:corpus.index["n_leads"][row]]
-    names = [LEADS[i] for i in ids]
-    signal = np.where(corpus.read(row) == MISSING, np.nan, corpus.read(row) * np.float32(1e-3))
-    features, times_s = fine_features(encoder, signal, names)
-    shown = [names.index(n) for n in show if n in names] or [0]
-    # A lead's own mean would only colour the lead.
-    x = features[shown] - np.nanmean(features[shown], axis=1, keepdims=True)
-    L, M, D = x.shape
-    components = PCA(3, svd_solver="full").fit_transform(np.nan_to_num(x.reshape(L * M, D)))
-    low, high = np.percentile(components, (2, 98), axis=0)
-    colour = np.clip((components - low) / (high - low), 0, 1).reshape(L, M, 3)
-    figure, axes = plt.subplots(L, 1, figsize=(12, 1.5 * L), sharex=True, constrained_layout=True, squeeze=False)
-    for axis, lead, rgb in zip(axes[:, 0], shown, colour):
-        t = np.arange(round(seconds * FS)) / FS
-        y = signal[lead, :len(t)]
-        nearest = np.abs(times_s[None] - t[:, None]).argmin(axis=1)
-        axis.add_collection(LineCollection(np.stack([np.stack([t[:-1], y[:-1]], 1), np.stack([t[1:], y[1:]], 1)], 1),
-                                           colors=rgb[nearest[:-1]], linewidths=2.2))
-        axis.set(xlim=(0, seconds), ylim=(np.nanmin(y) - 0.15, np.nanmax(y) + 0.15), ylabel=f"{names[lead]} (mV)")
-    axes[-1, 0].set_xlabel("seconds; colour: first three principal components of the local features")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# nothing prepared: the whole way on synthetic recordings
 
 def prepare_demo(args, rank):
     """Write and prepare synthetic recordings under args.out (once), and point args at them."""
@@ -1203,8 +772,6 @@ Next, with real ones:
   python prepare.py nstdb --raw raw/nstdb --out data/nstdb --download
   torchrun train.py --data data/ptbxl data/mitdb --noise data/nstdb --out runs/real""")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 def corpus_and_weight(text):
     """"DIR" or "DIR:WEIGHT" -> (Path, weight)"""
@@ -1350,7 +917,3 @@ def cli():
     print(said, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)
-
-
-if __name__ == "__main__":
-    cli()

@@ -1,8 +1,9 @@
 """What the tests share: the program's files on the path, one thread, real recordings where they are, and one ECG to draw.
 
-    pytest -q                       (in the project's root; no network, no GPU)
+    pytest -q                       (in the project's root; no network, no GPU; at most 5 minutes on two idle cores)
+    ECG_SLOW=1 pytest -q            (the long tests too: Slurm, kills, mutants, comparisons over many steps)
 
-Tests on real recordings look for them in $ECG_DATA, else in ../shared/data, and are skipped where neither exists.
+Tests on real recordings look for them in $ECG_DATA, or else in ../shared/data, and are skipped where neither exists.
 """
 import os
 import sys
@@ -39,6 +40,17 @@ def draw_ecg(fs, seconds, leads=("II",), rr_s=RR_S):
         dipole += np.outer(xyz, np.exp(-0.5 * (from_peak / deviation) ** 2))
     dipole[1] += 0.05 * np.sin(2 * np.pi * 0.3 * t)                           # breathing: no value is held for a second
     return np.array([DIRECTIONS.get(lead, (0.6, 0.5, 0.3)) for lead in leads]) @ dipole
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; runs where the environment has ECG_SLOW=1")
+
+
+def pytest_collection_modifyitems(items):
+    if not os.environ.get("ECG_SLOW"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="a long test: set ECG_SLOW=1"))
 
 
 @pytest.fixture(scope="session")

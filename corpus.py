@@ -1,0 +1,371 @@
+"""A prepared corpus on disk (its format, how it is opened, copies within and between corpora), and the sampler, which
+decides which recordings make the batch of a step.
+
+    corpus = open_corpus("data/ptbxl")
+    corpus.read(0)                                   # int16 (L, T) uV at 250 Hz; ecg.MISSING where a sample is missing
+
+Shapes: L leads, T samples, N recordings, B recordings of a batch, G lead groups, S slots (leads that a batch carries),
+W samples of a window.
+"""
+import functools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from ecg import FS, LEAD_IDS, LEADS, MAX_LEADS, MISSING
+
+SPLITS = ("train", "val", "test")                # the index stores the place in this tuple
+SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")  # bits of the label, lowest first
+INDEX_DTYPE = np.dtype([
+    ("shard", "<u4"), ("offset", "<i8"),         # file in signal/, and the first sample in it
+    ("length", "<i4"),                           # samples per lead
+    ("n_leads", "u1"), ("leads", "u1", (MAX_LEADS,)),  # lead ids; the first n_leads count
+    ("split", "u1"), ("label", "u1"),            # label: bit set of SUPERCLASSES, 0 = none known
+    ("patient", "<u4"),                          # place in patients.npy
+    ("fs_hz", "<f4"),                            # sampling rate before it became FS
+    ("first_event", "<u4"), ("n_events", "<u4")])  # annotations, in the file of the same shard in events/
+EVENT_DTYPE = np.dtype([("sample", "<i4"), ("symbol", "S6")])  # sample at FS; a beat ("N") or a rhythm ("(AFIB", ")")
+NO_EVENTS = np.zeros(0, EVENT_DTYPE)
+RECORD_DTYPE, PATIENT_DTYPE = np.dtype("S64"), np.dtype("S32")
+MAGIC, FORMAT_VERSION = "ecg-dino corpus", 3
+FINGERPRINTS_FILE = {2: "prints", 3: "fingerprints"}  # by format version; nothing else differs
+OPEN_SHARDS = 500                # files that a reader keeps mapped; a process may have 1,024 file descriptors
+
+FINGERPRINT_WORDS, FINGERPRINT_WORD_BYTES, FINGERPRINT_S = 10, 3, 8  # see fingerprint
+FINGERPRINT_BYTES = FINGERPRINT_WORDS * FINGERPRINT_WORD_BYTES
+FINGERPRINT_STEP = 20            # samples that are averaged: 12.5 Hz are left
+# By which duplicates are looked for: with 7 bits different, the most seen, 1.4 % are missed.
+LOOKUP_WORDS = 5
+# Of 240 bits, between copies. Measured: PTB-XL at 100 and 500 Hz 0 to 7, different recordings 18 and more.
+MAX_DIFFERENT_BITS = 12
+
+# I, II and the chest leads come first: every other limb lead follows from I and II.
+LEAD_PRIORITY = np.array([
+    50 if n == "unknown" else {"I": 0, "II": 1}.get(n, 2 + i if n in ("V1", "V2", "V3", "V4", "V5", "V6") else 20 + i)
+    for i, n in enumerate(LEADS)])
+# A group's share of the batch is a multiple of batch / 16, so that any number of ranks up to batch / 16 divides it.
+BATCH_GRAIN = 16
+WINDOW_TRIES = 8                 # random starts before a window with missing samples is taken after all
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a corpus on disk
+
+class Corpus:
+    """A prepared corpus, opened without reading its signals.
+
+    .dir, .manifest (dict), .index (INDEX_DTYPE), .records (S64, a name per recording), .patients (S32, a name per
+    number in the index), .fingerprints (see fingerprint, one per recording).
+    """
+
+    def __init__(self, dir, manifest, index, records, patients, fingerprints=None):
+        self.dir, self.manifest, self.index, self.records, self.patients = dir, manifest, index, records, patients
+        self.fingerprints = fingerprints
+        self.shard = functools.lru_cache(OPEN_SHARDS)(self._open_shard)
+
+    def _open_shard(self, number):
+        return np.memmap(self.dir / "signal" / f"{number:05d}.i16", dtype="<i2", mode="r")
+
+    def read(self, i, start=0, length=None):
+        """Recording i, samples start to start + length (default: to its end) of every lead: int16 (L, T), a view."""
+        row = self.index[i]
+        n_leads, n_samples, offset = int(row["n_leads"]), int(row["length"]), int(row["offset"])
+        stop = n_samples if length is None else start + length
+        assert 0 <= start <= stop <= n_samples, f"samples {start}..{stop} of a recording of {n_samples}"
+        signal = self.shard(int(row["shard"]))
+        return signal[offset:offset + n_leads * n_samples].reshape(n_leads, n_samples)[:, start:stop]
+
+    def lead_ids(self, i):
+        """Lead ids (L,) of recording i, in the order of its rows."""
+        return self.index["leads"][i][:self.index["n_leads"][i]]
+
+    def events(self, i):
+        """Annotations of recording i, EVENT_DTYPE (K,), in order of time; none where the source has none."""
+        row = self.index[i]
+        if not row["n_events"]:
+            return NO_EVENTS
+        first = int(row["first_event"])
+        return np.load(self.dir / "events" / f"{row['shard']:05d}.npy", mmap_mode="r")[first:first + row["n_events"]]
+
+
+def open_corpus(dir):
+    """Open the corpus in `dir`; a ValueError names the command that makes it again if it is absent, old or damaged."""
+    dir = Path(dir)
+    try:
+        manifest = json.loads((dir / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        unfinished = part_of(dir)
+        hint = (f"{unfinished} holds an unfinished one: run its command again" if unfinished.is_dir() else
+                f"make one with `python prepare.py SOURCE --raw DIR --out {dir}`")
+        raise ValueError(f"{dir} holds no corpus (manifest.json: {error}): {hint}") from None
+    manifest = manifest if isinstance(manifest, dict) else {}
+    again = f"delete {dir} and run `{manifest.get('command', 'python prepare.py ...')}`"
+    version = manifest.get("format_version")
+    if manifest.get("magic") != MAGIC or version not in FINGERPRINTS_FILE:
+        raise ValueError(f"{dir} is format {version} of {manifest.get('magic')!r}, expected format {FORMAT_VERSION} of "
+                         f"{MAGIC!r}: {again}")
+    try:
+        index, records, patients, fingerprints = (
+            np.load(dir / f"{name}.npy", mmap_mode="r")
+            for name in ("index", "records", "patients", FINGERPRINTS_FILE[version]))
+        check_tables(dir, manifest, index, records, patients, fingerprints)
+    except (OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{dir} is damaged ({error}): {again}") from None
+    return Corpus(dir, manifest, index, records, patients, fingerprints)
+
+
+def check_tables(dir, manifest, index, records, patients, fingerprints):
+    """ValueError if the files of a corpus do not fit together."""
+    for name, size in manifest["shard_bytes"].items():
+        found = os.path.getsize(dir / "signal" / name)
+        if found != size:
+            raise ValueError(f"signal/{name} has {found} bytes, the manifest says {size}")
+    if (index.dtype, records.dtype, patients.dtype) != (INDEX_DTYPE, RECORD_DTYPE, PATIENT_DTYPE):
+        raise ValueError(f"index of {index.dtype}, records of {records.dtype}, patients of {patients.dtype}")
+    if not len(index) == len(records) == len(fingerprints) == manifest.get("recordings"):
+        raise ValueError(f"{len(index)} index rows, {len(records)} names and {len(fingerprints)} fingerprints, the "
+                         f"manifest says {manifest.get('recordings')}")
+
+
+def part_of(out):
+    """The folder of an unfinished corpus."""
+    out = Path(out).resolve()
+    return out.with_name(f"{out.name}.part")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# copies within and between corpora
+
+BIT_COUNT = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+# Signs from NumPy's frozen generator, and integers throughout: a fingerprint is the same on every machine.
+FINGERPRINT_SIGNS = 2 * np.random.RandomState(0).randint(
+    0, 2, (8 * FINGERPRINT_BYTES, FINGERPRINT_S * FS // FINGERPRINT_STEP)) - 1
+
+
+def fingerprint(steps, leads):
+    """FINGERPRINT_BYTES bytes that two copies of a recording share except for a few bits, whatever their names, rates
+    and rounding; steps int16 (L, T) uV, leads (L,) ids.
+
+    Signs of random projections of lead II (without it, of the first lead), its first 8 s, averaged to 12.5 Hz
+    (Charikar, STOC 2002: the share of bits that differ is the angle between the signals, as a share of 180 degrees).
+    """
+    lead = steps[np.argmax(leads == LEAD_IDS["II"])][:FINGERPRINT_S * FS]
+    x = np.zeros(FINGERPRINT_S * FS, np.int64)
+    x[:len(lead)] = np.where(lead == MISSING, 0, lead)
+    x = x.reshape(-1, FINGERPRINT_STEP).sum(axis=1)
+    return np.packbits(FINGERPRINT_SIGNS @ (len(x) * x - x.sum()) > 0)
+
+
+def find_duplicates(fingerprints):
+    """Pairs of rows of fingerprints (N, bytes) that are the same recording: (K, 2), the lower first, sorted.
+
+    Candidates share one of the first LOOKUP_WORDS words of 24 bits, for which sorting is enough. Of each run of equal
+    words only neighbours are compared, so the cost is that of the sorting.
+    """
+    found = [np.zeros((0, 2), np.int64)]
+    words = np.asarray(fingerprints).reshape(len(fingerprints), FINGERPRINT_WORDS, FINGERPRINT_WORD_BYTES)
+    for w in range(LOOKUP_WORDS):
+        word = words[:, w].astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+        order = np.argsort(word, kind="stable")
+        same = np.flatnonzero(word[order[1:]] == word[order[:-1]])
+        for part in np.array_split(same, 1 + len(same) // 2**20):                                # bounded memory
+            a, b = order[part], order[part + 1]
+            differ = BIT_COUNT[fingerprints[a] ^ fingerprints[b]].sum(axis=1, dtype=np.int64)
+            found.append(np.stack((a, b), axis=1)[differ <= MAX_DIFFERENT_BITS])
+    return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
+
+
+def rows_to_leave_out(corpora, excluded=()):
+    """Per corpus, two sorted arrays of rows that must not be trained on though their split is train: copies of a
+    recording that any of the corpora holds out or that is in one of the excluded corpora, and copies of a recording
+    that comes earlier (in the same corpus or another)."""
+    first = np.cumsum([0] + [len(c.index) for c in corpora])
+    pairs = find_duplicates(np.concatenate([np.asarray(c.fingerprints) for c in (*corpora, *excluded)]))
+    held_out = np.concatenate([np.asarray(c.index["split"]) != SPLITS.index("train") for c in corpora]
+                              + [np.ones(len(c.index), bool) for c in excluded])
+    a, b = pairs.T
+    leaks = np.union1d(a[held_out[b] & ~held_out[a]], b[held_out[a] & ~held_out[b]])
+    twice = np.setdiff1d(b[~held_out[a] & ~held_out[b]], leaks)
+    return [tuple(rows[(rows >= low) & (rows < high)] - low for rows in (leaks, twice))
+            for low, high in zip(first[:-1], first[1:])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches: a pure function of (seed, step)
+
+class Sampler:
+    """Draws windows of recordings from several corpora, at most one per patient in a batch.
+
+    A corpus weighs (patients x hours) ** 0.25, the square root of what lies between the two, multiplied by its one of
+    `weights`. So neither many short recordings nor a few long ones crowd out the others (by the root of the hours
+    alone, eleven hours of MIT-BIH's 22 people would outweigh 1,400 people of PTB-XL). All patients of a corpus weigh
+    the same. Each of `shapes` (augment.LeadGroup) has a fixed share of the batch, which `ranks` processes can divide,
+    so tensor shapes never change. ValueError if there are no recordings, or not enough patients for the batch.
+    """
+
+    def __init__(self, corpora, batch, seed, shapes, weights=None, excluded=(), ranks=1):
+        self.corpora, self.seed, self.batch, self.shapes = corpora, seed, batch, shapes
+        self.too_short = f"shorter than {max(s.window_s for s in shapes):g} s"
+        self.skipped = {"not in split train": 0, self.too_short: 0}
+        pools = [self._pools(corpus, weight, *rows)
+                 for corpus, weight, rows in zip(corpora, weights or [1.0] * len(corpora),
+                                                 rows_to_leave_out(corpora, excluded))]
+        self.groups = []
+        for shape in shapes:
+            members = [dict(pool[shape], corpus=c) for c, pool in enumerate(pools) if shape in pool]
+            if members:
+                self.groups.append(dict(shape=shape, members=members, window=round(shape.window_s * FS),
+                                        weight=np.array([m["weight"] for m in members]),
+                                        patients=np.array([len(m["first"]) for m in members])))
+        if not self.groups:
+            raise ValueError(f"no recording to train on in {', '.join(str(c.dir) for c in corpora)}: {self.skipped}")
+        self._share_batch(ranks)
+
+    def _pools(self, corpus, weight, leaks, twice):
+        """Per lead group of one corpus: index rows sorted by patient, where each patient's rows begin, the corpus'
+        weight."""
+        index = corpus.index
+        train = index["split"] == SPLITS.index("train")
+        self.skipped["not in split train"] += int((~train).sum())
+        for rows, why in ((leaks, "copy of a held-out recording"), (twice, "copy of another recording")):
+            train[rows] = False
+            if len(rows):
+                self.skipped[why] = self.skipped.get(why, 0) + len(rows)
+        long_enough = index["length"] >= min(s.window_s for s in self.shapes) * FS
+        rows = np.flatnonzero(train & long_enough).astype(np.uint32)                    # half the memory of int64
+        rows = rows[np.argsort(index["patient"][rows], kind="stable")]
+        n_leads, length = index["n_leads"][rows], index["length"][rows]
+        pools, used = {}, np.zeros(len(rows), bool)
+        for shape in self.shapes:
+            wanted = (n_leads >= shape.leads) & (length >= shape.window_s * FS)
+            used |= wanted
+            members = rows if wanted.all() else rows[wanted]
+            if len(members):
+                patient = index["patient"][members]
+                first = np.flatnonzero(np.r_[True, patient[1:] != patient[:-1]])
+                hours = float(index["length"][members].sum(dtype=np.int64)) / FS / 3600
+                pools[shape] = dict(rows=members, first=first, count=np.diff(np.append(first, len(members))),
+                                    weight=weight * (len(first) * hours) ** 0.25)
+        self.skipped[self.too_short] += int(train.sum() - used.sum())
+        return pools
+
+    def _common_patients(self):
+        """(G, G) patients that two lead groups have in common; on the diagonal those of each."""
+        patients = [{m["corpus"]: self.corpora[m["corpus"]].index["patient"][m["rows"][m["first"]]]    # each once
+                     for m in group["members"]} for group in self.groups]
+        return np.array([[sum(len(np.intersect1d(a[c], b[c], assume_unique=True)) for c in a.keys() & b.keys())
+                          for b in patients] for a in patients])
+
+    def _share_batch(self, ranks):
+        """Give every group its recordings of the batch, or say which batch would be possible."""
+        common = self._common_patients()
+        sizes = self._sizes(self.batch, ranks, common)
+        if sizes is None:
+            smaller, larger = range(self.batch - 1, 0, -1), range(self.batch + 1, 2 * self.batch + BATCH_GRAIN * ranks)
+            possible = next((n for n in (*smaller, *larger) if self._sizes(n, ranks, common) is not None), None)
+            has = ", ".join(f"{n} patients with {g['shape'].leads} or more leads"
+                            for n, g in zip(common.diagonal(), self.groups))
+            raise ValueError(
+                f"--batch {self.batch} is not possible: a batch holds a patient once, {len(self.groups)} groups of "
+                f"lead counts share it in parts of 1/{BATCH_GRAIN if len(self.groups) > 1 else 1}, {ranks} processes "
+                f"divide each part, and the data have {has}; "
+                + (f"use --batch {possible}" if possible else "use more data or fewer processes"))
+        for group, size in zip(self.groups, sizes):
+            group["size"] = size
+
+    def _sizes(self, batch, ranks, common):
+        """Recordings of every group in a batch of this size, by the groups' shares, in grains: at least one grain each,
+        and no more than a group has patients for. None if that is not possible."""
+        total = BATCH_GRAIN if len(self.groups) > 1 else 1
+        share = np.array([g["shape"].share for g in self.groups])
+        grain, owed = batch // total, share / share.sum() * total
+        if batch % total or len(self.groups) > total:
+            return None
+
+        def fit(grains):
+            """Each group finds its patients even if the groups before it took all that they have in common with it."""
+            for g, n in enumerate(grains):
+                taken = sum(min(grains[h] * grain, common[g, h]) for h in range(g))
+                if n * grain + taken > common[g, g]:
+                    return False
+            return True
+        grains = np.ones(len(self.groups), int)
+        while grains.sum() < total:              # the next grain goes to the group that is owed most and can take it
+            possible = [fit(grains + one) for one in np.eye(len(grains), dtype=int)]
+            if not any(possible):
+                return None
+            grains[np.argmax(np.where(possible, owed - grains, -np.inf))] += 1
+        sizes = [int(n) * grain for n in grains]
+        return sizes if fit(grains) and not any(size % ranks for size in sizes) else None
+
+    def choose(self, step):
+        """Per group (member, patient) for each place of the batch of `step`, no patient twice; the cost does not
+        depend on the size of the corpora."""
+        taken, chosen = set(), []
+        for g, group in enumerate(self.groups):
+            rng, places = np.random.default_rng([self.seed, step, g, 0]), []
+            while len(places) < group["size"]:
+                member = rng.choice(len(group["weight"]), 4 * group["size"], p=group["weight"] / group["weight"].sum())
+                patient = (rng.random(len(member)) * group["patients"][member]).astype(np.int64)
+                for m, p in zip(member.tolist(), patient.tolist()):
+                    pool = group["members"][m]
+                    index = self.corpora[pool["corpus"]].index
+                    who = pool["corpus"], index["patient"][pool["rows"][pool["first"][p]]]
+                    if who not in taken and len(places) < group["size"]:
+                        taken.add(who)
+                        places.append((m, p))
+            chosen.append(places)
+        return chosen
+
+    def draw(self, step, g, chosen, rows):
+        """Recordings `rows` (slice) of group g, chosen for the batch of `step`.
+
+        Returns int16 windows (B, S, W), lead ids (B, S) and how many slots hold a lead (B,); further slots repeat
+        the first ones.
+        """
+        group = self.groups[g]
+        places = range(*rows.indices(group["size"]))
+        batch = np.empty((len(places), group["shape"].slots, group["window"]), np.int16)
+        leads, available = np.empty(batch.shape[:2], np.int64), np.empty(len(batch), np.int64)
+        for i, place in enumerate(places):
+            window, ids, _ = self._window(step, g, place, *chosen[place])
+            available[i] = len(ids)
+            order = np.arange(group["shape"].slots) % len(ids)
+            batch[i], leads[i] = window[order], ids[order]
+        return batch, leads, available
+
+    def name(self, step):
+        """What the batch of `step` is made of: corpus/record@second of each window."""
+        names = []
+        for g, (group, chosen) in enumerate(zip(self.groups, self.choose(step))):
+            for place, (m, patient) in enumerate(chosen):
+                _, _, (row, start) = self._window(step, g, place, m, patient)
+                corpus = self.corpora[group["members"][m]["corpus"]]
+                names.append(f"{corpus.dir.name}/{corpus.records[row].decode()}@{start / FS:g}")
+        return names
+
+    def _window(self, step, g, place, m, patient):
+        """A random window of a patient: (L, W) int16; the ids of its leads, those first from which all others follow
+        (where not all of those are wanted, random ones); and where it was: index row, first sample.
+
+        A window with too few complete leads is drawn again. If none is complete, missing samples of the last one
+        become 0.
+        """
+        rng = np.random.default_rng([self.seed, step, g, 1, place])
+        group = self.groups[g]
+        member, shape = group["members"][m], group["shape"]
+        corpus = self.corpora[member["corpus"]]
+        for _ in range(WINDOW_TRIES):
+            row = member["rows"][member["first"][patient] + rng.integers(member["count"][patient])]
+            start = int(rng.integers(0, corpus.index["length"][row] - group["window"] + 1))
+            window, ids = np.asarray(corpus.read(row, start, group["window"])), corpus.lead_ids(row)
+            complete = ~(window == MISSING).any(axis=1)
+            if complete.sum() >= shape.leads:
+                window, ids = window[complete], ids[complete]
+                break
+        window = np.where(window == MISSING, 0, window)
+        any_will_do = len(ids) > shape.slots and shape.leads < max(s.leads for s in self.shapes)
+        order = rng.permutation(len(ids)) if any_will_do else np.argsort(LEAD_PRIORITY[ids], kind="stable")
+        return window[order[:shape.slots]], ids[order[:shape.slots]].astype(np.int64), (row, start)

@@ -1,0 +1,302 @@
+"""Any ECG in the one form that the encoder knows: leads by name, 250 Hz, millivolt, NaN where a sample is missing.
+
+    signal_mv, lead_ids = preprocess(signal, fs=500, leads=["I", "II"], units="mV")      # any array
+    recording = read_wfdb("my/record")                                # a WFDB file; encoder.embed takes it as it is
+
+Nothing is filtered, normalised or centred. prepare.py, the probes and encoder.embed all call `preprocess`.
+
+Shapes: L leads, T samples (at FS unless said otherwise).
+"""
+import hashlib
+import os
+import re
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+import numpy as np
+from scipy.signal import resample_poly
+
+FS = 250                         # Hz: twice the 40 to 100 Hz that diagnostic ECGs carry, and native to Icentia11k
+UV_PER_MV = 1000                 # a step of the stored int16 is 1 uV, which is also what PTB-XL stores
+MISSING = -32768                 # int16 value of a sample that the recording does not have
+MAX_MV = 32.767                  # largest amplitude that int16 holds; beyond, an electrode is off or the amplifier full
+FS_RANGE = (50, 4000)            # Hz, what preprocess accepts: below 50 no QRS is left, above 4,000 the header is wrong
+PAD_S = 0.5                      # s, exact zeros at either end for this long are padding
+FLAT_S = 1.0                     # s, a value held exactly for this long is a disconnected or saturated lead
+FLAT_STD_MV = 1e-4               # mV, a lead with less spread than this over the whole recording is no signal
+MAX_SAMPLES = 2**28              # of all channels of a record, at its own rate: 24 h of 12 leads at 250 Hz
+MAX_LEADS = 16                   # leads that an index row holds; a recording with more keeps its first 16
+# mV; from 1 to 99 % of the samples of the largest lead of an ECG: beyond, the units are wrong.
+MIN_SPREAD_MV, MAX_SPREAD_MV = 0.005, 20.0
+
+LEADS = ("unknown", "I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6",
+         "V7", "V8", "V9", "V3R", "V4R", "X", "Y", "Z")              # a lead id is the place in this tuple
+LEAD_IDS = {name.upper(): i for i, name in enumerate(LEADS)}
+LEAD_ALIASES = {"VX": "X", "VY": "Y", "VZ": "Z"}                     # Frank leads as PTB writes them
+for _i, _limb in enumerate(("I", "II", "III"), 1):                   # DI, D1: CODE; MLI: modified limb leads of Holters
+    LEAD_ALIASES |= {f"D{_limb}": _limb, f"D{_i}": _limb, f"ML{_limb}": _limb}
+for _i in range(1, 7):
+    LEAD_ALIASES |= {f"MV{_i}": f"V{_i}", f"MLV{_i}": f"V{_i}"}
+MV_PER_UNIT = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "volt": 1e3, "volts": 1e3}
+
+
+class Refused(ValueError):
+    """A recording that cannot be used: `reason` is what it is counted under, the text says what to do."""
+
+    def __init__(self, reason, text):
+        super().__init__(text)
+        self.reason = reason
+
+
+class Recording(NamedTuple):
+    """One recording as a file or a device gives it; preprocess(*recording[:4]) brings it to the one form."""
+    signal: np.ndarray           # (L, T) or (T, L) in `units`, NaN where missing
+    fs: float                    # Hz
+    leads: Sequence[str]         # L names
+    units: str = "mV"
+    left_out: int = 0            # channels of the file that are no voltages
+
+
+def lead_id(name):
+    """Place of a lead in LEADS, whatever its spelling ("II", "lead II", "MLII", "DII" are all 2); 0 if not known."""
+    key = "".join(str(name).upper().split()).removeprefix("LEAD")
+    return LEAD_IDS.get(LEAD_ALIASES.get(key, key).upper(), 0)
+
+
+def preprocess(signal, fs, leads, units="mV"):
+    """Bring any recording to the one form that the encoder knows.
+
+    signal (L, T) or (T, L) in `units` (mV, uV or V) at `fs` Hz; NaN and what a NumPy mask covers is missing. leads: L
+    names; a single lead may be 1-D. Returns signal_mv float32 (L, ceil(T * FS / fs)), NaN where missing, and lead_ids
+    int64 (L,). No filter except the resampler's own, no normalisation; 250 Hz passes unchanged. Raises Refused, a
+    ValueError, if this is no such recording.
+    """
+    x = as_lead_rows(signal, fs, leads, units)
+    mark_missing(x, fs)
+    missing = np.isnan(x)
+    if missing.all():
+        raise Refused("no valid lead", "no sample of this recording is usable: every lead is flat, zero, NaN or beyond "
+                                       f"+-{MAX_MV} mV; check the units (now {units!r}) and the gain")
+    ratio = Fraction(FS) / Fraction(float(fs)).limit_denominator(1000)
+    if ratio != 1:
+        bridge_gaps(x, missing)
+        x = resample_poly(x, ratio.numerator, ratio.denominator, axis=1, padtype="line")
+        if missing.any():
+            x[resample_missing(missing, ratio)] = np.nan
+    return x.astype(np.float32), np.array([lead_id(name) for name in as_list(leads)], dtype=np.int64)
+
+
+def as_list(leads):
+    return [leads] if isinstance(leads, str) else list(leads)
+
+
+def as_lead_rows(signal, fs, leads, units):
+    """The signal as a fresh float64 (L, T) in mV with inf as NaN, or a ValueError that says what is wrong with it."""
+    if not isinstance(fs, (int, float, np.integer, np.floating)) or not FS_RANGE[0] <= fs <= FS_RANGE[1]:
+        raise Refused("sampling rate", f"fs is {fs!r}: expected the sampling rate in Hz, "
+                                       f"a number from {FS_RANGE[0]} to {FS_RANGE[1]}")
+    if str(units).lower() not in MV_PER_UNIT:
+        raise Refused("units", f"units is {units!r}: expected mV, uV or V; scale the signal and say units=\"mV\"")
+    try:
+        if isinstance(signal, np.ma.MaskedArray):
+            signal = signal.astype(np.float64).filled(np.nan)
+        x, n_leads = np.array(signal, dtype=np.float64), len(as_list(leads))
+    except (ValueError, TypeError) as error:
+        raise Refused("shape", f"signal or leads cannot be read ({error}): expected numbers (leads, samples) and one "
+                               "name per lead") from None
+    if x.ndim == 1 and n_leads == 1:
+        x = x[None]
+    if x.ndim != 2 or n_leads not in x.shape:
+        raise Refused("shape", f"signal has shape {x.shape} and leads names {n_leads}: expected (leads, samples) or "
+                               "(samples, leads) with one name per lead")
+    x = x if len(x) == n_leads else np.ascontiguousarray(x.T)
+    if x.size == 0:
+        raise Refused("empty", f"signal is empty (shape {x.shape}): expected at least one lead and one sample")
+    if MV_PER_UNIT[str(units).lower()] != 1:
+        x *= MV_PER_UNIT[str(units).lower()]
+    x[np.isinf(x)] = np.nan
+    return x
+
+
+def mark_missing(x, fs):
+    """Write NaN into x (L, T) mV at fs wherever there is a value but no signal.
+
+    Beyond +-MAX_MV; zeros at either end for PAD_S; any value held exactly for FLAT_S; leads with a spread below
+    FLAT_STD_MV. Of 26,000 real leads (PTB-XL, MIT-BIH, Challenges 2017 and 2021) none holds a value for 1 s unless it
+    is flat throughout: the noise of a real electrode does not stand still, so the rule costs no signal.
+    """
+    x[np.abs(x) > MAX_MV] = np.nan
+    block = max(1, int(min(FLAT_S, 2 * PAD_S) * fs) // 2)
+    for lead in x:
+        # A value held for FLAT_S fills a block of half of that. Hardly any lead has such a block, and to measure all its
+        # runs costs ten times as much as to see that.
+        blocks = lead[:len(lead) // block * block].reshape(-1, block)
+        if 0 in (lead[0], lead[-1]) or len(lead) <= 2 * block or (blocks.max(axis=1) == blocks.min(axis=1)).any():
+            edges = np.flatnonzero(np.diff(lead)) + 1  # NaN differs from NaN, so gaps are no runs
+            starts, ends = np.r_[0, edges], np.r_[edges, len(lead)]
+            held = ends - starts >= FLAT_S * fs
+            for end in (0, -1):
+                held[end] |= lead[starts[end]] == 0 and ends[end] - starts[end] >= PAD_S * fs
+            lead[np.repeat(held, ends - starts)] = np.nan
+        valid = lead[np.isfinite(lead)]
+        if len(valid) and valid.std() < FLAT_STD_MV:
+            lead[:] = np.nan
+
+
+def bridge_gaps(x, missing):
+    """Draw straight lines in x (L, T) over what is missing, so that the resampler neither rings nor spreads NaN."""
+    t = np.arange(x.shape[1])
+    for lead, gap in zip(x, missing):
+        if gap.any():
+            lead[gap] = 0.0 if gap.all() else np.interp(t[gap], t[~gap], lead[~gap])
+
+
+def resample_missing(missing, ratio):
+    """missing (L, T) at fs -> (L, T') at FS: an output sample is missing if any input sample that it stands for is.
+
+    Those are the two that it lies between and, when there are more, all within half an output step of it. Integer
+    arithmetic: output sample n lies at n * down / up input samples.
+    """
+    n_in = missing.shape[1]
+    up, down = ratio.numerator, ratio.denominator
+    n = np.arange(-(-n_in * up // down))
+    first = np.minimum(n * down // up, -((1 - 2 * n) * down // (2 * up)))
+    last = np.maximum(-(-n * down // up), (1 + 2 * n) * down // (2 * up))
+    first, last = first.clip(0, n_in - 1), last.clip(0, n_in - 1)
+    count = np.pad(np.cumsum(missing, axis=1), ((0, 0), (1, 0)))
+    return count[:, last + 1] > count[:, first]
+
+
+def check_amplitude(signal_mv, units):
+    """Raise Refused if a recording (L, T) mV is a thousand times too large or too small to be in `units`."""
+    missing = np.isnan(signal_mv)
+    spread = max((np.ptp(np.percentile(lead[~gap], (1, 99)))
+                  for lead, gap in zip(signal_mv, missing) if not gap.all()), default=0)
+    if not MIN_SPREAD_MV <= spread <= MAX_SPREAD_MV or missing.mean() > 0.5 and spread > MAX_SPREAD_MV / 2:
+        raise Refused("amplitude", f"the signal spans {spread:.2g} mV if it is in {units}, and {missing.mean():.0%} of "
+                                   f"its samples are unusable; an ECG spans {MIN_SPREAD_MV} to {MAX_SPREAD_MV:g} mV: "
+                                   "check the units")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading one recording from a file
+
+# WFDB headers of the plain kind (see header(5) of the WFDB manual): one file, one format, no skew, no frames.
+RECORD_LINE = re.compile(r"[^\s/]+ +(\d+) +(\d+\.?\d*)(?:[/(]\S*)? +(\d+)(?: .*)?")
+SIGNAL_LINE = re.compile(r"(\S+) +(16|212)(?:x1)?(?:\+(\d+))? +([\d.eE+-]+)(?:\((-?\d+)\))?(?:/(\S+))? +\d+ +(-?\d+)"
+                         r"(?: +-?\d+ +-?\d+ +\d+(?: +(.*))?)?")
+
+
+def read_wfdb(path):
+    """Read a WFDB record: a Recording with signal (T, L) in mV. Raises Refused if the file is absent or damaged."""
+    try:
+        signal, fs, names, units = read_plain_wfdb(path) or read_any_wfdb(path)
+    except FileNotFoundError as error:
+        raise Refused("absent file", f"{Path(error.filename or path).name} is not there") from None
+    except Exception as error:  # wfdb has no exception of its own: a damaged file may raise anything
+        raise Refused("unreadable or truncated file", f"{type(error).__name__}: {error}") from None
+    scale = np.array([MV_PER_UNIT.get(str(unit).lower(), np.nan) for unit in units])
+    volts = np.flatnonzero(np.isfinite(scale))
+    if not len(volts):
+        raise Refused("no voltage channel", f"units {units}: expected at least one channel in mV, uV or V")
+    if len(volts) < len(scale) or (scale != 1).any():
+        signal = signal[:, volts] * scale[volts]
+    return Recording(signal, fs, [names[i] or "" for i in volts], left_out=len(scale) - len(volts))
+
+
+def read_plain_wfdb(path):
+    """What wfdb.rdrecord reads, sample for sample, several times as fast, of formats 16 (.mat of the Challenges too)
+    and 212 in a plain header: signal (T, L) in physical units, fs, names, units. None for all else, damage included."""
+    with open(f"{path}.hea", errors="replace") as file:
+        lines = [line for line in map(str.strip, file) if line and not line.startswith("#")]
+    record = RECORD_LINE.fullmatch(lines[0]) if lines else None
+    fields = [SIGNAL_LINE.fullmatch(line) for line in lines[1:]]
+    if not record or None in fields or len({f.group(1, 2, 3) for f in fields}) != 1:
+        return None
+    n_leads, n_samples, (name, kind, skip) = int(record[1]), int(record[3]), fields[0].group(1, 2, 3)
+    gains = np.array([float(f[4]) for f in fields])
+    zeros = np.array([float(f[5] or f[7]) for f in fields])
+    count = n_leads * n_samples
+    n_bytes = 2 * count if kind == "16" else 3 * -(-count // 2)
+    source = os.path.join(os.path.dirname(path), name)
+    if n_leads != len(fields) or not count or (gains == 0).any() or os.path.getsize(source) < int(skip or 0) + n_bytes:
+        return None
+    with open(source, "rb") as file:
+        file.seek(int(skip or 0))
+        data = np.fromfile(file, "<i2" if kind == "16" else "u1", n_bytes // 2 if kind == "16" else n_bytes)
+    if kind == "212":  # two samples of 12 bits in three bytes; shifts to the right keep the sign
+        low, both, high = data.reshape(-1, 3).T
+        data = np.empty((len(low), 2), np.int16)
+        data[:, 0], data[:, 1] = low, high
+        data[:, 0] |= both.astype(np.int16) << 12 >> 4
+        data[:, 1] |= (both.astype(np.int16) << 8 & -4096) >> 4
+    data = data.reshape(-1)[:count].reshape(n_samples, n_leads).T
+    signal = np.empty(data.shape)  # a row per lead: twice as fast from here on
+    np.subtract(data, zeros[:, None], out=signal)
+    signal /= gains[:, None]
+    invalid = data == (-32768 if kind == "16" else -2048)
+    if invalid.any():
+        signal[invalid] = np.nan
+    return signal.T, float(record[2]), [f[8] for f in fields], [f[6] or "mV" for f in fields]
+
+
+def read_any_wfdb(path):
+    """The same by wfdb, for all other formats."""
+    lines = header_lines(f"{path}.hea")
+    claimed = int(lines[0][1]) * int(lines[0][3]) if len(lines[0]) > 3 else 0
+    if claimed > MAX_SAMPLES:                                      # wfdb would take the memory before it looks
+        raise ValueError(f"the header says {claimed:,} samples, more than {MAX_SAMPLES:,} are not read at once")
+    record = rdrecord_any_date(path)
+    return record.p_signal, record.fs, record.sig_name, record.units or []
+
+
+def rdrecord_any_date(path):
+    """wfdb.rdrecord, also for headers whose date and time it refuses (Challenge 2017 has them in swapped order)."""
+    import wfdb  # here: a person who only wants features of an array does not need it
+    try:
+        return wfdb.rdrecord(path)
+    except ValueError:
+        path = Path(path)
+        record_line, *signal_lines = header_lines(f"{path}.hea")
+        if len(record_line) <= 4 or "/" in record_line[0]:  # NAME CHANNELS RATE SAMPLES: there is no date to blame
+            raise
+        with tempfile.TemporaryDirectory() as folder:  # the same record, under a header that stops before the date
+            lines = [record_line[:4], *signal_lines]
+            Path(folder, f"{path.name}.hea").write_text("\n".join(map(" ".join, lines)))
+            for name in {fields[0] for fields in signal_lines}:
+                os.symlink(path.parent.resolve() / name, Path(folder, name))
+            return wfdb.rdrecord(f"{folder}/{path.name}")
+
+
+def header_lines(path):
+    """The fields of every line of a WFDB header that is not a comment."""
+    lines = [line.split() for line in Path(path).read_text(errors="replace").splitlines()]
+    return [fields for fields in lines if fields and not fields[0].startswith("#")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+def atomic_write(path, content):
+    """A file that appears with all of its content or not at all, even if the machine stops.
+
+    content: bytes, text, or a function that writes into the open binary file.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.tmp")
+    with open(part, "wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def sha256(path):
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
