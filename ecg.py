@@ -8,6 +8,7 @@ Nothing is filtered, normalised or centred. prepare.py, the probes and encoder.e
 Shapes: L leads, T samples (at FS unless said otherwise).
 """
 import hashlib
+import itertools
 import os
 import re
 import tempfile
@@ -130,8 +131,8 @@ def mark_missing(x, fs):
     x[np.abs(x) > MAX_MV] = np.nan
     block = max(1, int(min(FLAT_S, 2 * PAD_S) * fs) // 2)
     for lead in x:
-        # A value held for FLAT_S fills a block of half of that. Hardly any lead has such a block, and to measure all its
-        # runs costs ten times as much as to see that.
+        # A value held for FLAT_S fills a block of half of that. Hardly any lead has such a block, and it takes ten times
+        # as long to measure all runs of a lead as to see that.
         blocks = lead[:len(lead) // block * block].reshape(-1, block)
         if 0 in (lead[0], lead[-1]) or len(lead) <= 2 * block or (blocks.max(axis=1) == blocks.min(axis=1)).any():
             edges = np.flatnonzero(np.diff(lead)) + 1  # NaN differs from NaN, so gaps are no runs
@@ -169,6 +170,47 @@ def resample_missing(missing, ratio):
     return count[:, last + 1] > count[:, first]
 
 
+def as_recordings(signal, fs=None, leads=None, units="mV"):
+    """(iterable of Recording, whether `signal` is several recordings).
+
+    signal: a Recording or an array (L, T), or several: a list, any other iterable, or an array (recordings, L, T). fs,
+    leads and units are one for all, or given per recording. ValueError if they do not fit.
+    """
+    if isinstance(signal, Recording):
+        return [signal], False
+    about = (fs, leads, units)
+    shared = (fs is None or np.ndim(fs) == 0, leads is None or is_lead_set(leads), isinstance(units, str))
+    ndim = getattr(signal, "ndim", None)
+    if ndim is None:                             # a list, a generator, ...: its first item tells
+        sizes = {len(x) for x, one in zip((signal, *about), (False, *shared)) if not one and hasattr(x, "__len__")}
+        items = iter(signal)
+        first = next(items, None)
+        if first is None:
+            return [], True
+        ndim = 3 if isinstance(first, Recording) else 1 + np.ndim(first)
+        signal = itertools.chain([first], items)
+        if len(sizes) > 1 and not (ndim < 3 and all(shared)):
+            raise ValueError(f"signal, fs, leads and units are given for different numbers of recordings: {sizes}")
+    if ndim < 3 and all(shared):
+        return [complete(signal if hasattr(signal, "ndim") else list(signal), *about)], False
+    each = zip(signal, *(itertools.repeat(x) if one else x for x, one in zip(about, shared)))
+    return (complete(*item) for item in each), True
+
+
+def is_lead_set(leads):
+    """Whether `leads` is one set of names, and not one set per recording."""
+    return isinstance(leads, str) or hasattr(leads, "__len__") and not any(np.ndim(name) for name in leads)
+
+
+def complete(signal, fs, leads, units):
+    """A Recording; ValueError if nothing says its rate or its leads."""
+    if isinstance(signal, Recording):
+        return signal
+    if fs is None or leads is None:
+        raise ValueError("fs, the sampling rate in Hz, and leads, a name per lead, are needed next to an array")
+    return Recording(signal, fs, leads, units)
+
+
 def check_amplitude(signal_mv, units):
     """Raise Refused if a recording (L, T) mV is a thousand times too large or too small to be in `units`."""
     missing = np.isnan(signal_mv)
@@ -178,6 +220,24 @@ def check_amplitude(signal_mv, units):
         raise Refused("amplitude", f"the signal spans {spread:.2g} mV if it is in {units}, and {missing.mean():.0%} of "
                                    f"its samples are unusable; an ECG spans {MIN_SPREAD_MV} to {MAX_SPREAD_MV:g} mV: "
                                    "check the units")
+
+
+def cut_patches(recording, patch_samples):
+    """A Recording preprocessed and cut into N patches of P samples at FS: patches float32 (L, N, P), whose missing
+    samples are NaN; which of them are valid (L, N), that is without a missing sample; lead ids (L,). A rest at the end
+    is left out. ValueError if nothing is valid or the unit is wrong."""
+    signal_mv, lead_ids = preprocess(*recording[:4])
+    N = signal_mv.shape[1] // patch_samples
+    if N == 0:
+        raise ValueError(f"the recording lasts {signal_mv.shape[1] / FS:.3f} s; at least one patch of "
+                         f"{patch_samples / FS:.1f} s is needed")
+    check_amplitude(signal_mv, recording.units)
+    patches = signal_mv[:, :N * patch_samples].reshape(len(lead_ids), N, patch_samples)
+    valid = np.isfinite(patches).all(axis=2)
+    if not valid.any():
+        raise Refused("no valid patch", "every patch of the recording has missing samples (NaN, or a flat or saturated "
+                                        "signal); nothing is left to embed")
+    return patches, valid, lead_ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------

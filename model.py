@@ -1,19 +1,20 @@
 """The ECG encoder: a Vision Transformer over (lead, time) patches, for any number of leads and any duration.
 
 Every lead is cut into patches of PATCH_S seconds; one linear layer, shared by all leads, turns a patch into a token.
-A lead is known by its name: a learned vector per named lead is added to its tokens. A lead that is absent has no token.
-Time enters as rotary position in seconds, so nothing is padded, resized or interpolated.
+A lead is known by its name: a learned vector per named lead is added to its tokens. Time enters as rotary position in
+seconds, so nothing is padded or resized. What is missing has no token, or one that no other token can see.
 
     encoder = load_encoder("runs/real/encoder.pt")                  # or "random:tiny" for an untrained one
-    out = encoder.embed(signal, fs=360, leads=["MLII", "V1"])       # any recording as it is: out.global_feature (D,),
-                                                                    # out.local_features (L, N, D), out.times_s (N,)
-    cls, registers, patches = encoder(signal_mv, lead_ids)          # batched, at 250 Hz
+    out = encoder.embed(signal, fs=360, leads=["MLII", "V1"])       # any recording, or a list of recordings: Embedding
+    features = encoder(signal_mv, lead_ids)                         # windows at 250 Hz, with gradients: Features
 
 Shapes: B batch, L leads, T samples, P samples of a patch, N patches of a lead (T / P), M tokens (1 + R + L*N),
 R registers, H heads, E width of a head, D width, Z tokens of several batches of windows, one after the other (the sum
 of B * M). Signals are in mV at FS Hz.
 """
 import math
+import zipfile
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,30 +24,29 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from prepare import FS, LEADS, preprocess
+from ecg import FS, LEADS, as_recordings, cut_patches
 
 PATCH_S = 0.2                    # s; a QRS complex is about half of it
 REGISTERS = 4                    # extra tokens that hold global scratch values (Darcet et al. 2024)
 ROPE_PERIODS_S = (0.4, 40.0)     # s; from two patches to a few windows, geometric over the frequency pairs of a head
 # The mean over this many patches (1.4 s, more than a beat) around a sample is its baseline, which is taken off.
 BASELINE_PATCHES = 7
-# Of the lead vectors at the start, beside tokens of about unit variance: features must differ between leads before
+# Of the lead vectors at the start, next to tokens of about unit variance: features must differ between leads before
 # they are averaged.
 LEAD_STD = 0.5
-# mV; linear below, logarithmic above: P and ST count beside an R ten times as high, and higher is still more.
+TOKEN_STD = 0.02                 # of CLS and registers at the start
+# mV; linear below, logarithmic above: P and ST count next to an R ten times as high, and higher is still more.
 COMPRESS_MV = 0.1
 NORM_EPS = 1e-5
-# mV; from 1 to 99 % of the samples of the largest lead of an ECG: beyond, the units are wrong.
-MIN_SPREAD_MV, MAX_SPREAD_MV = 0.005, 20.0
-# {leads or more: patches}: windows of about 120 tokens of independent leads, 8 s at most. train.py trains on these.
+# {leads or more: patches}: windows of about 120 tokens of independent leads, 8 s at most. train.py stores its own.
 WINDOW_PATCHES = {8: 15, 1: 40}
-MAX_EMBED_TOKENS = 4096          # that embed() runs at once: bounds its memory for long recordings, not its results
-FORMAT = "ecg-dino encoder 3"
+MAX_EMBED_TOKENS = 4096          # that embed() runs at once: bounds its memory, not its results
+FORMAT, GIVE = "ecg-dino encoder 3", "give the encoder.pt that train.py wrote"
 PREPROCESSING = dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES,
                      compress_mv=COMPRESS_MV)  # stored with the weights
 
-# LayerScale starts near 1 in shallow networks (else a short run trains little more than the patch embedding),
-# and tiny in deep ones.
+# LayerScale starts near 1 in shallow networks (otherwise a short run trains little more than the patch embedding), and
+# tiny in deep ones.
 SIZES = {
     "tiny": dict(width=128, depth=3, heads=2, layer_scale=1.0),
     "small": dict(width=384, depth=12, heads=6, layer_scale=0.1),
@@ -58,37 +58,52 @@ SIZES = {
 
 
 class Features(NamedTuple):
-    cls: torch.Tensor            # (B, D) global feature
+    """What the encoder says about a batch of windows."""
+    cls: torch.Tensor            # (B, D)
     registers: torch.Tensor      # (B, R, D)
-    patches: torch.Tensor        # (B, L, N, D) local features
+    patches: torch.Tensor        # (B, L, N, D) local features, NaN where not valid
+    valid: torch.Tensor | None = None  # (B, L, N) bool: the patches without a missing sample; None: all of them
 
     def pooled(self):
-        """[CLS, mean patch] (B, 2D): what the probes read and the DINO head sees, so that training shapes both."""
-        return torch.cat((self.cls, self.patches.mean((1, 2))), dim=1)
+        """[CLS, mean of the valid patches] (B, 2D): *the* global feature of a window, which the DINO head sees, the
+        probes read and embed() averages. Of a window without any valid patch the mean is 0."""
+        if self.valid is None:
+            mean = self.patches.mean((1, 2))
+        else:
+            valid = self.valid[..., None]
+            mean = torch.where(valid, self.patches, 0.0).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+        return torch.cat((self.cls, mean), dim=1)
 
 
 class Embedding(NamedTuple):
-    global_feature: np.ndarray   # (D,) CLS token, mean over windows
-    local_features: np.ndarray   # (L, N, D); NaN where a patch has missing samples
-    times_s: np.ndarray          # (N,) centre of each patch, seconds from the start of the recording
+    """What embed() says about a recording, as float32 arrays."""
+    global_feature: np.ndarray   # (2D,) Features.pooled(), mean over windows, each weighted by its valid patches
+    cls: np.ndarray              # (D,) the first half of it
+    local_features: np.ndarray | None  # (L, N, D); NaN where a patch has missing samples; None if not asked for
+    times_s: np.ndarray | None   # (N,) centre of each patch, seconds from the start of the recording
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks
 
 def rope_table(times_s, head_width):
-    """Rotary position at times_s (M,) seconds: unit complex numbers (M, E/2), from fp32 angles, because bf16 loses
-    positions."""
+    """Rotary position at times_s (M,) seconds: cosine and sine (M, E/2, 2), from fp32 angles, because bf16 loses
+    positions. At 0 s it changes nothing."""
     shortest, longest = ROPE_PERIODS_S
     exponent = torch.arange(head_width // 2, device=times_s.device, dtype=torch.float32) / (head_width // 2 - 1)
     angle = 2 * math.pi * times_s.float()[:, None] / (shortest * (longest / shortest) ** exponent)
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 
 def rotate(x, rope):
-    """Rotate the pairs (2i, 2i + 1) of x (B, H, M, E) by rope (M, E/2): one complex product (Su et al. 2021)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    """Rotate the pairs (2i, 2i + 1) of x (B, H, M, E) by rope (M, E/2, 2) (Su et al. 2021)."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():            # also while exporting: neither inductor nor ONNX has complex numbers
+        a, b, cos, sin = *pairs.unbind(-1), *rope.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    else:                                        # one complex product: in eager mode twice as fast on a CPU
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return turned.flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -98,12 +113,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, shapes, ropes):
-        """x (Z, D), of which shapes ((B, M), ...) and ropes (one (M, E/2) each) say what belongs together."""
+    def forward(self, x, shapes, ropes, keys):
+        """x (Z, D), tokens of several batches: shapes ((B, M), ...), ropes (one (M, E/2, 2) each) and keys (one
+        (B, M) bool each, the tokens that can be seen; None: all) say what belongs together."""
         parts = []
-        for qkv, (B, M), rope in zip(self.qkv(x).split([B * M for B, M in shapes]), shapes, ropes):
+        for qkv, (B, M), rope, seen in zip(self.qkv(x).split([B * M for B, M in shapes]), shapes, ropes, keys):
             q, k, v = qkv.view(B, M, 3, self.heads, -1).permute(2, 0, 3, 1, 4)                   # (B, H, M, E) each
-            part = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+            part = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v,
+                                                  attn_mask=None if seen is None else seen[:, None, None])
             parts.append(part.transpose(1, 2).reshape(B * M, -1))
         return self.proj(torch.cat(parts))
 
@@ -122,13 +139,13 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.scale2 = nn.Parameter(torch.full((width,), float(layer_scale)))
 
-    def forward(self, x, shapes, ropes):  # as Attention
+    def forward(self, x, *layout):  # as Attention
         if self.recompute and torch.is_grad_enabled():                                         # nothing is random
-            return checkpoint(self.run, x, shapes, ropes, use_reentrant=False, preserve_rng_state=False)
-        return self.run(x, shapes, ropes)
+            return checkpoint(self.run, x, *layout, use_reentrant=False, preserve_rng_state=False)
+        return self.run(x, *layout)
 
-    def run(self, x, shapes, ropes):
-        x = x + self.scale1 * self.attention(self.norm1(x), shapes, ropes)
+    def run(self, x, *layout):
+        x = x + self.scale1 * self.attention(self.norm1(x), *layout)
         return x + self.scale2 * self.mlp(self.norm2(x))
 
 
@@ -139,7 +156,9 @@ class Encoder(nn.Module):
     """ViT over (lead, time) patches.
 
     `config` holds all that is needed to build it again: `init_seed` its first weights, `window_patches` the lengths of
-    the windows that it was trained on, {number of leads or more: patches}, through which longer recordings go.
+    the windows that it was trained on, {number of leads or more: patches}, through which longer recordings go. Under
+    torch.device("meta") it is built without memory: to_empty() and first_weights(), or load_state_dict(assign=True),
+    then fill it.
     """
 
     def __init__(self, width, depth, heads, layer_scale, init_seed=0, window_patches=WINDOW_PATCHES,
@@ -159,83 +178,104 @@ class Encoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(width))
         self.blocks = nn.ModuleList(Block(width, heads, layer_scale) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.init_weights(init_seed)
+        if not self.cls_token.is_meta:
+            self.init_weights()
 
-    def init_weights(self, seed):
-        """Truncated normal with variance 1 / fan-in for linear layers (0.02 is that of width 2,500: a narrow network
-        would hardly use its blocks); drawn from a generator of its own, so the seed alone decides."""
-        generator = torch.Generator().manual_seed(seed)
+    def first_weights(self):
+        """Yield every parameter with its first value, a CPU tensor, one after the other; config["init_seed"] decides.
+
+        Linear layers: truncated normal with variance 1 / fan-in (0.02 is that of width 2,500: a narrow network would
+        hardly use its blocks).
+        """
+        generator = torch.Generator().manual_seed(self.config["init_seed"])
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                std = module.in_features ** -0.5
-                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for tokens, std in ((self.lead_embedding.weight, LEAD_STD), (self.cls_token, 0.02),
-                            (self.register_tokens, 0.02)):
-            nn.init.normal_(tokens, std=std, generator=generator)
-        nn.init.zeros_(self.mask_token)
+                value, std = torch.empty(module.weight.shape, device="cpu"), module.in_features ** -0.5
+                yield module.weight, nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=generator)
+        for tokens, std in ((self.lead_embedding.weight, LEAD_STD), (self.cls_token, TOKEN_STD),
+                            (self.register_tokens, TOKEN_STD)):
+            yield tokens, torch.empty(tokens.shape, device="cpu").normal_(std=std, generator=generator)
+        for name, vector in self.named_parameters():
+            if vector.ndim == 1:                 # weights of norms, LayerScale, biases, mask token
+                value = self.config["layer_scale"] if "scale" in name else float("norm" in name and "weight" in name)
+                yield vector, torch.full(vector.shape, value, device="cpu")
 
-    def forward(self, signal, leads, mask=None, keep=None):
-        """Encode windows.
+    @torch.no_grad()
+    def init_weights(self):
+        for parameter, value in self.first_weights():
+            parameter.copy_(value)
 
-        signal (B, L, T) mV at FS Hz, finite, T a multiple of P; leads (B, L) lead ids (prepare.LEADS);
-        mask (B, L, N) bool: these patches are replaced by the mask token; keep (L, N) bool: the other patches get no
-        token at all (missing samples), and their features come back as NaN. Returns Features.
+    def forward(self, signal, leads, mask=None):
+        """Features of windows, with gradients.
+
+        signal (B, L, T) mV at FS Hz, T a multiple of P, NaN = missing: a patch with a missing sample, and so a whole
+        missing lead, is hidden from every other token of its recording, and its own feature is NaN. leads (B, L) lead
+        ids (places in ecg.LEADS; ecg.preprocess gives both). mask (B, L, N) bool: these patches are replaced by the
+        mask token. Raises ValueError for other shapes; embed() takes any recording.
         """
-        return self.encode([(signal, leads, mask)], keep)[0]
+        return self.encode([(signal, leads, mask)], gaps=True)[0]
 
-    def encode(self, views, keep=None):
+    def encode(self, views, gaps=False):
         """Features of each of several batches of windows (signal, leads, mask), see forward: the same as one by one,
-        but each block runs once, on the tokens of all, and under FSDP fetches its weights once."""
-        P, R = self.patch_samples, self.num_registers
-        tokens, shapes, ropes = [], [], []
+        but each block runs once, on the tokens of all, and under FSDP fetches its weights once. gaps: look for NaN,
+        for which the host waits for the device; otherwise the signals must be finite."""
+        R, tokens, shapes, ropes, keys, valid = self.num_registers, [], [], [], [], []
         for signal, leads, mask in views:
-            B, L, T = signal.shape
-            if T == 0 or T % P or leads.shape != (B, L):
-                raise ValueError(f"the encoder takes signal (B, L, T) with T a multiple of {P} samples and leads "
-                                 f"(B, L); found {tuple(signal.shape)} and {tuple(leads.shape)}; "
-                                 "encoder.embed() takes any recording")
-            x = (self.tokens(signal, mask, keep) + self.lead_embedding(leads)[:, :, None]).flatten(1, 2)  # (B, L*N, D)
-            times_s = ((torch.arange(T // P, device=signal.device) + 0.5) * (P / FS)).repeat(L)   # lead-major, like x
-            if keep is not None:
-                kept = keep.flatten().nonzero().squeeze(1)
-                x, times_s = x[:, kept], times_s[kept]
-            x = torch.cat((self.cls_token.expand(B, -1, -1), self.register_tokens.expand(B, -1, -1), x), dim=1)
-            # CLS and registers have no place in time: a factor of 1 leaves them as they are.
-            rope = rope_table(times_s, self.head_width)
-            ropes.append(torch.cat((rope.new_ones(1 + R, rope.shape[1]), rope)))
+            valid.append(self.valid_patches(signal, leads, gaps))
+            x = (self.tokens(signal, mask, valid[-1]) + self.lead_embedding(leads)[:, :, None]).flatten(1, 2)
+            first = (self.cls_token, self.register_tokens)
+            x = torch.cat((*(tokens.expand(len(x), -1, -1) for tokens in first), x), dim=1)              # (B, M, D)
+            N, L = signal.shape[-1] // self.patch_samples, leads.shape[1]
+            times_s = (torch.arange(N, device=signal.device) + 0.5) * (self.patch_samples / FS)
+            # Lead-major, like x. CLS and registers have no place in time, and at 0 s they are not rotated.
+            ropes.append(rope_table(F.pad(times_s.repeat(L), (1 + R, 0)), self.head_width))
+            keys.append(None if valid[-1] is None else F.pad(valid[-1].flatten(1), (1 + R, 0), value=True))
             shapes.append(tuple(x.shape[:2]))
             tokens.append(x.flatten(0, 1))
         x = torch.cat(tokens)
         for block in self.blocks:
-            x = block(x, shapes, ropes)
+            x = block(x, shapes, ropes, keys)
         features = []
-        for x, (B, M), (_, leads, _) in zip(self.norm(x).split([B * M for B, M in shapes]), shapes, views):
-            x, L = x.view(B, M, self.width), leads.shape[1]
-            patches = x[:, 1 + R:]
-            if keep is not None:
-                patches = patches.new_full((B, keep.numel(), self.width), float("nan")).index_copy(1, kept, patches)
+        for x, (B, M), (_, leads, _), seen in zip(self.norm(x).split([B * M for B, M in shapes]), shapes, views, valid):
+            x = x.view(B, M, self.width)
+            patches = x[:, 1 + R:].unflatten(1, (leads.shape[1], -1))
+            if seen is not None:
+                patches = torch.where(seen[..., None], patches, float("nan"))
             # Copies, not views: sharding hangs its hooks on what a module returns.
-            features.append(Features(x[:, 0].contiguous(), x[:, 1:1 + R].contiguous(),
-                                     patches.unflatten(1, (L, -1)).contiguous()))
+            features.append(Features(x[:, 0].contiguous(), x[:, 1:1 + R].contiguous(), patches.contiguous(), seen))
         return features
 
-    def tokens(self, signal, mask=None, keep=None):
-        """Patch embedding (B, L, N, D), or the mask token where mask (B, L, N)."""
-        hidden = mask if keep is None else (~keep).expand(len(signal), -1, -1) | (False if mask is None else mask)
+    def valid_patches(self, signal, leads, gaps):
+        """(B, L, N) bool: patches without a missing sample; None if that is all of them, or not asked for."""
+        if signal.ndim != 3 or signal.shape[-1] % self.patch_samples or not signal.numel() or (
+                leads.shape != signal.shape[:2]):
+            raise ValueError(f"the encoder takes signal (B, L, T), T a multiple of {self.patch_samples} samples, and "
+                             f"leads (B, L); found {tuple(signal.shape)} and {tuple(leads.shape)}; "
+                             "encoder.embed() takes any recording")
+        if not gaps:
+            return None
+        valid = signal.isfinite().unflatten(-1, (-1, self.patch_samples)).all(dim=-1)
+        # Nothing to hide: attention is faster without a mask. A graph that is traced keeps it, for any input.
+        return None if not torch.compiler.is_compiling() and valid.all() else valid
+
+    def tokens(self, signal, mask=None, valid=None):
+        """Patch embedding (B, L, N, D), or the mask token where mask (B, L, N); what is not valid counts as hidden."""
+        hidden = mask
+        if valid is not None:
+            hidden = ~valid if mask is None else mask | ~valid
+            signal = signal.nan_to_num(0.0, 0.0, 0.0)
         x = self.patch_embedding(self.front_end(signal, hidden).to(self.patch_embedding.weight.dtype))
         if mask is None:
             return x
         return torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
 
     def front_end(self, signal, hidden=None):
-        """Patches (B, L, N, P) without wander and compressed, of about unit variance; signal (B, L, T) mV.
+        """Patches (B, L, N, P) without wander and compressed, of about unit variance; signal (B, L, T) mV, finite.
 
         Wander has most of the variance of a raw ECG and says least; what the teacher finds different between
         recordings at first is what training then amplifies. ST levels survive, since the baseline is a mean over more
-        than a beat. Patches that are hidden (B, L, N) have no part in the baseline of the others, or masked content
-        would show there.
+        than a beat. Patches that are hidden (B, L, N) have no part in the baseline of the others, otherwise masked
+        content would show there.
         """
         patches = signal.float().unflatten(-1, (-1, self.patch_samples))
         seen = torch.ones_like(patches[..., :1]) if hidden is None else (~hidden)[..., None].float()
@@ -249,111 +289,136 @@ class Encoder(nn.Module):
         return ((patches - baseline) / COMPRESS_MV).asinh()
 
     @torch.inference_mode()
-    def embed(self, signal, *, fs, leads, units="mV", window_s=None, stride_s=None):
-        """Features of one recording as it is: any leads, rate, duration; see prepare.preprocess for what it accepts.
+    def embed(self, signal, *, fs=None, leads=None, units="mV", window_s=None, stride_s=None, local=True,
+              on_error="raise", device=None):
+        """Features of one recording as it is, or of many: any leads, rate, duration; see ecg.preprocess.
 
-        signal (L, T) or (T, L), `leads` a name per lead, `units` mV, uV or V. A recording longer than window_s (the
-        length of the global views with as many leads in training) goes through windows every stride_s (half of that);
-        each patch is taken from the window in which it lies most centrally, and the global feature is the mean of the
-        windows' CLS. A rest shorter than a patch at the end is left out. Returns Embedding.
+        One: signal (L, T) or (T, L) in `units` (mV, uV or V), fs in Hz, leads: a name per lead; or an ecg.Recording.
+        Returns Embedding. Many: a list, any other iterable, or an array (recordings, L, T) of such signals or
+        Recordings; fs, leads and units are then shared by all, or given one per recording. Returns a list of Embedding.
+        Windows of equal shape go through the network together, so that is faster and gives the same numbers.
+
+        A recording longer than window_s (the windows with as many leads in training) goes through windows every
+        stride_s (half of that). Its global feature is the mean of Features.pooled() over the windows, each weighted by
+        the number of its valid patches; each local feature is taken from the window in which its patch lies most
+        centrally. A rest shorter than a patch at the end is left out. local=False: global features only; memory then
+        does not grow with the number or length of the recordings that an iterable yields. on_error="nan": a recording
+        that cannot be used gets features of NaN, instead of a ValueError that names it. device: compute there (the
+        encoder moves there, and stays).
         """
-        signal_mv, lead_ids = preprocess(signal, fs, leads, units)
-        P = self.patch_samples
-        N = signal_mv.shape[1] // P
-        if N == 0:
-            raise ValueError(f"the recording lasts {signal_mv.shape[1] / FS:.3f} s; at least one patch of "
-                             f"{P / FS:.1f} s is needed")
-        check_amplitude(signal_mv, units)
-        present = max(1, np.isfinite(signal_mv).any(axis=1).sum())                       # a dead lead is no lead
-        window, stride = self.window_and_stride(present, window_s, stride_s)
-        patches = torch.from_numpy(signal_mv[:, :N * P]).unflatten(1, (N, P))           # (L, N, P)
-        starts = window_starts(N, window, stride)
-        window = min(window, N)
-        cls, local = [], torch.full((len(lead_ids), N, self.width), float("nan"))
-        best = torch.full((N,), float("inf"))                                   # distance to its window's centre so far
-        for batch in window_batches(patches, starts, window, max(1, MAX_EMBED_TOKENS // (len(patches) * window))):
-            features = self._embed_windows(patches, batch, window, lead_ids)
-            cls.append(features.cls.cpu().float())
-            for start, window_features in zip(batch, features.patches.cpu().float()):
-                distance = (torch.arange(window) - (window - 1) / 2).abs()
-                nearer = (distance < best[start:start + window]).nonzero().squeeze(1)
-                local[:, start + nearer] = window_features[:, nearer]
-                best[start + nearer] = distance[nearer]
-        if not cls:
-            raise ValueError("every patch of the recording has missing samples (NaN, or a flat or saturated signal); "
-                             "nothing is left to embed")
-        times_s = (np.arange(N) + 0.5) * P / FS
-        return Embedding(torch.cat(cls).mean(dim=0).numpy(), local.numpy(), times_s)
+        if on_error not in ("raise", "nan"):
+            raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'nan'")
+        if device is not None:
+            self.to(checked_device(device))
+        recordings, many = as_recordings(signal, fs, leads, units)
+        waiting, found = defaultdict(list), []
+        for number, recording in enumerate(progress_bar(recordings, signal) if many else recordings):
+            try:
+                found.append(RecordingParts(self, recording, window_s, stride_s, local))
+            except ValueError as error:
+                if on_error == "raise":
+                    raise ValueError(f"recording {number}: {error}" if many else str(error)) from error
+                found.append(None)
+                continue
+            for shape, start in found[-1].windows():
+                waiting[shape].append((found[-1], start))
+            self._run_windows(waiting)
+        self._run_windows(waiting, rest=True)
+        nan = np.full(2 * self.width, np.nan, np.float32)
+        found = [Embedding(nan, nan[:self.width], None, None) if parts is None else parts.finish() for parts in found]
+        return found if many else found[0]
 
-    @torch.inference_mode()
-    def pool(self, signal, leads):
-        """The feature for a linear probe: [CLS, mean patch] (B, 2D), mean over windows as long as in training;
-        arguments as in forward."""
-        P = self.patch_samples
-        N = signal.shape[-1] // P
-        window, stride = self.window_and_stride(leads.shape[1])
-        return torch.stack([self(signal[..., s * P:(s + window) * P], leads).pooled()
-                            for s in window_starts(N, window, stride)]).mean(0).float()
+    def _run_windows(self, waiting, rest=False):
+        """Forward passes of the windows that wait, {(leads, patches, with gaps): [(parts, start)]}: those that fill a
+        pass; or all, also when many shapes wait that never fill one."""
+        rest = rest or sum(L * N * len(windows) for (L, N, _), windows in waiting.items()) > 8 * MAX_EMBED_TOKENS
+        for (L, N, _), windows in waiting.items():
+            at_once = max(1, MAX_EMBED_TOKENS // (L * N))
+            while len(windows) >= (1 if rest else at_once):
+                batch = windows[:at_once]
+                del windows[:at_once]
+                signal = torch.stack([parts.patches[:, start:start + N].flatten(1) for parts, start in batch])
+                leads = torch.stack([parts.lead_ids for parts, _ in batch])
+                out = self(signal.to(self.cls_token.device), leads.to(self.cls_token.device))
+                weights = [L * N] * len(batch) if out.valid is None else out.valid.sum((1, 2)).tolist()
+                pooled = out.pooled().float().cpu()
+                patches = out.patches.float().cpu() if batch[0][0].local is not None else [None] * len(batch)
+                for (parts, start), *result in zip(batch, pooled, weights, patches):
+                    parts.add(start, *result)
 
-    def window_and_stride(self, num_leads, window_s=None, stride_s=None):
-        """Length and step of the windows of a recording, in patches; None: as trained on so many leads, and half of
-        that."""
-        for name, value in (("window_s", window_s), ("stride_s", stride_s)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}; expected seconds above 0")
-        window = (window_length(num_leads, self.config["window_patches"]) if window_s is None else
-                  max(1, round(window_s * FS / self.patch_samples)))
-        stride = max(1, window // 2) if stride_s is None else max(1, round(stride_s * FS / self.patch_samples))
-        if stride > window:
-            raise ValueError(f"stride_s {stride_s} is longer than window_s {window_s}: "
-                             "patches between windows would be lost")
-        return window, stride
-
-    def _embed_windows(self, patches, starts, window, lead_ids):
-        """Features of the windows (in patches) at `starts`, all of which miss the same patches."""
-        device = self.cls_token.device
-        signal = torch.stack([patches[:, s:s + window] for s in starts])                # (B, L, N, P)
-        keep = signal[0].isfinite().all(dim=-1)
-        leads = torch.as_tensor(lead_ids, device=device).expand(len(starts), -1)
-        return self(signal.nan_to_num(0.0).flatten(2).to(device), leads, keep=None if keep.all() else keep.to(device))
+    def window_length(self, num_leads):
+        """Patches of the windows that it was trained on with as many leads."""
+        lengths = self.config["window_patches"]
+        return lengths[max(n for n in lengths if n <= num_leads)]
 
 
-def check_amplitude(signal_mv, units):
-    """ValueError if a recording is a thousand times too large or too small to be in `units`."""
-    missing = np.isnan(signal_mv)
-    spread = max((np.ptp(np.percentile(lead[~gap], (1, 99)))
-                  for lead, gap in zip(signal_mv, missing) if not gap.all()), default=0)
-    if not MIN_SPREAD_MV <= spread <= MAX_SPREAD_MV or missing.mean() > 0.5 and spread > MAX_SPREAD_MV / 2:
-        raise ValueError(f"the signal spans {spread:.2g} mV if it is in {units}, and {missing.mean():.0%} of its "
-                         f"samples are unusable; an ECG spans {MIN_SPREAD_MV} to {MAX_SPREAD_MV:g} mV: "
-                         "check the units")
+# ---------------------------------------------------------------------------------------------------------------------
+# embed: recordings to windows and back
+
+class RecordingParts:
+    """One recording while its windows go through the network, and what has come out of them so far."""
+
+    def __init__(self, encoder, recording, window_s, stride_s, local):
+        patches, valid, lead_ids = map(torch.from_numpy, cut_patches(recording, encoder.patch_samples))
+        L, N, P = patches.shape
+        self.rows = valid.any(dim=1).nonzero().squeeze(1)                    # a dead lead is no lead
+        self.patches, self.valid, self.lead_ids = patches[self.rows], valid[self.rows], lead_ids[self.rows]
+        self.window, self.stride = window_and_stride(encoder, len(self.rows), window_s, stride_s)
+        self.sum, self.weight, self.patch_s = torch.zeros(2 * encoder.width), 0, P / FS
+        self.local = torch.full((L, N, encoder.width), float("nan")) if local else None
+        self.distance = torch.full((N if local else 0,), float("inf"))       # to its window's centre, the best so far
+
+    def windows(self):
+        """((leads, patches, with gaps), first patch) of each window that has a valid patch."""
+        N = self.patches.shape[1]
+        starts = [0] if N <= self.window else [*range(0, N - self.window, self.stride), N - self.window]
+        inside = [self.valid[:, start:start + self.window] for start in starts]
+        self.left = sum(bool(valid.any()) for valid in inside)
+        return [((*valid.shape, not valid.all()), start) for valid, start in zip(inside, starts) if valid.any()]
+
+    def add(self, start, pooled, weight, local):
+        """What came out of the window at `start`: pooled (2D,), its weight, and local (L, N, D) or None."""
+        self.sum += weight * pooled
+        self.weight += weight
+        self.left -= 1
+        if self.left == 0:
+            self.patches = None                                              # the signal is not needed any more
+        if local is not None:
+            distance = (torch.arange(local.shape[1]) - (local.shape[1] - 1) / 2).abs()
+            nearer = (distance < self.distance[start:start + len(distance)]).nonzero().squeeze(1)
+            self.local[self.rows[:, None], start + nearer] = local[:, nearer]
+            self.distance[start + nearer] = distance[nearer]
+
+    def finish(self):
+        feature = (self.sum / self.weight).numpy()
+        cls = feature[:len(feature) // 2]
+        if self.local is None:
+            return Embedding(feature, cls, None, None)
+        return Embedding(feature, cls, self.local.numpy(), (np.arange(self.local.shape[1]) + 0.5) * self.patch_s)
 
 
-def window_length(num_leads, window_patches=WINDOW_PATCHES):
-    """Patches of the windows with num_leads leads, of {leads or more: patches}."""
-    return window_patches[max(n for n in window_patches if n <= num_leads)]
+def progress_bar(recordings, signal):
+    """`recordings` with a progress bar on a terminal, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return recordings
+    return tqdm(recordings, desc="embedding", unit="recording", disable=None,
+                total=len(signal) if hasattr(signal, "__len__") else None)
 
 
-def window_starts(num_patches, window, stride):
-    """First patches of the windows that cover a recording; the last one ends with it."""
-    if num_patches <= window:
-        return [0]
-    starts = list(range(0, num_patches - window, stride))
-    return starts + [num_patches - window]
-
-
-def window_batches(patches, starts, window, at_once):
-    """Lists of window starts that can run together: complete windows `at_once`, each window with gaps alone.
-
-    A window whose patches are all missing is left out.
-    """
-    valid = patches.isfinite().all(dim=-1)                                              # (L, N)
-    complete = [s for s in starts if valid[:, s:s + window].all()]
-    for i in range(0, len(complete), at_once):
-        yield complete[i:i + at_once]
-    for start in sorted(set(starts) - set(complete)):
-        if valid[:, start:start + window].any():
-            yield [start]
+def window_and_stride(encoder, num_leads, window_s=None, stride_s=None):
+    """Length and step of the windows of a recording, in patches; None: as trained on so many leads, half of that."""
+    for name, value in (("window_s", window_s), ("stride_s", stride_s)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value!r}; expected seconds above 0")
+    patch_s = encoder.patch_samples / FS
+    window = encoder.window_length(num_leads) if window_s is None else max(1, round(window_s / patch_s))
+    stride = max(1, window // 2) if stride_s is None else max(1, round(stride_s / patch_s))
+    if stride > window:
+        raise ValueError(f"stride_s {stride_s} is longer than window_s {window_s}: patches between windows would be "
+                         "lost")
+    return window, stride
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,35 +443,74 @@ def untrained_like(encoder):
 
 
 def load_encoder(path, device="cpu"):
-    """Encoder in eval mode from an encoder.pt, or untrained from "random:SIZE" or "random:SIZE:SEED"."""
+    """Encoder in eval mode from an encoder.pt, or untrained from "random:SIZE" or "random:SIZE:SEED".
+
+    ValueError with a text of its own for a device that is not there, for a file that is no encoder, and for an encoder
+    file that is damaged.
+    """
+    device = checked_device(device)
     if str(path).startswith("random:"):
         _, size, *seed = str(path).split(":")
         if seed and not seed[0].isdigit():
             raise ValueError(f"{path}: the seed must be a whole number; expected random:SIZE or random:SIZE:SEED")
         return build_encoder(size, int(seed[0]) if seed else 0).eval().to(device)
+    saved = read_encoder(path)
+    with torch.device("meta"):                   # no weights are made to be thrown away
+        encoder = Encoder(**saved["config"])
+    try:
+        encoder.load_state_dict(saved["state_dict"], assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is damaged: its weights do not fit its architecture ({first_line(error)})") from error
+    return encoder.eval().to(device)
+
+
+def checked_device(device):
+    """torch.device; ValueError if there is no such device here."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is no device of PyTorch; expected cpu, cuda, cuda:1, mps ...") from None
+    try:
+        torch.empty(1, device=found)
+    except Exception as error:  # each backend has errors of its own
+        raise ValueError(f"device {str(found)!r} is not there ({first_line(error)}): PyTorch {torch.__version__} sees "
+                         f"{torch.cuda.device_count()} CUDA GPUs here; use device='cpu'") from error
+    return found
+
+
+def read_encoder(path):
+    """The content of an encoder.pt, on the CPU."""
     if not Path(path).is_file():
         raise ValueError(f"no encoder at {path}; train.py writes RUN/encoder.pt, "
                          "and random:tiny gives an untrained one")
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        found, preprocessing = saved["format"], saved["preprocessing"]
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file may raise anything
-        raise ValueError(f"{path} is not an encoder of this program "
-                         f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}); "
-                         "give the encoder.pt that train.py wrote") from error
-    if found != FORMAT:
-        raise ValueError(f"{path} is not an encoder that this code reads: expected format '{FORMAT}', found '{found}'; "
-                         "give the encoder.pt that train.py wrote")
-    differ = [f"{k} {short(k, preprocessing.get(k))} (here {short(k, PREPROCESSING.get(k))})"
-              for k in PREPROCESSING | preprocessing if preprocessing.get(k) != PREPROCESSING.get(k)]
+        raise ValueError((f"{path} is damaged: it begins as a PyTorch file, but cannot be read to its end "
+                          f"({first_line(error)}); copy or export it again") if is_damaged(path, error) else
+                         f"{path} is not an encoder of this program ({first_line(error)}); {GIVE}") from error
+    if not isinstance(saved, dict) or not {"format", "preprocessing", "config", "state_dict"} <= saved.keys():
+        raise ValueError(f"{path} is not an encoder of this program, but another PyTorch file; {GIVE}")
+    if saved["format"] != FORMAT:
+        raise ValueError(f"{path} is not an encoder that this code reads: expected format '{FORMAT}', found "
+                         f"'{saved['format']}'; {GIVE}")
+    theirs, ours = saved["preprocessing"], PREPROCESSING
+    differ = [key for key in ours | theirs if theirs.get(key) != ours.get(key)]
     if differ:
-        raise ValueError(f"{path} was trained with another preprocessing than this code has: {', '.join(differ)}; "
-                         "use the commit that wrote it")
-    encoder = Encoder(**saved["config"])
-    encoder.load_state_dict(saved["state_dict"])
-    return encoder.eval().to(device)
+        raise ValueError(f"{path} was trained with another preprocessing than this code has ({', '.join(differ)}); "
+                         f"use the commit that wrote it: {saved.get('about', {}).get('commit')}")
+    return saved
 
 
-def short(name, value):
-    """A setting in few words."""
-    return f"{len(value)} leads" if isinstance(value, list) else f"{value} Hz" if name == "fs_hz" else value
+def is_damaged(path, error):
+    """Whether a file that cannot be loaded was written by torch.save and changed since; otherwise it is foreign."""
+    if not zipfile.is_zipfile(path):             # cut short, if it begins as one
+        with open(path, "rb") as file:
+            return file.read(4) in (b"", b"PK\x03\x04")
+    with zipfile.ZipFile(path) as archive:
+        is_torch = any(name.endswith("/data.pkl") for name in archive.namelist())
+    return is_torch and "weights_only" not in str(error)
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
