@@ -1,4 +1,5 @@
-"""Training views of a batch of recordings: time windows, lead subsets, gain, real noise, and masks for iBOT.
+"""The views of a batch: their shapes, time windows, lead subsets, gain, real noise, and masks for iBOT; made one step
+ahead.
 
 Randomness and tensor work are kept apart. The draw_* functions pick all random numbers on the host with NumPy, for the
 whole batch, from a generator that the step seeds; a rank then takes its rows. What is left is plain arithmetic on
@@ -12,6 +13,7 @@ Shapes: B recordings, V views of one list, S slots (leads of the batch), L leads
 T samples of a view, E electrodes, N patches of a lead.
 """
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +23,11 @@ from scipy.signal import butter, sosfiltfilt
 from corpus import SPLITS
 from ecg import FS, LEADS, MISSING
 
+WINDOW_S = 9.0                   # s, of a recording, from which its views are cut (--window)
+# Patches of a lead in a global and in a local view: of many leads, and of few (these grow with the window).
+MANY_PATCHES, FEW_PATCHES = (15, 8), (40, 15)
+GLOBAL_VIEWS, LOCAL_FULL_VIEWS, LOCAL_FEW_VIEWS = 2, 3, 1
+FEW_LEADS = (1, 2, 3)            # lead count of the last list, drawn per step
 NOISE_TYPES = ("bw", "em", "ma")     # baseline wander, electrode motion, muscle artefact: records of the noise corpus
 NOISE_TYPE_SHARE = 0.7               # chance of each type in a noisy view
 NOISY_SHARE = 0.5                    # of the student's views; the others stay clean
@@ -35,6 +42,50 @@ MASK_SPAN_PATCHES = (2, 5)           # length of masked spans in time
 
 ELECTRODES = ("RA", "LA", "LL") + tuple(name for name in LEADS if name[0] in "VXYZ") + ("other",)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shapes of views
+
+class LeadGroup(NamedTuple):
+    """A part of every batch whose views have one shape."""
+    leads: int                   # of a global view; recordings with as many or more take part
+    slots: int                   # leads that a batch carries
+    window_s: float              # the stretch of a recording from which its views are cut
+    global_patches: int          # of a lead of a global view
+    local_patches: int           # of a lead of a local view
+    share: float                 # of the batch
+
+
+class ViewSpec(NamedTuple):
+    """A list of equally shaped views of each recording."""
+    views: int                   # per recording
+    leads: int                   # of each view
+    patches: int                 # of each lead
+    independent: bool            # take the first slots, where the sampler puts leads from which all others follow
+
+
+def lead_groups(window_s=WINDOW_S):
+    """The lead groups of a run, views as long as the window allows.
+
+    Few leads get longer views for the same number of tokens: what one lead can tell is rhythm, and that takes several
+    beats. Recordings with many leads take part in the groups of few as well, with random ones of their leads. A longer
+    window makes the views of few leads longer; a recording that is too short for it may still show many leads.
+    """
+    few = [round(patches * window_s / WINDOW_S) for patches in FEW_PATCHES]
+    return (LeadGroup(8, 12, min(window_s, WINDOW_S), *MANY_PATCHES, share=0.5),
+            LeadGroup(2, 4, window_s, *few, share=0.25), LeadGroup(1, 1, window_s, *few, share=0.25))
+
+
+def view_specs(shape, few):
+    """View lists of a lead group: globals, locals with all its leads, locals with few; the last count is drawn per
+    step."""
+    return (ViewSpec(GLOBAL_VIEWS, shape.leads, shape.global_patches, True),
+            ViewSpec(LOCAL_FULL_VIEWS, shape.leads, shape.local_patches, True),
+            ViewSpec(LOCAL_FEW_VIEWS, min(few, shape.leads), shape.local_patches, False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lead definitions
 
 @functools.cache
 def lead_electrode_matrix(device="cpu"):
@@ -58,15 +109,6 @@ def lead_electrode_matrix(device="cpu"):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # windows and leads
-
-class ViewSpec(NamedTuple):
-    """A list of equally shaped views of each recording."""
-    views: int                   # per recording
-    leads: int                   # of each view
-    patches: int                 # of each lead
-    # Take the first slots, where the loader puts leads from which all others follow; else random leads.
-    independent: bool
-
 
 def choose_leads(order, available, leads):
     """Slots (V, B, L) of `leads` random ones among each recording's first available[b] slots; order (V, B, S) is
@@ -213,71 +255,32 @@ def mask_counts(crops, tokens):
 def draw_masks(rng, crops, leads, patches):
     """Masks (crops, L, N) bool with exactly mask_counts() patches each, over shuffled crops, always the same total.
 
-    time: spans of time over all leads at once, else a masked limb lead could be computed from the others; lead: whole
-    leads; mixed: some of both. Each kind ranks the patches, and the first `count` are masked, so the last span or lead
-    may be cut.
+    time: spans of time over all leads at once, otherwise a masked limb lead could be computed from the others; lead:
+    whole leads; mixed: one lead in four, then spans of time. Each kind ranks the patches, and the first `count` are
+    masked, so the last span or lead may be cut.
     """
     counts = rng.permutation(mask_counts(crops, leads * patches))
-    kind = rng.choice(len(MASK_KINDS), crops, p=list(MASK_KINDS.values()))[:, None, None]
+    kind = rng.choice(list(MASK_KINDS), crops, p=list(MASK_KINDS.values()))[:, None, None]
     if leads == 1:
-        kind = np.zeros_like(kind)  # one lead: only spans of time are left
+        kind[:] = "time"                                                 # of one lead only spans of time can be masked
     span = rng.integers(MASK_SPAN_PATCHES[0], MASK_SPAN_PATCHES[1] + 1, (crops, 1))
-    block = (np.arange(patches) + rng.integers(0, span)) // span  # (crops, N) span that a patch is in
+    block = (np.arange(patches) + rng.integers(0, span)) // span         # (crops, N) the span that a patch is in
     time_rank = np.take_along_axis(rng.random((crops, patches // MASK_SPAN_PATCHES[0] + 2)), block, axis=1)[:, None, :]
     lead_rank = rng.random((crops, leads, 1))
-    # Which part of a cut span goes first.
-    within_time = rng.random((crops, leads, 1)) * 1e-6 + np.arange(patches) * 1e-9
-    rank_time = time_rank + within_time
-    rank_lead = lead_rank + time_rank * 1e-6 + within_time * 1e-3
-    # Mixed: one random lead in four goes first, then spans of time.
-    rank_mixed = np.where(lead_rank <= np.quantile(lead_rank, 0.25, axis=1, keepdims=True), rank_lead - 2.0, rank_time)
-    rank = np.choose(np.broadcast_to(kind, (crops, leads, patches)),
-                     (np.broadcast_to(rank_time, (crops, leads, patches)), rank_lead, rank_mixed))
-    position = rank.reshape(crops, -1).argsort(axis=1).argsort(axis=1)
-    return (position < counts[:, None]).reshape(crops, leads, patches)
+    lead_in_span, early_first = rng.random((crops, leads, 1)), np.arange(patches)      # which part of a cut span first
 
-
+    one_in_four = lead_rank <= np.quantile(lead_rank, 0.25, axis=1, keepdims=True)
+    by_lead = (kind == "lead") | (kind == "mixed") & one_in_four         # (crops, L, 1)
+    first = np.where(by_lead, np.where(kind == "mixed", lead_rank - 1, lead_rank), time_rank)      # (crops, L, N)
+    then = np.where(by_lead, time_rank + 1e-6 * early_first, lead_in_span + 1e-3 * early_first)
+    order = np.lexsort((then.reshape(crops, -1), first.reshape(crops, -1)), axis=1)
+    masks = np.zeros((crops, leads * patches), bool)
+    np.put_along_axis(masks, order, np.arange(leads * patches) < counts[:, None], axis=1)
+    return masks.reshape(crops, leads, patches)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# view lists and batches
-
-WINDOW_S = 9.0                   # s; --window
-
-
-class LeadGroup(NamedTuple):
-    """A part of every batch whose views have one shape."""
-    leads: int                   # of a global view; recordings with as many or more take part
-    slots: int                   # leads that a batch carries
-    window_s: float              # the stretch of a recording from which its views are cut
-    global_patches: int          # of a lead of a global view, and of a local one
-    local_patches: int
-    share: float                 # of the batch
-
-
-def lead_groups(window_s=WINDOW_S):
-    """The lead groups of a run, views as long as the window allows.
-
-    Few leads get longer views for the same number of tokens: what can be told from one lead is rhythm, and that takes
-    several beats. Recordings with many leads take part in the groups of few as well, with random ones of their leads.
-    A longer window makes the views of few leads longer, and a recording that is too short for it may still show many.
-    """
-    few, local = (round(patches * window_s / WINDOW_S) for patches in (WINDOW_PATCHES[1], 15))
-    return (LeadGroup(8, 12, min(window_s, WINDOW_S), WINDOW_PATCHES[8], 8, 0.5),
-            LeadGroup(2, 4, window_s, few, local, 0.25), LeadGroup(1, 1, window_s, few, local, 0.25))
-
-
-GLOBAL_VIEWS, LOCAL_FULL_VIEWS, LOCAL_FEW_VIEWS = 2, 3, 1
-FEW_LEADS = (1, 2, 3)            # lead count of the last list, drawn per step
-
-
-def view_specs(shape, few):
-    """View lists of a lead group: globals, locals with all its leads, locals with few; the last count is drawn per
-    step."""
-    return (ViewSpec(GLOBAL_VIEWS, shape.leads, shape.global_patches, True),
-            ViewSpec(LOCAL_FULL_VIEWS, shape.leads, shape.local_patches, True),
-            ViewSpec(LOCAL_FEW_VIEWS, min(few, shape.leads), shape.local_patches, False))
-
+# batches, one step ahead
 
 def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
     """Everything random or read from disk in a step, for this rank: per group windows, lead ids, draws of views,
@@ -335,8 +338,12 @@ class Batches:
     def take(self):
         made, ready = self.next.result()
         if ready is not None:
-            torch.cuda.current_stream().wait_event(ready)
+            current = torch.cuda.current_stream()
+            current.wait_event(ready)
             for group in made:                                         # in use until this stream is done with them
-                for tensor in (group["masks"], group["place"], group["weights"], *sum(map(list, group["views"]), [])):
-                    tensor.record_stream(torch.cuda.current_stream())
+                tensors = [group["masks"], group["place"], group["weights"]]
+                for view in group["views"]:
+                    tensors.extend(view)
+                for tensor in tensors:
+                    tensor.record_stream(current)
         return made

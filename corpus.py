@@ -8,6 +8,7 @@ Shapes: L leads, T samples, N recordings, B recordings of a batch, G lead groups
 W samples of a window.
 """
 import functools
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -80,6 +81,12 @@ class Corpus:
     def lead_ids(self, i):
         """Lead ids (L,) of recording i, in the order of its rows."""
         return self.index["leads"][i][:self.index["n_leads"][i]]
+
+    def content(self):
+        """Twelve digits that stand for what is in it: signals, leads, splits, patients; not its name or place."""
+        sums = {name: digest for name, digest in self.manifest["sha256"].items()
+                if name.startswith("signal/") or name in ("index.npy", "patients.npy")}
+        return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:12]
 
     def events(self, i):
         """Annotations of recording i, EVENT_DTYPE (K,), in order of time; none where the source has none."""

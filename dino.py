@@ -6,7 +6,7 @@ gradient.
     iBOT      a masked patch should fall on the prototypes of the patch that the teacher saw there (Zhou et al. 2022)
     Sinkhorn  the teacher's assignments use every prototype equally, so not all recordings share one (SwAV 2020, DINOv2)
     KoLeo     global features of different recordings keep a distance (Sablayrolles et al. 2019)
-    Contrast  a view is told from those of other recordings (InfoNCE): not in DINOv3; what a short run learns from
+    Contrast  a view is nearer to its own recording than to others (InfoNCE): not in DINOv3; a short run needs it
     Gram      similarities between patches stay those of an earlier teacher (Simeoni et al. 2025)
 
 Everything here is computed in fp32 and stays finite for any finite logits. Where a process group exists, Sinkhorn sums
@@ -24,6 +24,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+# DINOv3's weights, and Contrast next to them, because in a run of an hour on a CPU the teacher's targets
+# alone say more about phase and noise than about the patient. A long run can go back to 0 (LOG.md).
+DINO_WEIGHT = 1.0
+KOLEO_WEIGHT = 0.1
+IBOT_WEIGHT = 1.0
+CONTRAST_WEIGHT = 1.0
+GRAM_WEIGHT = 2.0
 STUDENT_TEMPERATURE = 0.1
 # Of a prototype at the start, not held later. DINOv3's 0.02 per weight gives 0.3 at its width: targets almost uniform
 # at first, and thousands of steps to leave them, which a short run does not have.
@@ -43,20 +50,30 @@ class DINOHead(nn.Module):
     (..., bottleneck_dim).
     """
 
-    def __init__(self, in_dim, hidden_dim, bottleneck_dim, num_prototypes):
+    def __init__(self, in_dim, hidden_dim, bottleneck_dim, num_prototypes, init_seed=0):
         super().__init__()
+        self.init_seed = init_seed
         self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
                                  nn.Linear(hidden_dim, bottleneck_dim))
         self.prototypes = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
-        self.init_weights(0)
+        if not self.prototypes.weight.is_meta:
+            self.init_weights()
 
-    def init_weights(self, seed):
-        generator = torch.Generator().manual_seed(seed)
+    def first_weights(self):
+        """Yield every parameter with its first value, a CPU tensor, one after the other; init_seed decides."""
+        generator = torch.Generator().manual_seed(self.init_seed)
         for layer in self.mlp[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.04, b=0.04, generator=generator)
-            nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.prototypes.weight, std=PROTOTYPE_NORM * self.prototypes.in_features ** -0.5,
-                        generator=generator)
+            yield layer.weight, nn.init.trunc_normal_(torch.empty(layer.weight.shape, device="cpu"), std=0.02, a=-0.04,
+                                                      b=0.04, generator=generator)
+            yield layer.bias, torch.zeros(layer.bias.shape, device="cpu")
+        weight = self.prototypes.weight
+        yield weight, torch.empty(weight.shape, device="cpu").normal_(
+            std=PROTOTYPE_NORM * self.prototypes.in_features ** -0.5, generator=generator)
+
+    @torch.no_grad()
+    def init_weights(self):
+        for parameter, value in self.first_weights():
+            parameter.copy_(value)
 
     def forward(self, x, with_bottleneck=False):
         x = self.mlp(x)
@@ -66,12 +83,12 @@ class DINOHead(nn.Module):
 
 def build_networks(encoder, hidden_dim, bottleneck_dim, cls_prototypes, patch_prototypes):
     """Student and teacher, each a ModuleDict of encoder, dino_head (of [CLS, mean patch]) and ibot_head (of patches);
-    the teacher is a frozen copy."""
-    student = nn.ModuleDict(dict(encoder=encoder,
-                                 dino_head=DINOHead(2 * encoder.width, hidden_dim, bottleneck_dim, cls_prototypes),
-                                 ibot_head=DINOHead(encoder.width, hidden_dim, bottleneck_dim, patch_prototypes)))
-    for i, head in enumerate(("dino_head", "ibot_head")):
-        student[head].init_weights(encoder.config["init_seed"] + 1 + i)
+    the teacher is a frozen copy. They lie where the encoder lies, also on the meta device."""
+    seed, width = encoder.config["init_seed"], encoder.width
+    with encoder.cls_token.device:
+        student = nn.ModuleDict(dict(
+            encoder=encoder, dino_head=DINOHead(2 * width, hidden_dim, bottleneck_dim, cls_prototypes, seed + 1),
+            ibot_head=DINOHead(width, hidden_dim, bottleneck_dim, patch_prototypes, seed + 2)))
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     return student, teacher
 
@@ -102,7 +119,11 @@ def reduce_(tensor, op=None):
 
 class GatherRows(torch.autograd.Function):
     """x (B, D) of every rank, concatenated in rank order; the gradient is the sum of what all ranks ask of this
-    rank's rows."""
+    rank's rows.
+
+    torch.distributed.nn.functional.all_gather does the same, as fast (2.6 against 2.9 ms on two ranks), but it is
+    deprecated from PyTorch 2.13 on, and what replaces it is not public in 2.7.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -241,3 +262,69 @@ def gram_loss(student, teacher):
     with full_precision(student):
         student, teacher = (F.normalize(x.float(), dim=-1) for x in (student, teacher))
         return F.mse_loss(student @ student.transpose(1, 2), teacher @ teacher.transpose(1, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the objective on one batch
+
+def group_features(group, target, anchor, views):
+    """What the losses take of a lead group: global features view-major (S, B, 2D), patches of the masked places only
+    (M, D). target and anchor: Features of the clean global views by teacher and Gram teacher; views: of the noisy ones
+    by the student."""
+    B, place, patches = group["recordings"], group["place"], views[0].patches
+    return dict(cls=[v.pooled().unflatten(0, (-1, B)) for v in views], patches=patches.flatten(0, 2)[place],
+                weights=group["weights"], target_cls=target.pooled().unflatten(0, (-1, B)),
+                target_patches=target.patches.flatten(0, 2)[place],
+                gram=gram_loss(patches.flatten(1, 2), anchor.patches.flatten(1, 2)) if anchor is not None else None)
+
+
+def objective(student, teacher, gram_teacher, groups, temperature, gram_weight=0.0):
+    """Loss of a batch (lead groups of augment.cut_views), its parts and the entropy of its targets (dict of scalars),
+    the teacher's global features (T, B, 2D) and the student's logits (S, B, K)."""
+    clean = [(signal, named, None) for g in groups for _, signal, _, named in g["views"][:1]]
+    noisy = [(signal, ids, mask) for g in groups
+             for (signal, _, ids, _), mask in zip(g["views"], (g["masks"], None, None))]
+    with torch.no_grad():
+        targets = teacher["encoder"].encode(clean)
+        anchors = gram_teacher.encode(clean) if gram_teacher is not None else [None] * len(groups)
+    views = iter(student["encoder"].encode(noisy))
+    features = [group_features(g, target, anchor, [next(views) for _ in g["views"]])
+                for g, target, anchor in zip(groups, targets, anchors)]
+    sizes = [g["recordings"] for g in groups]
+    B = sum(sizes)
+    globals_ = torch.cat([f["cls"][0] for f in features], dim=1)                      # (T, B, 2D)
+    locals_ = torch.cat([torch.cat(f["cls"][1:]) for f in features], dim=1)           # (S, B, 2D)
+    target_cls = torch.cat([f["target_cls"] for f in features], dim=1)                # (T, B, 2D)
+    T = len(target_cls)
+    with torch.no_grad():
+        probs = sinkhorn_knopp(teacher["dino_head"](target_cls).flatten(0, 1),
+                               temperature).unflatten(0, (T, B))
+        patch_probs = sinkhorn_knopp(teacher["ibot_head"](torch.cat([f["target_patches"] for f in features])),
+                                     temperature)
+    logits, points = student["dino_head"](torch.cat((globals_, locals_)), with_bottleneck=True)    # (S, B, K)
+    patch_logits = student["ibot_head"](torch.cat([f["patches"] for f in features]))
+    parts = dict(dino_global=dino_loss(logits[:T], probs, ignore_diagonal=True),
+                 dino_local=dino_loss(logits[T:], probs),
+                 ibot=ibot_loss(patch_logits, patch_probs, torch.cat([f["weights"] for f in features]),
+                                T * B))
+    # Neighbours only among views with the same number of leads, otherwise distances would be about the lead set.
+    parts["koleo"] = sum(n / B * koleo_loss(crop) for n, f in zip(sizes, features) for crop in f["cls"][0])
+    parts["contrast"] = sum(n / B * contrast_loss(x, T) for n, x in zip(sizes, points.split(sizes, dim=1)))
+    # Every (student view, teacher view) pair counts the same.
+    pairs_global, pairs_local = T * (T - 1), T * len(locals_)
+    dino_all = (pairs_global * parts["dino_global"] + pairs_local * parts["dino_local"]) / (pairs_global + pairs_local)
+    loss = (DINO_WEIGHT * dino_all + KOLEO_WEIGHT * parts["koleo"] + IBOT_WEIGHT * parts["ibot"]
+            + CONTRAST_WEIGHT * parts["contrast"])
+    if gram_teacher is not None:
+        parts["gram"] = sum(n / B * f["gram"] for n, f in zip(sizes, features))
+        loss = loss + gram_weight * parts["gram"]
+    parts["target_entropy"] = entropies(probs).mean()
+    # Ranks hold different numbers of masked patches: weighted, so that the mean of the ranks is the mean of all.
+    of_patches = entropies(patch_probs)
+    parts["patch_target_entropy"] = of_patches.sum() / (reduce_(of_patches.new_full((), len(of_patches))) / num_ranks())
+    return loss, parts, target_cls, logits
+
+
+def entropies(probs):
+    """Entropy in nats of each distribution over the last axis."""
+    return -(probs * probs.clamp(min=1e-30).log()).sum(-1)

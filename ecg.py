@@ -11,7 +11,9 @@ import hashlib
 import itertools
 import os
 import re
+import sys
 import tempfile
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -101,10 +103,9 @@ def as_lead_rows(signal, fs, leads, units):
     if str(units).lower() not in MV_PER_UNIT:
         raise Refused("units", f"units is {units!r}: expected mV, uV or V; scale the signal and say units=\"mV\"")
     try:
-        if isinstance(signal, np.ma.MaskedArray):
-            signal = signal.astype(np.float64).filled(np.nan)
-        x, n_leads = np.array(signal, dtype=np.float64), len(as_list(leads))
-    except (ValueError, TypeError) as error:
+        x = np.asarray(np.ma.array(signal, dtype=np.float64, copy=True).filled(np.nan))
+        n_leads = len(as_list(leads))
+    except (ValueError, TypeError, RuntimeError) as error:
         raise Refused("shape", f"signal or leads cannot be read ({error}): expected numbers (leads, samples) and one "
                                "name per lead") from None
     if x.ndim == 1 and n_leads == 1:
@@ -131,8 +132,8 @@ def mark_missing(x, fs):
     x[np.abs(x) > MAX_MV] = np.nan
     block = max(1, int(min(FLAT_S, 2 * PAD_S) * fs) // 2)
     for lead in x:
-        # A value held for FLAT_S fills a block of half of that. Hardly any lead has such a block, and it takes ten times
-        # as long to measure all runs of a lead as to see that.
+        # A value held for FLAT_S fills a block of half of that. Hardly any lead has such a block, and measuring all runs
+        # of a lead takes ten times as long as seeing that.
         blocks = lead[:len(lead) // block * block].reshape(-1, block)
         if 0 in (lead[0], lead[-1]) or len(lead) <= 2 * block or (blocks.max(axis=1) == blocks.min(axis=1)).any():
             edges = np.flatnonzero(np.diff(lead)) + 1  # NaN differs from NaN, so gaps are no runs
@@ -178,28 +179,51 @@ def as_recordings(signal, fs=None, leads=None, units="mV"):
     """
     if isinstance(signal, Recording):
         return [signal], False
+    if getattr(signal, "dtype", None) == object:
+        signal = list(signal)
     about = (fs, leads, units)
-    shared = (fs is None or np.ndim(fs) == 0, leads is None or is_lead_set(leads), isinstance(units, str))
-    ndim = getattr(signal, "ndim", None)
-    if ndim is None:                             # a list, a generator, ...: its first item tells
-        sizes = {len(x) for x, one in zip((signal, *about), (False, *shared)) if not one and hasattr(x, "__len__")}
-        items = iter(signal)
-        first = next(items, None)
-        if first is None:
+    shared = (np.ndim(fs) == 0, is_lead_set(leads), isinstance(units, str) or units is None)
+    if hasattr(signal, "ndim"):
+        many = signal.ndim > 2
+    else:
+        signal, known = peek(signal)
+        if not known:
             return [], True
-        ndim = 3 if isinstance(first, Recording) else 1 + np.ndim(first)
-        signal = itertools.chain([first], items)
-        if len(sizes) > 1 and not (ndim < 3 and all(shared)):
-            raise ValueError(f"signal, fs, leads and units are given for different numbers of recordings: {sizes}")
-    if ndim < 3 and all(shared):
+        many = any(isinstance(item, Recording) or dimensions(item) > 1 for item in known)
+    if not many and all(shared):
         return [complete(signal if hasattr(signal, "ndim") else list(signal), *about)], False
-    each = zip(signal, *(itertools.repeat(x) if one else x for x, one in zip(about, shared)))
-    return (complete(*item) for item in each), True
+    own = [x for x, one in zip(about, shared) if not one]
+    counts = {len(x) for x in (signal, *own) if hasattr(x, "__len__")}
+    if len(counts) > 1:
+        raise ValueError(f"there are {len(signal) if hasattr(signal, '__len__') else 'some'} recordings, but fs, leads "
+                         f"or units for {' and '.join(str(len(x)) for x in own)}; give one for all, or one each")
+    # Known numbers have to be equal; a generator of recordings may go on for ever.
+    columns = [itertools.repeat(x, *counts) if one else x for x, one in zip(about, shared)]
+    return (complete(*item) for item in zip(signal, *columns, strict=bool(counts))), True
+
+
+def peek(signal):
+    """The items of an iterable, and a list of those that are known without computing: all, or the first."""
+    try:
+        items = iter(signal)
+    except TypeError:
+        raise Refused("shape", f"signal is {signal!r:.50}; expected (leads, samples), or several of these") from None
+    if hasattr(signal, "__len__"):
+        return signal, list(items)
+    known = list(itertools.islice(items, 1))
+    return itertools.chain(known, items), known
+
+
+def dimensions(x):
+    try:
+        return np.ndim(x)
+    except ValueError:                           # a list of lists of different lengths
+        return 2
 
 
 def is_lead_set(leads):
-    """Whether `leads` is one set of names, and not one set per recording."""
-    return isinstance(leads, str) or hasattr(leads, "__len__") and not any(np.ndim(name) for name in leads)
+    """Whether `leads` is one set of names (or nonsense), and not one set per recording."""
+    return isinstance(leads, str) or not hasattr(leads, "__len__") or not any(np.ndim(name) for name in leads)
 
 
 def complete(signal, fs, leads, units):
@@ -222,6 +246,9 @@ def check_amplitude(signal_mv, units):
                                    "check the units")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# a recording to windows, and their features back to the recording
+
 def cut_patches(recording, patch_samples):
     """A Recording preprocessed and cut into N patches of P samples at FS: patches float32 (L, N, P), whose missing
     samples are NaN; which of them are valid (L, N), that is without a missing sample; lead ids (L,). A rest at the end
@@ -238,6 +265,44 @@ def cut_patches(recording, patch_samples):
         raise Refused("no valid patch", "every patch of the recording has missing samples (NaN, or a flat or saturated "
                                         "signal); nothing is left to embed")
     return patches, valid, lead_ids
+
+
+def cut_windows(patches, window, stride):
+    """(first patch, patches (L, N, P)) of each window of a recording that has a valid patch; the last ends with it."""
+    N = patches.shape[1]
+    starts = [0] if N <= window else [*range(0, N - window, stride), N - window]
+    for start in starts:
+        part = patches[:, start:start + window]
+        if np.isfinite(part).all(axis=2).any():
+            yield start, part.copy()             # a view would keep the whole recording until its window is run
+
+
+class RecordingFeatures:
+    """Features of one recording of `shape` (L, N) patches, from those of its windows; rows: its leads in the windows.
+
+    Without any window the global feature is NaN. local: keep those of the patches too.
+    """
+
+    def __init__(self, rows, shape, width, local):
+        self.rows, self.sum, self.weight = rows, np.zeros(2 * width), 0
+        self.local = np.full((*shape, width), np.nan, np.float32) if local else None
+        self.distance = np.full(shape[1] if local else 0, np.inf)            # to its window's centre, the best so far
+
+    def add(self, start, pooled, weight, local):
+        """What the window from patch `start` gave: pooled (2D,), its weight, and local (L, N, D) or None."""
+        self.sum += weight * pooled
+        self.weight += weight
+        if local is not None:
+            distance = np.abs(np.arange(local.shape[1]) - (local.shape[1] - 1) / 2)
+            nearer = np.flatnonzero(distance < self.distance[start:start + len(distance)])
+            self.local[self.rows[:, None], start + nearer] = local[:, nearer]
+            self.distance[start + nearer] = distance[nearer]
+
+    def whole(self, patch_s):
+        """Global feature (2D,), its first half, and if they were kept local features (L, N, D) and their times (N,)."""
+        feature = (self.sum / (self.weight or np.nan)).astype(np.float32)
+        times_s = None if self.local is None else (np.arange(self.local.shape[1]) + 0.5) * patch_s
+        return feature, feature[:len(feature) // 2], self.local, times_s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,3 +425,23 @@ def sha256(path):
     """SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock_folder(folder, wait_s=0):
+    """A lock on a folder, for as long as the returned file is open and this process lives, however it ends; ValueError
+    if another process holds it longer than wait_s. A file system that knows no locks gives none, with a warning."""
+    import fcntl  # here: Windows has none, and only writers of folders need it
+    file = open(Path(folder) / "lock", "w")
+    for second in range(wait_s + 1):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if second < wait_s:
+                if not second:
+                    print(f"another process writes into {folder}; waiting for up to {wait_s} s", file=sys.stderr)
+                time.sleep(1)
+        except OSError as error:
+            print(f"warning: {folder} cannot be locked ({error}); do not start a second process on it", file=sys.stderr)
+            return file
+    raise ValueError(f"another process writes into {folder}; wait for it, end it, or choose another --out")

@@ -1,42 +1,107 @@
-"""How good features are."""
-# The best one is taken: what training teaches lies along directions of little variance, which a small C hides.
-ONLINE_PROBE_C = (0.01, 0.1, 1.0)
-COLLAPSED_RANK = 2.0             # effective rank of a batch's global features; 20 to 27 in a good run
+"""How good features are: scores with intervals, calibration, noise and pictures for both probes; and what train.py asks
+about its own run: signs of collapse, an online probe, pictures.
+
+    number, counts = resample(patients, seed=0)                       # which patients each resample holds
+    interval(resampled_auroc(y, score, number, counts))               # one AUROC per resample, their 95 %
+    features = global_features(encoders, recordings)                  # (E, R, 2D) by encoder.embed
+
+Shapes: E encoders, R recordings or rows, D width of an encoder, C labels, G groups (patients, records), S resamples,
+H levels of noise, L leads, T samples (at FS), K prototypes.
+"""
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure             # no pyplot: it draws without a display
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.decomposition import PCA
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from augment import ViewSpec, add_noise, draw_views
+from corpus import SPLITS
+from ecg import FS, LEADS, MISSING, UV_PER_MV, Recording, Refused, atomic_write, preprocess
+from model import load_encoder, untrained_like
+
+BOOTSTRAPS = 1000                # resamples of patients or records
+ECE_BINS = 15                    # equal-width bins of the class-wise expected calibration error
+NOISE_DB = (24, 18, 12, 6, 0, -6)  # dB, signal-to-noise ratios of augment.add_noise
+COLORS = {"untrained": "#c4c4c4", "pre-trained": "#7fb2e5", "RR intervals alone": "#d9c8a9", "raw waveform": "#e3b9b0"}
+
+COLLAPSED_RANK = 2.0             # effective rank of a batch's global features within equal lead sets
+SHARED_AT_LEAST = 4              # recordings beyond one per lead set; the rank cannot be higher
+SAME_FEATURES = 1e-3             # of the features' root mean square: a smaller difference is none
 COLLAPSED_ENTROPY = 0.3          # of the mean prediction, as a share of ln K; 0.95 in a good run
 UNIFORM_ENTROPY = 0.98           # of the targets after the warm-up, as a share of ln K; 0.45 in a good run
-BOOTSTRAPS = 1000  # resamples of the patients of fold 10
-NOISE_DB = (24, 18, 12, 6, 0, -6)  # signal-to-noise ratios of fold 10 for the robustness
-ECE_BINS = 15  # equal-width bins of the class-wise expected calibration error
-COLORS = {"untrained": "#c4c4c4", "pre-trained": "#7fb2e5"}
+ONE_HOT_ENTROPY = 0.1            # of the patch targets after the warm-up, as a share of ln K
+
+PROBE_RECORDINGS = 256           # of the online probe, per split
+PROBE_AT_LEAST = 20              # recordings per split, without which there is no online probe
+PROBE_LEADS = 12                 # leads of its recordings
+PROBE_POSITIVES = 5              # positives and negatives per split that a label needs
+PROBE_BATCH = 64                 # windows in a forward pass
+# The best one is taken: what training teaches lies along directions of little variance, which a small C hides.
+PROBE_C = (0.01, 0.1, 1.0)
+
+SHOWN_LEADS = ("I", "II", "V1", "V3", "V5")  # of features.png
+SHOWN_S = 5.0                    # s of the recording in features.png
+SHIFT_SAMPLES = 5                # at FS: its local features are computed this often
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # scores and intervals
 
+def resample(groups, seed, n=BOOTSTRAPS):
+    """Draw groups (patients or records) with replacement, as many as there are.
 
-def resampled_auroc(y, score, counts):
-    """AUROC (S,) of one label in every resample, by ranks: exact, ties count half, NaN where a class is absent.
-
-    y (R,) bool; score (R,); counts (S, R): how often resample s holds row r. A row of ones gives the plain AUROC.
+    groups (R,): a name per row. Returns the number of each row's group (R,), in the order of np.unique, and counts
+    (n, G): how often resample s holds each group. All rows of a group come together.
     """
-    order = np.argsort(score)
-    first = np.unique(score[order], return_index=True)[1]  # where each distinct score begins
-    positives = np.add.reduceat(counts[:, order] * y[order], first, axis=1)  # (S, distinct scores)
-    negatives = np.add.reduceat(counts[:, order] * ~y[order], first, axis=1)
-    won = positives * (np.cumsum(negatives, axis=1) - negatives / 2)
-    with np.errstate(invalid="ignore"):
-        return won.sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
+    names, number = np.unique(groups, return_inverse=True)
+    G = len(names)
+    return number, np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), size=n)
 
 
-def patient_counts(patients, seed):
-    """counts (S, R) of resamples of patients (R,): each is drawn with replacement and brings all of its recordings."""
-    _, patient = np.unique(patients, return_inverse=True)
-    n = patient.max() + 1
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=BOOTSTRAPS)[:, patient]
+def resampled_auroc(y, score, group, counts):
+    """AUROC (S,) in every resample: exact, ties count half, NaN where a class is absent.
+
+    y (R,) bool; score (R,); group (R,) int; counts (S, G): how often resample s holds each group. The wins of each
+    group's positives over each group's negatives are counted once; a resample only weighs them.
+    """
+    G, counts = counts.shape[1], counts.astype(np.float64)
+    negatives = np.flatnonzero(~y)[np.argsort(score[~y])]
+    positives = np.flatnonzero(y)[np.argsort(group[y], kind="stable")]
+    lowest = np.zeros((len(negatives) + 1, G), np.int32)             # of each group, among the n lowest negatives
+    lowest[np.arange(1, len(lowest)), group[negatives]] = 1
+    np.cumsum(lowest, axis=0, out=lowest)
+    below = lowest[np.searchsorted(score[negatives], score[positives], side="left")]
+    below += lowest[np.searchsorted(score[negatives], score[positives], side="right")]  # a tie is in one of the two
+    holders, first = np.unique(group[positives], return_index=True)
+    wins = np.add.reduceat(below, first, axis=0, dtype=np.float64) / 2 if len(first) else np.zeros((0, G))
+    won = ((counts[:, holders] @ wins) * counts).sum(axis=1)
+    pairs = (counts @ np.bincount(group[y], minlength=G)) * (counts @ np.bincount(group[~y], minlength=G))
+    return np.divide(won, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+
+
+def label_auroc(y, score, group, counts):
+    """AUROC (S, C) of every label in every resample: resampled_auroc for the columns of y and score (R, C)."""
+    auroc = [resampled_auroc(*column, group, counts) for column in zip(y.T, score.T)]
+    return np.reshape(auroc, (y.shape[1], len(counts))).T
+
+
+def plain_auroc(y, score):
+    """AUROC (C,) of the columns of y (R, C) bool and score (R, C), NaN where a class is absent."""
+    return label_auroc(y, score, np.zeros(len(y), int), np.ones((1, 1)))[0]
 
 
 def macro(auroc):
-    """Mean over labels of auroc (S, C) -> (S,); a label that a resample cannot score is left out of its mean."""
+    """Mean over labels of auroc (S, C) -> (S,). A label that a resample cannot score is left out of its mean."""
     scored = np.isfinite(auroc)
     with np.errstate(invalid="ignore"):
         return np.where(scored, auroc, 0).sum(axis=1) / scored.sum(axis=1)
@@ -52,20 +117,28 @@ def both_classes(y):
     return y.any(axis=0) & ~y.all(axis=0)
 
 
+def standardized(x, x_new):
+    """x (R, F) and x_new (R', F) as float64, each feature with mean 0 and deviation 1 over x.
+
+    NaN becomes 0, the mean: a recording that cannot be used counts as the mean one.
+    """
+    scaler = StandardScaler(copy=False).fit(x)
+    return tuple(np.nan_to_num(scaler.transform(rows.astype(np.float64)), copy=False) for rows in (x, x_new))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # calibration
 
-
 def platt(logit, y, logit_new):
-    """Platt's (1999) sigmoid, fitted on logit (R,) and y (R,) bool: probabilities of logit_new (R',).
-
-    As CalibratedClassifierCV(method="sigmoid"), which wants the classifier itself. The smoothed targets that he asks
-    for are fractions, so every row enters as a positive and as a negative, weighted.
-    """
-    target = np.where(y, (y.sum() + 1) / (y.sum() + 2), 1 / ((~y).sum() + 2))
-    model = LogisticRegression(C=np.inf, tol=1e-6, max_iter=MAX_ITER)
-    model.fit(np.tile(logit, 2)[:, None], np.repeat([1, 0], len(y)), sample_weight=np.r_[target, 1 - target])
-    return model.predict_proba(logit_new[:, None])[:, 1]
+    """Platt's (1999) sigmoid, fitted on logit (R,) and y (R,) bool: probabilities (R',) of logit_new (R',). Without
+    both classes in y nothing can be fitted: the probabilities are then those of the logits themselves."""
+    identity = LogisticRegression()              # its decision function is its input
+    identity.classes_, identity.coef_, identity.intercept_ = np.array([False, True]), np.ones((1, 1)), np.zeros(1)
+    if y.all() or not y.any():
+        return identity.predict_proba(logit_new[:, None])[:, 1]
+    rows = np.arange(len(y))                     # the one fold: a frozen classifier needs no held-out rows
+    model = CalibratedClassifierCV(FrozenEstimator(identity), method="sigmoid", cv=[(rows, rows)], ensemble=False)
+    return model.fit(logit[:, None], y).predict_proba(logit_new[:, None])[:, 1]
 
 
 def calibration(p, y):
@@ -80,201 +153,273 @@ def calibration(p, y):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# features under noise
+# global features, clean and under noise
+
+def global_features(encoders, recordings):
+    """Global features (E, R, 2D) of R recordings by encoder.embed; NaN where a recording cannot be used. recordings: a
+    function that returns an iterator of ecg.Recording, called anew for each encoder."""
+    found = [encoder.embed(recordings(), local=False, on_error="nan") for encoder in encoders]
+    return np.stack([[embedding.global_feature for embedding in embeddings] for embeddings in found])
 
 
-def noisy_features(encoders, paths, noise, seed, device):
-    """[CLS, mean patch] of R recordings at every level of NOISE_DB: (encoders, H, R, 2D). NaN if one has gaps.
+def noisy_features(encoders, recordings, noise, seed):
+    """Global features (E, H, R, 2D) of R recordings at every level of NOISE_DB; NaN where one cannot be used.
 
-    A recording gets the same noise at every level, only stronger, and for every encoder.
+    Arguments as above; noise of augment.load_noise. A recording gets the same noise at every level, only stronger.
     """
     P = encoders[0].patch_samples
-    N = RECORD_S * FS // P
-    features = np.full((len(encoders), len(NOISE_DB), len(paths), 2 * encoders[0].width), np.nan, dtype=np.float32)
-    levels = torch.tensor(NOISE_DB, dtype=torch.float32)
-    for r, path in enumerate(tqdm(paths, desc="noise", unit="record", disable=None)):
-        record = read_record(path, P)
-        if not record or record[0].shape != (RECORD_LEADS, N * P) or not np.isfinite(record[0]).all():
+    features = global_features(encoders, lambda: add_noise_levels(recordings(), noise, P, seed))
+    return features.reshape(len(encoders), -1, len(NOISE_DB), features.shape[2]).swapaxes(1, 2)
+
+
+def add_noise_levels(recordings, noise, patch_samples, seed):
+    """Yield each recording once for every level of NOISE_DB, at FS, in whole patches; what is missing stays missing."""
+    for number, recording in enumerate(recordings):
+        try:
+            signal_mv, lead_ids = preprocess(*recording[:4])
+        except Refused:                          # embed says the same about it
+            yield from [recording] * len(NOISE_DB)
             continue
-        signal, leads = (torch.from_numpy(x).expand(len(NOISE_DB), *x.shape) for x in record)
-        draws = draw_views(np.random.default_rng([seed, r]), ViewSpec(1, RECORD_LEADS, N, True), 1, RECORD_LEADS, N * P,
-                           noise.shape[-1], P)
-        draws = {k: torch.from_numpy(draws[k][0]).expand(len(NOISE_DB), *draws[k].shape[2:])
-                 for k in ("amplitude", "sign", "channel", "offset")}
-        noisy = add_noise(signal, leads, noise, levels, **draws).to(device)
-        for e, encoder in enumerate(encoders):
-            with torch.inference_mode():
-                features[e, :, r] = encoder.pool(noisy, leads.to(device)).cpu()
-    return features
+        signal_mv = signal_mv[:, :signal_mv.shape[1] // patch_samples * patch_samples]
+        for noisy in with_noise(np.random.default_rng([seed, number]), signal_mv, lead_ids, noise, patch_samples):
+            yield Recording(noisy, FS, [LEADS[i] for i in lead_ids])
+
+
+def with_noise(rng, signal_mv, lead_ids, noise, patch_samples):
+    """signal_mv (L, T), NaN = missing, at every level of NOISE_DB: (H, L, T). A gap counts as its lead's mean."""
+    L, T = signal_mv.shape
+    missing = np.isnan(signal_mv)
+    mean = np.where(missing, 0, signal_mv).sum(axis=1) / (~missing).sum(axis=1).clip(1)
+    filled = np.where(missing, mean[:, None], signal_mv).astype(np.float32)
+    draws = draw_views(rng, ViewSpec(1, L, T // patch_samples, True), 1, L, T, noise.shape[-1], patch_samples)
+    levels = torch.tensor(NOISE_DB, dtype=torch.float32)
+
+    def at_every_level(x):
+        return torch.from_numpy(x).expand(len(levels), *x.shape)
+    same = {name: at_every_level(draws[name][0, 0]) for name in ("amplitude", "sign", "channel", "offset")}
+    noisy = add_noise(at_every_level(filled), at_every_level(lead_ids), noise, levels, **same)
+    return np.where(missing, np.nan, noisy.numpy())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# is it learning?
-
+# is a run learning?
 
 @torch.no_grad()
-def health(cls, logits, parts):
-    """Signs that the loss does not show, over the recordings of all ranks. cls (2, B, 2D) teacher features, logits
-    (V, B, K) of the student; parts are this rank's."""
-    x = torch.nan_to_num(gather_rows(cls[0].float())[0])
-    x = (x - x.mean(0)).double()
-    # Singular values, by way of the smaller square: in fp64, for the root of a rounded zero is no small number.
-    spectrum = torch.linalg.eigvalsh(x @ x.T if x.shape[0] < x.shape[1] else x.T @ x).clamp(min=0).sqrt()
-    share = spectrum / spectrum.sum().clamp(min=1e-12)
-    mean_prediction = reduce_((logits.float() / 0.1).softmax(-1).mean((0, 1))) / num_ranks()
-    everyone = reduce_(torch.stack([v.detach().float() for v in parts.values()])) / num_ranks()
-    return dict(zip(parts, everyone), cls_std=x.std(0).mean().float(),
-                cls_rank=(-(share * share.clamp(min=1e-12).log()).sum()).exp().float(),
+def health(features, lead_sets, mean_prediction):
+    """Signs of collapse that the loss does not show: dict of 0-d tensors cls_std, cls_rank, prediction_entropy.
+
+    features (R, 2D): the teacher's, of the recordings of all ranks. lead_sets (R, len(LEADS)) int: how often a
+    recording shows each lead. mean_prediction (K,): the student's mean probability of each prototype.
+
+    cls_rank is the effective rank of the features among recordings with the same leads (among all, if hardly any have
+    the same): those of an encoder that reads lead names and ignores the ECG differ between lead sets only.
+    """
+    x = torch.nan_to_num(features).double()
+    _, which, size = torch.unique(lead_sets, dim=0, return_inverse=True, return_counts=True)
+    if len(x) - len(size) < SHARED_AT_LEAST:
+        which, size = torch.zeros_like(which), torch.full_like(size[:1], len(x))
+    mean = x.new_zeros(len(size), x.shape[1]).index_add_(0, which, x) / size[:, None]
+    within = x - mean[which]
+    alike = within.square().mean() <= SAME_FEATURES ** 2 * x.square().mean()       # rounding noise has a high rank
+    return dict(cls_std=x.std(0).mean().float(),
+                cls_rank=torch.where(alike, 1.0, effective_rank(within)).float(),
                 prediction_entropy=-(mean_prediction * mean_prediction.clamp(min=1e-12).log()).sum())
 
 
+def effective_rank(x):
+    """exp of the entropy of the singular values of x (R, F), fp64, as shares of their sum (Roy and Vetterli 2007).
+
+    Roots of the eigenvalues of the smaller square of x: in fp64, because the root of a rounded zero is not small.
+    """
+    square = x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
+    values = torch.linalg.eigvalsh(square).clamp(min=0).sqrt()
+    share = values / values.sum().clamp(min=1e-12)
+    return (-(share * share.clamp(min=1e-12).log()).sum()).exp()
+
+
 def diagnose(row, warm):
-    """What the numbers of a logged step say in words: {kind: sentence}, empty in a run that learns."""
+    """What the numbers of a logged step (dict) say in words: {kind: sentence}, empty in a run that learns. A value that
+    is absent, None or NaN gives no sentence. warm: whether the warm-up is over."""
+    names = ("cls_rank", "prediction_entropy", "target_entropy", "patch_target_entropy", "ln_k")
+    rank, prediction, target, patch_target, ln_k = (math.nan if row.get(n) is None else row[n] for n in names)
     found = {}
-    if row["cls_rank"] < COLLAPSED_RANK:
+    if rank < COLLAPSED_RANK:
         found["collapse of features"] = (
-            f"the global features of a batch differ along {row['cls_rank']:.1f} directions: the encoder gives every "
-            "recording the same feature. Try a smaller --lr, a larger KOLEO_WEIGHT, or more patients")
-    if row["prediction_entropy"] < COLLAPSED_ENTROPY * row["ln_k"]:
+            f"the global features differ along only {rank:.1f} directions among recordings with the same leads: the "
+            "encoder ignores the ECG. Try a smaller --lr, a larger KOLEO_WEIGHT, or more patients")
+    if prediction < COLLAPSED_ENTROPY * ln_k:
         found["collapse of predictions"] = (
-            f"the student names few of the prototypes (entropy {row['prediction_entropy']:.2f} of {row['ln_k']:.2f}). "
+            f"the student uses only a few of the prototypes (entropy {prediction:.2f} of {ln_k:.2f}). "
             "Try a smaller --lr, or fewer --prototypes")
-    if warm and row["target_entropy"] > UNIFORM_ENTROPY * row["ln_k"]:
+    if warm and target > UNIFORM_ENTROPY * ln_k:
         found["uniform targets"] = (
-            f"the teacher calls all prototypes equally likely (entropy {row['target_entropy']:.2f} of "
-            f"{row['ln_k']:.2f}), which teaches nothing. Try a lower TEACHER_TEMPERATURE, or fewer --prototypes")
+            f"the teacher finds all prototypes equally likely (entropy {target:.2f} of {ln_k:.2f}), which teaches "
+            "nothing. Try a lower TEACHER_TEMPERATURE, or fewer --prototypes")
+    if warm and patch_target < ONE_HOT_ENTROPY * ln_k:
+        found["one-hot patch targets"] = (
+            f"the teacher gives each patch only one prototype (entropy {patch_target:.2f} of {ln_k:.2f}), so the "
+            "targets do not say which patches are alike. Try a higher end of TEACHER_TEMPERATURE, or fewer "
+            "--prototypes")
     return found
 
 
 class OnlineProbe:
-    """AUROC of a logistic regression on the teacher's features, on a few labelled recordings of the data; None
-    without labels.
+    """AUROC of a logistic regression on the teacher's features, on a few labelled recordings of the data.
 
-    Fitted on the train split, scored on the val split (PTB-XL fold 9), which is never pre-trained on. A sign, not a
-    result.
+    Fitted on split train, scored on split val (PTB-XL fold 9), which is never pre-trained on: a sign, not a result.
+    corpora: list of Corpus; window: samples at FS of each recording. `usable` is False if there are too few labels.
     """
 
-    def __init__(self, corpora, window, limit=256):
-        self.sets = {}
+    def __init__(self, corpora, window, limit=PROBE_RECORDINGS):
+        self.sets, self.scored = [], []
         for split in ("train", "val"):
-            found = [(c, i) for c in corpora for i in np.flatnonzero(
-                (c.index["label"] > 0) & (c.index["n_leads"] == 12) & (c.index["length"] >= window)
-                & (c.index["split"] == SPLITS.index(split)))[:limit]]
+            found = [(c, i) for c in corpora for i in labelled_rows(c, split, window)[:limit]]
             found = [(c, i) for c, i in found if not (c.read(i, 0, window) == MISSING).any()]
-            if len(found) >= 20:
-                self.sets[split] = (
-                    torch.from_numpy(np.stack([c.read(i, 0, window) for c, i in found])),
-                    torch.from_numpy(np.stack([c.index["leads"][i][:12] for c, i in found]).astype(np.int64)),
-                    np.unpackbits(np.array([c.index["label"][i] for c, i in found])[:, None], axis=1,
-                                  bitorder="little"))
-        self.usable = len(self.sets) == 2
+            if len(found) >= PROBE_AT_LEAST:
+                windows, leads = (np.stack(x) for x in zip(*((c.read(i, 0, window), c.lead_ids(i)) for c, i in found)))
+                labels = np.unpackbits(np.array([[c.index["label"][i]] for c, i in found]), axis=1, bitorder="little")
+                self.sets.append((torch.from_numpy(windows), torch.from_numpy(leads.astype(np.int64)), labels > 0))
+        if len(self.sets) == 2:
+            rarest = [np.minimum(y.sum(axis=0), (~y).sum(axis=0)) for _, _, y in self.sets]
+            self.scored = np.flatnonzero(np.minimum(*rarest) >= PROBE_POSITIVES)
+        self.usable = len(self.scored) > 0
 
     @torch.no_grad()
     def score(self, encoder, device):
-        """Macro AUROC over the superclasses that both splits have, at the best of ONLINE_PROBE_C."""
-        x, y = {}, {}
-        for split, (windows, leads, labels) in self.sets.items():
-            x[split] = torch.cat([encoder(w.to(device).float() * 1e-3, l.to(device)).pooled()
-                                  for w, l in zip(windows.split(64), leads.split(64))]).float().cpu().numpy()
-            y[split] = labels
-        scored = [k for k in range(8) if all(5 <= y[s][:, k].sum() <= len(y[s]) - 5 for s in y)]
-        auroc = []
-        for c in ONLINE_PROBE_C:
+        """Macro AUROC over the superclasses that both splits have, at the best of PROBE_C."""
+        x = []
+        for windows, leads, _ in self.sets:
+            parts = zip(windows.split(PROBE_BATCH), leads.split(PROBE_BATCH))
+            pooled = [encoder(w.to(device).float() / UV_PER_MV, ids.to(device)).pooled() for w, ids in parts]
+            x.append(torch.cat(pooled).float().cpu().numpy())
+        y, y_new = (labels[:, self.scored] for _, _, labels in self.sets)
+        scores = []
+        for c in PROBE_C:
             probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=200))
-            auroc.append(np.mean([
-                roc_auc_score(y["val"][:, k], probe.fit(x["train"], y["train"][:, k]).decision_function(x["val"]))
-                for k in scored]))
-        return float(max(auroc))
+            logits = np.stack([probe.fit(x[0], label).decision_function(x[1]) for label in y.T], axis=1)
+            scores.append(plain_auroc(y_new, logits).mean())
+        return float(max(scores))
+
+
+def labelled_rows(corpus, split, window):
+    """Index rows of a split that have a label, PROBE_LEADS leads and `window` samples."""
+    index = corpus.index
+    return np.flatnonzero((index["label"] > 0) & (index["n_leads"] == PROBE_LEADS) & (index["length"] >= window)
+                          & (index["split"] == SPLITS.index(split)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pictures
 
+def save_figure(figure, path, dpi=110):
+    """Write a matplotlib Figure to a PNG file, whole or not at all."""
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+
 
 def draw_curves(out):
-    """curves.png: losses, entropy of the targets beside ln K, and the online probe, against the step."""
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    steps = [{k: math.nan if v is None else v for k, v in r.items()} for r in rows if "loss" in r]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), constrained_layout=True)
+    """OUT/curves.png from OUT/log.jsonl: losses, entropies next to ln K, and the online probe, against the step."""
+    rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    steps, probed = [r for r in rows if "loss" in r], [r for r in rows if "online_auroc" in r]
+
+    def plot(axis, rows, name, *style):
+        axis.plot([r["step"] for r in rows], [math.nan if r.get(name) is None else r[name] for r in rows], *style,
+                  label=name)
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    losses, entropies, probe = figure.subplots(1, 3)
     for name in ("dino_global", "dino_local", "ibot"):
-        axes[0].plot([r["step"] for r in steps], [r[name] for r in steps], label=name)
+        plot(losses, steps, name)
     for name in ("target_entropy", "patch_target_entropy", "prediction_entropy"):
-        axes[1].plot([r["step"] for r in steps], [r[name] for r in steps], label=name)
-    for axis, title in zip(axes, ("losses", "entropy (nats)")):
-        axis.axhline(steps[0]["ln_k"], color="0.6", linestyle=":", label="ln K")
-        axis.set(title=title, xlabel="step")
+        plot(entropies, steps, name)
+    for axis in (losses, entropies):
+        for r in [r for r in steps if r.get("ln_k")][:1]:
+            axis.axhline(r["ln_k"], color="0.6", linestyle=":", label="ln K")
         axis.legend(fontsize=8)
-    probed = [r for r in rows if "online_auroc" in r]
-    axes[2].plot([r["step"] for r in probed], [r["online_auroc"] for r in probed], "o-")
-    axes[2].set(title="online probe, macro AUROC", xlabel="step")
-    figure.savefig(out / "curves.png", dpi=110)
-    plt.close(figure)
+    plot(probe, probed, "online_auroc", "o-")
+    for axis, title in zip((losses, entropies, probe), ("losses", "entropy (nats)", "online probe, macro AUROC")):
+        axis.set(title=title, xlabel="step")
+    save_figure(figure, Path(out) / "curves.png")
 
 
-def fine_features(encoder, signal_mv, leads, step_samples=5):
-    """Local features every step_samples / FS seconds, by shifting the patches: features (L, M, D) and centres (M,)
-    in seconds."""
-    shifted = [encoder.embed(signal_mv[:, shift:], fs=FS, leads=leads)
-               for shift in range(0, encoder.patch_samples, step_samples)]
-    times_s = np.concatenate([e.times_s + i * step_samples / FS for i, e in enumerate(shifted)])
+def fine_features(encoder, signal_mv, leads):
+    """Local features (L, M, D) every SHIFT_SAMPLES of signal_mv (L, T), and their centres (M,) in seconds."""
+    shifts = range(0, encoder.patch_samples, SHIFT_SAMPLES)
+    shifted = encoder.embed([Recording(signal_mv[:, shift:], FS, leads) for shift in shifts])
+    times_s = np.concatenate([e.times_s + shift / FS for e, shift in zip(shifted, shifts)])
     order = np.argsort(times_s)
     return np.concatenate([e.local_features for e in shifted], axis=1)[:, order], times_s[order]
 
 
-def draw_features(encoder, corpus, row, path, show=("I", "II", "V1", "V3", "V5"), seconds=5.0):
-    """features.png: an ECG whose colour is its local feature: the first three principal components as RGB."""
-    ids = corpus.index["leads"][row][:corpus.index["n_leads"][row]]
-    names = [LEADS[i] for i in ids]
-    signal = np.where(corpus.read(row) == MISSING, np.nan, corpus.read(row) * np.float32(1e-3))
+def draw_features(encoder, corpus, row, path):
+    """features.png: an ECG whose colour is its local feature, that is the first three principal components as RGB."""
+    names = [LEADS[i] for i in corpus.lead_ids(row)]
+    steps = corpus.read(row)
+    signal = np.where(steps == MISSING, np.nan, steps / np.float32(UV_PER_MV))
+    t = np.arange(min(round(SHOWN_S * FS), signal.shape[1])) / FS
+    seen = [i for i in range(len(names)) if np.isfinite(signal[i, :len(t)]).any()]
+    shown = [i for i in seen if names[i] in SHOWN_LEADS] or seen[:1]
     features, times_s = fine_features(encoder, signal, names)
-    shown = [names.index(n) for n in show if n in names] or [0]
-    # A lead's own mean would only colour the lead.
-    x = features[shown] - np.nanmean(features[shown], axis=1, keepdims=True)
-    L, M, D = x.shape
-    components = PCA(3, svd_solver="full").fit_transform(np.nan_to_num(x.reshape(L * M, D)))
-    low, high = np.percentile(components, (2, 98), axis=0)
-    colour = np.clip((components - low) / (high - low), 0, 1).reshape(L, M, 3)
-    figure, axes = plt.subplots(L, 1, figsize=(12, 1.5 * L), sharex=True, constrained_layout=True, squeeze=False)
-    for axis, lead, rgb in zip(axes[:, 0], shown, colour):
-        t = np.arange(round(seconds * FS)) / FS
+    colour = principal_colours(features[shown])
+    nearest = np.abs(times_s[None] - t[:, None]).argmin(axis=1)
+    figure = Figure(figsize=(12, 1.5 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, lead, rgb in zip(axes, shown, colour):
         y = signal[lead, :len(t)]
-        nearest = np.abs(times_s[None] - t[:, None]).argmin(axis=1)
-        axis.add_collection(LineCollection(np.stack([np.stack([t[:-1], y[:-1]], 1), np.stack([t[1:], y[1:]], 1)], 1),
-                                           colors=rgb[nearest[:-1]], linewidths=2.2))
-        axis.set(xlim=(0, seconds), ylim=(np.nanmin(y) - 0.15, np.nanmax(y) + 0.15), ylabel=f"{names[lead]} (mV)")
-    axes[-1, 0].set_xlabel("seconds; colour: first three principal components of the local features")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        points = np.stack((t, y), axis=1)
+        axis.add_collection(LineCollection(np.stack((points[:-1], points[1:]), axis=1), colors=rgb[nearest[:-1]],
+                                           linewidths=2.2))
+        axis.set(xlim=(0, t[-1]), ylim=(np.nanmin(y) - 0.15, np.nanmax(y) + 0.15), ylabel=f"{names[lead]} (mV)")
+    axes[-1].set_xlabel("seconds; colour: first three principal components of the local features")
+    save_figure(figure, path)
 
 
-def draw_reliability(axis, labels, y, p, p_platt):
-    """Share of positives against calibrated probability; a point holds about 40 recordings or more."""
-    axis.plot((0, 1), (0, 1), color="#999999", linewidth=1, linestyle="--")
-    n_bins = int(np.clip(len(y) // 40, 4, 10))
-    for k, name in enumerate(labels):
-        truth, said = calibration_curve(y[:, k], p_platt[:, k], n_bins=n_bins, strategy="quantile")
-        raw, calibrated = (calibration(x[:, [k]], y[:, [k]])["ece"] for x in (p, p_platt))
-        axis.plot(said, truth, marker="o", markersize=4, label=f"{name}  ECE {raw:.3f}, calibrated {calibrated:.3f}")
-    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="calibrated probability", ylabel="share with the label")
-    axis.set_title("Reliability of the superclasses", loc="left")
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
+def principal_colours(features):
+    """RGB in [0, 1] (L, M, 3) of local features (L, M, D). Each lead's mean is taken off first: otherwise the colour
+    would only say which lead it is."""
+    x = features - np.nanmean(features, axis=1, keepdims=True)
+    components = PCA(3, svd_solver="full").fit_transform(np.nan_to_num(x.reshape(-1, x.shape[2])))
+    low, high = np.percentile(components, (2, 98), axis=0)
+    return np.clip((components - low) / (high - low).clip(1e-12), 0, 1).reshape(*x.shape[:2], 3)
 
 
-def draw_robustness(axis, noise, series):
-    """Macro AUROC of the superclasses against the signal-to-noise ratio, with intervals."""
-    at = range(len(noise["snr_db"]))
-    for name, (key, _) in series.items():
-        axis.fill_between(at, *np.array(noise[f"{key}_ci95"], dtype=float).T, color=COLORS[name], alpha=0.3,
-                          linewidth=0)
-        axis.plot(at, noise[key], marker="o", color=COLORS[name], label=f"{name}, keeps {noise[f'{key}_kept']:.1%}")
-    axis.set(xticks=list(at), xticklabels=noise["snr_db"], xlabel="signal-to-noise ratio (dB)", ylabel="macro AUROC")
-    axis.set_title("Superclasses under noise", loc="left")
-    axis.legend(frameon=False, fontsize=8)
+def draw_bars(axis, labels, series):
+    """Groups of bars from 0.5 on, a group per label; series {name in COLORS: (AUROC (N,), intervals (N, 2))}."""
+    width = 0.8 / len(series)
+    for i, (name, scores) in enumerate(series.items()):
+        value, ci = (np.array(x, dtype=float) for x in scores)       # None becomes NaN, which is not drawn
+        at = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * width
+        bars = axis.bar(at, value - 0.5, 0.94 * width, bottom=0.5, color=COLORS[name], label=name)
+        axis.bar_label(bars, ["-" if np.isnan(v) else f"{v:.3f}" for v in value], label_type="center", fontsize=8)
+        axis.vlines(at, *ci.T, color="#333333", linewidth=1)
+    axis.set(xticks=range(len(labels)), xticklabels=labels, ylim=(min(0.5, axis.get_ylim()[0]), 1))
     axis.spines[["top", "right"]].set_visible(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what both probes share
+# command line and results of both probes
+
+def parser_of(description, raw_example):
+    """The flags that both probes share. raw_example: where a publisher's folder may be, for --help."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--encoder", required=True, default=argparse.SUPPRESS,
+                        help="encoder.pt of a run; random:SIZE gives the untrained control alone")
+    parser.add_argument("--raw", type=Path, required=True, default=argparse.SUPPRESS,
+                        help=f"folder of the raw recordings as their publisher lays them out, such as {raw_example}; "
+                             "not the prepared corpus")
+    parser.add_argument("--out", type=Path, required=True, default=argparse.SUPPRESS,
+                        help="folder for the results; made if absent, earlier results in it are replaced")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--device", default="auto",
+                        help="any device of PyTorch (cpu, cuda, cuda:1, mps ...); auto: cuda if there is one, or cpu")
+    return parser
+
+
+def load_encoders(path, device):
+    """The encoder and its untrained control; the control alone for random:SIZE. ValueError as model.load_encoder."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = load_encoder(path, device)         # which checks the device
+    return [encoder] if path.startswith("random:") else [encoder, untrained_like(encoder)]
 
 
 def to_json(value):
@@ -285,7 +430,9 @@ def to_json(value):
         return [to_json(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
-    return value if not isinstance(value, float) else round(value, 6) if np.isfinite(value) else None
+    if not isinstance(value, float):
+        return value
+    return round(value, 6) if np.isfinite(value) else None
 
 
 def show(value, ci):
@@ -293,30 +440,10 @@ def show(value, ci):
     return "-" if value is None else f"{value:.3f} [{', '.join('-' if v is None else f'{v:.3f}' for v in ci)}]"
 
 
-def parser_of(description):
-    """The flags that both probes share."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--encoder", required=True, default=argparse.SUPPRESS,
-                        help="encoder.pt of a run; random:SIZE gives the untrained control alone")
-    parser.add_argument("--raw", type=Path, required=True, default=argparse.SUPPRESS,
-                        help="folder of the raw recordings, in their publisher's layout")
-    parser.add_argument("--out", type=Path, required=True, default=argparse.SUPPRESS,
-                        help="folder for the results; made if absent, earlier results in it are replaced")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
-    return parser
-
-
-def load_encoders(path, device):
-    """The encoder and its untrained control (the control alone for random:SIZE), and the device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-    encoder = load_encoder(path, device)
-    return [encoder] if path.startswith("random:") else [encoder, untrained_like(encoder)], device
-
-
-def atomic_write(path, write):
-    """write(temporary path), then rename: the file appears whole or not at all."""
-    temporary = path.with_name(f"writing-{path.name}")  # keeps the suffix, by which savefig and savez choose the format
-    write(temporary)
-    os.replace(temporary, path)
+def write_results(out, name, result, arrays, figure):
+    """OUT/predictions.npz, OUT/NAME.png and OUT/NAME.json, each whole or not at all; the scores come last."""
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / "predictions.npz", lambda file: np.savez_compressed(file, **arrays))
+    save_figure(figure, out / f"{name}.png", dpi=150)
+    atomic_write(out / f"{name}.json", json.dumps(result, indent=1))
+    print(f"wrote {out / name}.json, predictions.npz and {name}.png")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ecg import FS, LEADS, as_recordings, cut_patches
+from ecg import FS, LEADS, RecordingFeatures, as_recordings, cut_patches, cut_windows
 
 PATCH_S = 0.2                    # s; a QRS complex is about half of it
 REGISTERS = 4                    # extra tokens that hold global scratch values (Darcet et al. 2024)
@@ -101,7 +101,7 @@ def rotate(x, rope):
     if torch.compiler.is_compiling():            # also while exporting: neither inductor nor ONNX has complex numbers
         a, b, cos, sin = *pairs.unbind(-1), *rope.unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
-    else:                                        # one complex product: in eager mode twice as fast on a CPU
+    else:                                        # one complex product: in eager mode 3 to 20 times as fast on one core
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     return turned.flatten(-2).to(x.dtype)
 
@@ -211,7 +211,8 @@ class Encoder(nn.Module):
         signal (B, L, T) mV at FS Hz, T a multiple of P, NaN = missing: a patch with a missing sample, and so a whole
         missing lead, is hidden from every other token of its recording, and its own feature is NaN. leads (B, L) lead
         ids (places in ecg.LEADS; ecg.preprocess gives both). mask (B, L, N) bool: these patches are replaced by the
-        mask token. Raises ValueError for other shapes; embed() takes any recording.
+        mask token. Raises ValueError for other shapes; embed() takes any recording. torch.export and torch.onnx.export
+        (dynamo=True) give the same features, of signals with NaN too.
         """
         return self.encode([(signal, leads, mask)], gaps=True)[0]
 
@@ -219,17 +220,23 @@ class Encoder(nn.Module):
         """Features of each of several batches of windows (signal, leads, mask), see forward: the same as one by one,
         but each block runs once, on the tokens of all, and under FSDP fetches its weights once. gaps: look for NaN,
         for which the host waits for the device; otherwise the signals must be finite."""
-        R, tokens, shapes, ropes, keys, valid = self.num_registers, [], [], [], [], []
+        first = 1 + self.num_registers           # tokens before the patches
+        tokens, shapes, ropes, keys, valid = [], [], [], [], []
         for signal, leads, mask in views:
-            valid.append(self.valid_patches(signal, leads, gaps))
-            x = (self.tokens(signal, mask, valid[-1]) + self.lead_embedding(leads)[:, :, None]).flatten(1, 2)
-            first = (self.cls_token, self.register_tokens)
-            x = torch.cat((*(tokens.expand(len(x), -1, -1) for tokens in first), x), dim=1)              # (B, M, D)
-            N, L = signal.shape[-1] // self.patch_samples, leads.shape[1]
+            if (signal.ndim != 3 or signal.shape[-1] % self.patch_samples or 0 in signal.shape
+                    or leads.shape != signal.shape[:2]):
+                raise ValueError(f"the encoder takes signal (B, L, T), T a multiple of {self.patch_samples} samples, "
+                                 f"and leads (B, L); found {tuple(signal.shape)} and {tuple(leads.shape)}; "
+                                 "encoder.embed() takes any recording")
+            B, L, N = *leads.shape, signal.shape[-1] // self.patch_samples
+            valid.append(self.valid_patches(signal) if gaps else None)
+            patches = self.tokens(signal, mask, valid[-1]) + self.lead_embedding(leads)[:, :, None]
+            x = torch.cat((self.cls_token.expand(B, -1, -1), self.register_tokens.expand(B, -1, -1),
+                           patches.flatten(1, 2)), dim=1)                                              # (B, M, D)
             times_s = (torch.arange(N, device=signal.device) + 0.5) * (self.patch_samples / FS)
             # Lead-major, like x. CLS and registers have no place in time, and at 0 s they are not rotated.
-            ropes.append(rope_table(F.pad(times_s.repeat(L), (1 + R, 0)), self.head_width))
-            keys.append(None if valid[-1] is None else F.pad(valid[-1].flatten(1), (1 + R, 0), value=True))
+            ropes.append(rope_table(F.pad(times_s.repeat(L), (first, 0)), self.head_width))
+            keys.append(None if valid[-1] is None else F.pad(valid[-1].flatten(1), (first, 0), value=True))
             shapes.append(tuple(x.shape[:2]))
             tokens.append(x.flatten(0, 1))
         x = torch.cat(tokens)
@@ -238,24 +245,17 @@ class Encoder(nn.Module):
         features = []
         for x, (B, M), (_, leads, _), seen in zip(self.norm(x).split([B * M for B, M in shapes]), shapes, views, valid):
             x = x.view(B, M, self.width)
-            patches = x[:, 1 + R:].unflatten(1, (leads.shape[1], -1))
+            patches = x[:, first:].unflatten(1, (leads.shape[1], -1))
             if seen is not None:
                 patches = torch.where(seen[..., None], patches, float("nan"))
             # Copies, not views: sharding hangs its hooks on what a module returns.
-            features.append(Features(x[:, 0].contiguous(), x[:, 1:1 + R].contiguous(), patches.contiguous(), seen))
+            features.append(Features(x[:, 0].contiguous(), x[:, 1:first].contiguous(), patches.contiguous(), seen))
         return features
 
-    def valid_patches(self, signal, leads, gaps):
-        """(B, L, N) bool: patches without a missing sample; None if that is all of them, or not asked for."""
-        if signal.ndim != 3 or signal.shape[-1] % self.patch_samples or not signal.numel() or (
-                leads.shape != signal.shape[:2]):
-            raise ValueError(f"the encoder takes signal (B, L, T), T a multiple of {self.patch_samples} samples, and "
-                             f"leads (B, L); found {tuple(signal.shape)} and {tuple(leads.shape)}; "
-                             "encoder.embed() takes any recording")
-        if not gaps:
-            return None
+    def valid_patches(self, signal):
+        """(B, L, N) bool: the patches without a missing sample; None if that is all of them, since attention is faster
+        without a mask. While a graph is traced for any signal, there is always a mask."""
         valid = signal.isfinite().unflatten(-1, (-1, self.patch_samples)).all(dim=-1)
-        # Nothing to hide: attention is faster without a mask. A graph that is traced keeps it, for any input.
         return None if not torch.compiler.is_compiling() and valid.all() else valid
 
     def tokens(self, signal, mask=None, valid=None):
@@ -288,7 +288,6 @@ class Encoder(nn.Module):
         baseline = F.interpolate(baseline, size=signal.shape[-1], mode="linear").view_as(patches)
         return ((patches - baseline) / COMPRESS_MV).asinh()
 
-    @torch.inference_mode()
     def embed(self, signal, *, fs=None, leads=None, units="mV", window_s=None, stride_s=None, local=True,
               on_error="raise", device=None):
         """Features of one recording as it is, or of many: any leads, rate, duration; see ecg.preprocess.
@@ -302,99 +301,73 @@ class Encoder(nn.Module):
         stride_s (half of that). Its global feature is the mean of Features.pooled() over the windows, each weighted by
         the number of its valid patches; each local feature is taken from the window in which its patch lies most
         centrally. A rest shorter than a patch at the end is left out. local=False: global features only; memory then
-        does not grow with the number or length of the recordings that an iterable yields. on_error="nan": a recording
-        that cannot be used gets features of NaN, instead of a ValueError that names it. device: compute there (the
-        encoder moves there, and stays).
+        does not grow with the number of recordings that an iterable yields. on_error="nan": a recording that cannot be
+        used gets global features of NaN and no local ones, instead of a ValueError that names it. device: compute there
+        (the encoder moves there, and stays).
         """
         if on_error not in ("raise", "nan"):
             raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'nan'")
+        for name, value in (("window_s", window_s), ("stride_s", stride_s)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}; expected seconds above 0")
         if device is not None:
             self.to(checked_device(device))
         recordings, many = as_recordings(signal, fs, leads, units)
-        waiting, found = defaultdict(list), []
+        waiting, tokens, found = [], 0, []
         for number, recording in enumerate(progress_bar(recordings, signal) if many else recordings):
             try:
-                found.append(RecordingParts(self, recording, window_s, stride_s, local))
+                patches, valid, lead_ids = cut_patches(recording, self.patch_samples)
             except ValueError as error:
                 if on_error == "raise":
                     raise ValueError(f"recording {number}: {error}" if many else str(error)) from error
-                found.append(None)
+                found.append(RecordingFeatures(None, (0, 0), self.width, local=False))
                 continue
-            for shape, start in found[-1].windows():
-                waiting[shape].append((found[-1], start))
-            self._run_windows(waiting)
-        self._run_windows(waiting, rest=True)
-        nan = np.full(2 * self.width, np.nan, np.float32)
-        found = [Embedding(nan, nan[:self.width], None, None) if parts is None else parts.finish() for parts in found]
+            rows = np.flatnonzero(valid.any(axis=1))                         # a dead lead is no lead
+            found.append(RecordingFeatures(rows, valid.shape, self.width, local))
+            window, stride = self.window_and_stride(len(rows), window_s, stride_s)
+            for start, part in cut_windows(patches[rows], window, stride):
+                waiting.append((found[-1], start, part, lead_ids[rows]))
+                tokens += part[..., 0].size
+                if tokens > 8 * MAX_EMBED_TOKENS:                            # enough to find windows of equal shape
+                    self.run_windows(waiting)
+                    waiting, tokens = [], 0
+        self.run_windows(waiting)
+        found = [Embedding(*features.whole(self.patch_samples / FS)) for features in found]
         return found if many else found[0]
 
-    def _run_windows(self, waiting, rest=False):
-        """Forward passes of the windows that wait, {(leads, patches, with gaps): [(parts, start)]}: those that fill a
-        pass; or all, also when many shapes wait that never fill one."""
-        rest = rest or sum(L * N * len(windows) for (L, N, _), windows in waiting.items()) > 8 * MAX_EMBED_TOKENS
-        for (L, N, _), windows in waiting.items():
+    @torch.inference_mode()
+    def run_windows(self, windows):
+        """Forward passes of windows, (RecordingFeatures, first patch, patches, lead ids): equal shapes together."""
+        groups, device = defaultdict(list), self.cls_token.device
+        for window in windows:
+            L, N, _ = window[2].shape
+            groups[L, N, bool(np.isnan(window[2]).any())].append(window)
+        for (L, N, _), group in groups.items():
             at_once = max(1, MAX_EMBED_TOKENS // (L * N))
-            while len(windows) >= (1 if rest else at_once):
-                batch = windows[:at_once]
-                del windows[:at_once]
-                signal = torch.stack([parts.patches[:, start:start + N].flatten(1) for parts, start in batch])
-                leads = torch.stack([parts.lead_ids for parts, _ in batch])
-                out = self(signal.to(self.cls_token.device), leads.to(self.cls_token.device))
-                weights = [L * N] * len(batch) if out.valid is None else out.valid.sum((1, 2)).tolist()
-                pooled = out.pooled().float().cpu()
-                patches = out.patches.float().cpu() if batch[0][0].local is not None else [None] * len(batch)
-                for (parts, start), *result in zip(batch, pooled, weights, patches):
-                    parts.add(start, *result)
+            for i in range(0, len(group), at_once):
+                owners, starts, patches, lead_ids = zip(*group[i:i + at_once])
+                out = self(torch.from_numpy(np.stack(patches)).flatten(2).to(device),
+                           torch.from_numpy(np.stack(lead_ids)).to(device))
+                pooled = out.pooled().float().cpu().numpy()
+                weights = [L * N] * len(starts) if out.valid is None else out.valid.sum((1, 2)).tolist()
+                local = [None] * len(starts) if owners[0].local is None else out.patches.float().cpu().numpy()
+                for owner, *result in zip(owners, starts, pooled, weights, local):
+                    owner.add(*result)
 
     def window_length(self, num_leads):
         """Patches of the windows that it was trained on with as many leads."""
         lengths = self.config["window_patches"]
         return lengths[max(n for n in lengths if n <= num_leads)]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# embed: recordings to windows and back
-
-class RecordingParts:
-    """One recording while its windows go through the network, and what has come out of them so far."""
-
-    def __init__(self, encoder, recording, window_s, stride_s, local):
-        patches, valid, lead_ids = map(torch.from_numpy, cut_patches(recording, encoder.patch_samples))
-        L, N, P = patches.shape
-        self.rows = valid.any(dim=1).nonzero().squeeze(1)                    # a dead lead is no lead
-        self.patches, self.valid, self.lead_ids = patches[self.rows], valid[self.rows], lead_ids[self.rows]
-        self.window, self.stride = window_and_stride(encoder, len(self.rows), window_s, stride_s)
-        self.sum, self.weight, self.patch_s = torch.zeros(2 * encoder.width), 0, P / FS
-        self.local = torch.full((L, N, encoder.width), float("nan")) if local else None
-        self.distance = torch.full((N if local else 0,), float("inf"))       # to its window's centre, the best so far
-
-    def windows(self):
-        """((leads, patches, with gaps), first patch) of each window that has a valid patch."""
-        N = self.patches.shape[1]
-        starts = [0] if N <= self.window else [*range(0, N - self.window, self.stride), N - self.window]
-        inside = [self.valid[:, start:start + self.window] for start in starts]
-        self.left = sum(bool(valid.any()) for valid in inside)
-        return [((*valid.shape, not valid.all()), start) for valid, start in zip(inside, starts) if valid.any()]
-
-    def add(self, start, pooled, weight, local):
-        """What came out of the window at `start`: pooled (2D,), its weight, and local (L, N, D) or None."""
-        self.sum += weight * pooled
-        self.weight += weight
-        self.left -= 1
-        if self.left == 0:
-            self.patches = None                                              # the signal is not needed any more
-        if local is not None:
-            distance = (torch.arange(local.shape[1]) - (local.shape[1] - 1) / 2).abs()
-            nearer = (distance < self.distance[start:start + len(distance)]).nonzero().squeeze(1)
-            self.local[self.rows[:, None], start + nearer] = local[:, nearer]
-            self.distance[start + nearer] = distance[nearer]
-
-    def finish(self):
-        feature = (self.sum / self.weight).numpy()
-        cls = feature[:len(feature) // 2]
-        if self.local is None:
-            return Embedding(feature, cls, None, None)
-        return Embedding(feature, cls, self.local.numpy(), (np.arange(self.local.shape[1]) + 0.5) * self.patch_s)
+    def window_and_stride(self, num_leads, window_s=None, stride_s=None):
+        """Length and step of a recording's windows, in patches; None: as trained on so many leads, half of that."""
+        patch_s = self.patch_samples / FS
+        window = self.window_length(num_leads) if window_s is None else max(1, round(window_s / patch_s))
+        stride = max(1, window // 2) if stride_s is None else max(1, round(stride_s / patch_s))
+        if stride > window:
+            raise ValueError(f"stride_s {stride_s:g} is longer than window_s {window * patch_s:g}: patches between "
+                             "windows would be lost")
+        return window, stride
 
 
 def progress_bar(recordings, signal):
@@ -405,20 +378,6 @@ def progress_bar(recordings, signal):
         return recordings
     return tqdm(recordings, desc="embedding", unit="recording", disable=None,
                 total=len(signal) if hasattr(signal, "__len__") else None)
-
-
-def window_and_stride(encoder, num_leads, window_s=None, stride_s=None):
-    """Length and step of the windows of a recording, in patches; None: as trained on so many leads, half of that."""
-    for name, value in (("window_s", window_s), ("stride_s", stride_s)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value!r}; expected seconds above 0")
-    patch_s = encoder.patch_samples / FS
-    window = encoder.window_length(num_leads) if window_s is None else max(1, round(window_s / patch_s))
-    stride = max(1, window // 2) if stride_s is None else max(1, round(stride_s / patch_s))
-    if stride > window:
-        raise ValueError(f"stride_s {stride_s} is longer than window_s {window_s}: patches between windows would be "
-                         "lost")
-    return window, stride
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,61 +414,61 @@ def load_encoder(path, device="cpu"):
             raise ValueError(f"{path}: the seed must be a whole number; expected random:SIZE or random:SIZE:SEED")
         return build_encoder(size, int(seed[0]) if seed else 0).eval().to(device)
     saved = read_encoder(path)
-    with torch.device("meta"):                   # no weights are made to be thrown away
-        encoder = Encoder(**saved["config"])
     try:
+        with torch.device("meta"):               # no weights are made to be thrown away
+            encoder = Encoder(**saved["config"])
         encoder.load_state_dict(saved["state_dict"], assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is damaged: its weights do not fit its architecture ({first_line(error)})") from error
-    return encoder.eval().to(device)
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: its weights do not fit its architecture ({first_line(error)}); copy or "
+                         "export it again") from error
+    return encoder.eval().to(device, torch.float32)
 
 
 def checked_device(device):
     """torch.device; ValueError if there is no such device here."""
     try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device {device!r} is no device of PyTorch; expected cpu, cuda, cuda:1, mps ...") from None
-    try:
-        torch.empty(1, device=found)
-    except Exception as error:  # each backend has errors of its own
-        raise ValueError(f"device {str(found)!r} is not there ({first_line(error)}): PyTorch {torch.__version__} sees "
-                         f"{torch.cuda.device_count()} CUDA GPUs here; use device='cpu'") from error
-    return found
+        return torch.empty(1, device=device).device
+    except Exception as error:                   # each backend has errors of its own
+        raise ValueError(f"device {device!r} cannot be used here ({first_line(error)}): PyTorch {torch.__version__} "
+                         f"sees {torch.cuda.device_count()} CUDA GPUs; use device='cpu'") from error
 
 
 def read_encoder(path):
     """The content of an encoder.pt, on the CPU."""
     if not Path(path).is_file():
-        raise ValueError(f"no encoder at {path}; train.py writes RUN/encoder.pt, "
-                         "and random:tiny gives an untrained one")
+        raise ValueError(f"no encoder at {path}; train.py writes RUN/encoder.pt, and random:tiny is an untrained one")
+    if is_damaged(path):
+        raise ValueError(f"{path} is damaged: it was cut off, or it changed after it was written; copy or export it "
+                         "again")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file may raise anything
-        raise ValueError((f"{path} is damaged: it begins as a PyTorch file, but cannot be read to its end "
-                          f"({first_line(error)}); copy or export it again") if is_damaged(path, error) else
-                         f"{path} is not an encoder of this program ({first_line(error)}); {GIVE}") from error
+    except Exception as error:                   # a foreign file may raise anything
+        raise ValueError(f"{path} is not an encoder of this program ({first_line(error)}); {GIVE}") from error
     if not isinstance(saved, dict) or not {"format", "preprocessing", "config", "state_dict"} <= saved.keys():
         raise ValueError(f"{path} is not an encoder of this program, but another PyTorch file; {GIVE}")
     if saved["format"] != FORMAT:
         raise ValueError(f"{path} is not an encoder that this code reads: expected format '{FORMAT}', found "
                          f"'{saved['format']}'; {GIVE}")
-    theirs, ours = saved["preprocessing"], PREPROCESSING
-    differ = [key for key in ours | theirs if theirs.get(key) != ours.get(key)]
+    theirs = saved["preprocessing"]
+    differ = [f"{key} {theirs.get(key)!s:.30}, expected {PREPROCESSING.get(key)!s:.30}"
+              for key in PREPROCESSING | theirs if theirs.get(key) != PREPROCESSING.get(key)]
     if differ:
-        raise ValueError(f"{path} was trained with another preprocessing than this code has ({', '.join(differ)}); "
-                         f"use the commit that wrote it: {saved.get('about', {}).get('commit')}")
+        raise ValueError(f"{path} was trained with a different preprocessing: found {'; '.join(differ)}; "
+                         f"use the commit that wrote it: {saved.get('about', {}).get('commit', 'unknown')}")
     return saved
 
 
-def is_damaged(path, error):
-    """Whether a file that cannot be loaded was written by torch.save and changed since; otherwise it is foreign."""
-    if not zipfile.is_zipfile(path):             # cut short, if it begins as one
-        with open(path, "rb") as file:
-            return file.read(4) in (b"", b"PK\x03\x04")
-    with zipfile.ZipFile(path) as archive:
-        is_torch = any(name.endswith("/data.pkl") for name in archive.namelist())
-    return is_torch and "weights_only" not in str(error)
+def is_damaged(path):
+    """Whether this is a file of torch.save that was cut off or changed; torch.load alone does not compare checksums."""
+    with open(path, "rb") as file:
+        head = file.read(300)                    # a ZIP archive whose first member is NAME/data.pkl
+    if not b"PK\x03\x04".startswith(head[:4]) or len(head) == 300 and b"/data.pkl" not in head:
+        return False                             # another kind of file
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None                             # half the time of torch.load
+    except Exception:                            # what is left of an archive may raise anything
+        return True
 
 
 def first_line(error):

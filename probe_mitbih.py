@@ -1,23 +1,22 @@
-"""What a frozen encoder knows about single heartbeats: a linear probe on MIT-BIH, beside the same network untrained.
+"""What a frozen encoder knows about single heartbeats: a linear probe on MIT-BIH, next to the same network untrained.
 
-    python probe_mitbih.py --encoder runs/real/encoder.pt --raw data/mitdb --out runs/real/mitbih
-    python probe_mitbih.py --encoder random:tiny --raw data/mitdb --out runs/random/mitbih    (untrained control alone)
+    python probe_mitbih.py --encoder runs/real/encoder.pt --raw raw/mitdb --out runs/real/mitbih
+    python probe_mitbih.py --encoder random:tiny --raw raw/mitdb --out runs/random/mitbih    (untrained control alone)
 
-The protocol is the inter-patient one: training on the beats of DS1, scores on those of DS2 (de Chazal et al. 2004), the
-four paced records left out, five AAMI classes of which Q (7 beats) is neither trained nor scored. A beat lies in the
-middle of a window as long as in training; it is described by the token that holds its R (mean over leads), alone
-(r_token) or together with the mean of the tokens from -300 to +400 ms (neighbourhood). Records 201 (DS1) and 202 (DS2)
-are the same person.
+The protocol is the inter-patient one (de Chazal et al. 2004): the beats of DS1 train, those of DS2 are scored, and the
+four paced records are left out. Of the five AAMI classes, Q (7 beats) is neither trained nor scored. A beat lies in the
+middle of a window, as long as in training but at most BEAT_WINDOW_S. It is described by the token that holds its R,
+mean over leads, alone (r_token) or together with the mean of the tokens from -300 to +400 ms (neighbourhood). Records
+201 (DS1) and 202 (DS2) are the same person.
 
 Macro over N, S, V is the number to look at: F is one record against another. Two controls need no encoder: eight RR
 intervals (rr), and 0.75 s of the raw lead II (raw).
 
 Writes OUT/mitbih.json, OUT/predictions.npz (beats of DS2) and OUT/mitbih.png.
 
-Shapes: L leads, N patches, D width, K beats, F features, C classes, G values of the regularisation, R records,
-S bootstrap samples.
+Shapes: L leads, T samples (at FS), N patches of a window, D width, K beats, F features, C classes, G values of the
+regularisation, S resamples of records (the first row of `counts` is the test set itself).
 """
-import json
 import sys
 import warnings
 
@@ -29,25 +28,29 @@ from matplotlib.figure import Figure
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
-from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from prepare import FS, MITDB_DS1, MITDB_DS2, lead_id, preprocess, read_wfdb
-from probe_ptbxl import BOOTSTRAPS, calibration, interval, load_encoders, parser_of, show, to_json, write_whole
+from ecg import FS, LEAD_IDS, Refused, preprocess, read_wfdb
+from evaluate import (calibration, draw_bars, interval, label_auroc, load_encoders, macro, parser_of, plain_auroc,
+                      resample, show, standardized, to_json, write_results)
+from prepare import MITDB_DS1, MITDB_DS2
 
 # AAMI EC57 classes of the annotation symbols, as nearly all papers group them. WFDB's own comparator, bxb, counts the
 # escape beats e and j as S instead, which would move 32 beats of DS1 and 213 of DS2 from N to S.
 AAMI = {"N": "NLRej", "S": "AaJS", "V": "VE", "F": "F", "Q": "/fQ"}
-CLASSES = ("N", "S", "V", "F")  # trained and scored
-AROUND_S = (-0.3, 0.4)  # s from R: the neighbourhood, from the P wave to the end of most T waves
-RAW_S = (-0.3, 0.45)  # s from R: the waveform of the raw control
-MAX_N_TRAIN = 600  # N beats of a record that are trained on, evenly spread; the other classes are kept whole
+CLASSES = ("N", "S", "V", "F")   # trained and scored
+BEAT_WINDOW_S = 8.0              # s, the longest window of a beat: its cost does not grow with train.py's --window
+AROUND_S = (-0.3, 0.4)           # s from R: the neighbourhood, from the P wave to the end of most T waves
+RAW_S = (-0.3, 0.45)             # s from R: the waveform of the raw control
+MAX_N_TRAIN = 600                # N beats of a record that are trained on, evenly spread; other classes are kept whole
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, the inverse strength of the L2 penalty
-FOLDS = 5  # of DS1 records, to choose C
-BARS = {"RR intervals alone": "#d9c8a9", "raw waveform": "#e3b9b0", "untrained": "#c4c4c4", "pre-trained": "#7fb2e5"}
-LOCAL_BEATS = 10  # beats whose mean RR interval a beat is compared with
-BATCH = 64  # windows, one per beat, in a forward pass
+FOLDS = 5                        # of DS1 records, to choose C
+LOCAL_BEATS = 10                 # beats whose mean RR interval a beat is compared with
+BATCH = 64                       # windows, one per beat, in a forward pass
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# beats and their features
 
 def read_beats(path):
     """Times (K,) s and AAMI classes (K,) of a record's beats; symbols that are no beats are left out."""
@@ -58,39 +61,50 @@ def read_beats(path):
     return np.array(samples) / annotation.fs, np.array(classes, dtype="U1")
 
 
-def token_features(encoder, signal, fs, leads, beats_s):
-    """Features of K beats: r_token (K, D) and neighbourhood (K, 2D).
+def place_windows(encoder, num_leads, num_samples, beats_s):
+    """Windows of K beats in a recording: first samples (K,) at FS, and their length in patches.
 
-    Each beat gets a window as long as in training, placed so that R is the middle of the window's middle patch (nearer
-    to an end of the recording, as near to it as can be): on a fixed grid a QRS would fall across two patches as often
-    as not. Samples that are missing count as 0 mV.
+    R is the middle of the window's middle patch, or as near to it as an end of the recording allows: on a fixed grid a
+    QRS would fall across two patches as often as not. A recording that is shorter than a window is the window.
     """
-    signal_mv, ids = preprocess(signal, fs, leads)
-    P, window = encoder.patch_samples, encoder.window_and_stride(len(ids))[0]
+    P = encoder.patch_samples
+    N = min(encoder.window_length(num_leads), int(BEAT_WINDOW_S * FS) // P, num_samples // P)
     r = np.rint(beats_s * FS).astype(int)
-    start = np.clip(r - window // 2 * P - P // 2, 0, signal_mv.shape[1] - window * P)       # (K,)
-    at = np.clip((r - start) // P, 0, window - 1)                                           # (K,) patch that holds R
-    centre = start[:, None] + (np.arange(window) + 0.5) * P - r[:, None]                    # (K, N) samples from R
-    around = (centre >= AROUND_S[0] * FS) & (centre <= AROUND_S[1] * FS)
-    signal_mv, ids = torch.from_numpy(np.nan_to_num(signal_mv)), torch.from_numpy(ids)
-    device, features = encoder.cls_token.device, []
-    for k in np.split(np.arange(len(r)), np.arange(BATCH, len(r), BATCH)):
-        # windows (B, L, T), tokens (B, N, D)
-        windows = signal_mv[:, torch.from_numpy(start[k])[:, None] + torch.arange(window * P)].transpose(0, 1)
+    return np.clip(r - N // 2 * P - P // 2, 0, num_samples - N * P), N
+
+
+def token_features(encoder, signal_mv, lead_ids, beats_s):
+    """Features of K beats: r_token (K, D) and neighbourhood (K, 2D), the R token and the mean around it.
+
+    signal_mv (L, T) and lead_ids (L,) of ecg.preprocess, beats_s (K,). A patch with a missing sample has no token:
+    means over leads and over patches leave it out. What has no token at all is NaN.
+    """
+    start, N = place_windows(encoder, *signal_mv.shape, beats_s)
+    if N == 0:
+        return np.full((len(beats_s), encoder.width), np.nan), np.full((len(beats_s), 2 * encoder.width), np.nan)
+    P, device, features = encoder.patch_samples, encoder.cls_token.device, []
+    r = torch.from_numpy(np.rint(beats_s * FS).astype(int) - start)                        # (K,) in its window
+    at = (r // P).clip(0, N - 1)
+    from_r = (torch.arange(N) + 0.5) * P - r[:, None]                                      # (K, N) centres of patches
+    around = (from_r >= AROUND_S[0] * FS) & (from_r <= AROUND_S[1] * FS)
+    place = torch.from_numpy(start)[:, None] + torch.arange(N * P)                         # (K, T) of each window
+    signal_mv, lead_ids = torch.from_numpy(signal_mv), torch.from_numpy(lead_ids)
+    for k in torch.arange(len(r)).split(BATCH):
+        windows = signal_mv[:, place[k]].transpose(0, 1)                                   # (B, L, T)
         with torch.inference_mode():
-            tokens = encoder(windows.to(device), ids.expand(len(k), -1).to(device)).patches.mean(
-                dim=1).float().cpu().numpy()
-        mean = (tokens * around[k][..., None]).sum(axis=1) / around[k].sum(axis=1, keepdims=True)
-        features.append(np.concatenate((tokens[np.arange(len(k)), at[k]], mean), axis=1))
-    both = np.concatenate(features)
+            patches = encoder(windows.to(device), lead_ids.expand(len(k), -1).to(device)).patches
+        tokens = patches.float().cpu().nanmean(dim=1)                                      # (B, N, D)
+        mean = torch.where(around[k][..., None], tokens, torch.nan).nanmean(dim=1)
+        features.append(torch.cat((tokens[torch.arange(len(k)), at[k]], mean), dim=1))
+    both = torch.cat(features).numpy()
     return both[:, :encoder.width], both
 
 
 def rr_features(beats_s):
     """Eight RR numbers per beat (K, 8), in s or as ratios: what is known without looking at the waveform."""
     rr = np.diff(beats_s)
-    usual = np.median(rr)
-    before, after = np.r_[usual, rr], np.r_[rr, usual]
+    usual = np.median(rr) if len(rr) else np.nan
+    before, after = np.r_[usual, rr][:len(beats_s)], np.r_[rr, usual][:len(beats_s)]
     sums = np.cumsum(np.r_[0, before])
     k = np.arange(len(before))
     first = np.maximum(k - LOCAL_BEATS, 0)
@@ -99,21 +113,17 @@ def rr_features(beats_s):
                      after / usual), axis=1)
 
 
-def raw_features(signal, fs, leads, beats_s):
-    """0.75 s of lead II (else the first lead) around R at FS, mean taken off: (K, 187) mV."""
-    ids = [lead_id(name) for name in leads]
-    lead = ids.index(lead_id("II")) if lead_id("II") in ids else 0
-    wave = np.nan_to_num(preprocess(signal, fs, leads)[0][lead])
+def raw_features(signal_mv, lead_ids, beats_s):
+    """0.75 s of lead II around R at FS, or of the first lead without II, mean taken off: (K, 187) mV."""
+    wave = np.nan_to_num(signal_mv[np.argmax(lead_ids == LEAD_IDS["II"])])
     at = np.rint(beats_s * FS).astype(int)[:, None] + np.arange(*(int(s * FS) for s in RAW_S))
     window = wave[at.clip(0, len(wave) - 1)]
     return window - window.mean(axis=1, keepdims=True)
 
 
-# ---- features of all records -------------------------------------------------------------------------------
-
 def collect(raw, encoders):
     """Beats of every record of DS1 and DS2 that is there: record, beat_s and cls, each (K,), and the features (K, F),
-    numbered by encoder."""
+    numbered by encoder. ValueError if a set is absent, or names a file that cannot be read."""
     names = [n for n in MITDB_DS1 + MITDB_DS2 if (raw / f"{n}.hea").is_file()]
     if not set(names) & set(MITDB_DS1) or not set(names) & set(MITDB_DS2):
         raise ValueError(f"{raw} holds {len(names)} of the 44 records of DS1 and DS2 ({' '.join(names) or 'none'}), "
@@ -121,15 +131,18 @@ def collect(raw, encoders):
                          "fetch them with python prepare.py mitdb --raw DIR --out DIR --download")
     parts = []
     for name in tqdm(names, desc="records", unit="record", disable=None):
-        signal, fs, leads, _ = read_wfdb(raw / name)
+        try:
+            signal_mv, lead_ids = preprocess(*read_wfdb(raw / name)[:4])
+        except Refused as error:
+            raise ValueError(f"{raw / name}: {error}") from None
         times_s, classes = read_beats(str(raw / name))
         rr, used = rr_features(times_s), used_beats(name, classes)
         times_s = times_s[used]
         part = dict(record=np.full(len(times_s), name), beat_s=times_s, cls=classes[used], rr=rr[used],
-                    raw=raw_features(signal, fs, leads, times_s))
-        for e, encoder in enumerate(encoders):
-            part[f"r_token {e}"], part[f"neighbourhood {e}"] = token_features(encoder, signal, fs, leads, times_s)
-        parts.append(part)
+                    raw=raw_features(signal_mv, lead_ids, times_s))
+        for e, encoder in enumerate(encoders if len(times_s) else []):
+            part[f"r_token {e}"], part[f"neighbourhood {e}"] = token_features(encoder, signal_mv, lead_ids, times_s)
+        parts += [part] if len(times_s) else []
     return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
 
@@ -144,14 +157,13 @@ def used_beats(name, cls):
     return used
 
 
-# ---- probe -------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# probe
 
 def fit(x, y, x_new):
     """Probabilities (G, K', C) of a balanced multinomial logistic regression at every C of the grid; a class that y
-    lacks gets 0."""
-    scaler = StandardScaler().fit(x)
-    # No valid token: the mean beat.
-    x, x_new = (np.nan_to_num(scaler.transform(z.astype(np.float64))) for z in (x, x_new))
+    lacks gets 0. A beat without any token counts as the mean beat."""
+    x, x_new = standardized(x, x_new)
     model = LogisticRegression(class_weight="balanced", warm_start=True, max_iter=500, tol=1e-3)
     p = np.zeros((len(C_GRID), len(x_new), len(CLASSES)))
     with warnings.catch_warnings():
@@ -164,49 +176,23 @@ def fit(x, y, x_new):
 
 def probe(x, data, train, test):
     """Probabilities (K', C) on the test rows, and C, chosen by macro N, S, V over folds of held-out DS1 records."""
-    rows = np.flatnonzero(train)
-    held_out = np.zeros((len(C_GRID), len(rows), len(CLASSES)))
-    folds = GroupKFold(min(FOLDS, len(set(data["record"][rows]))))
-    for inner, outer in folds.split(rows, groups=data["record"][rows]):
-        held_out[:, outer] = fit(x[rows[inner]], data["cls"][rows[inner]], x[rows[outer]])
-    counts = np.ones((1, len(set(data["record"][rows]))))
-    macro = [nsv(resampled_auroc(p, data["cls"][rows], data["record"][rows], counts))[0] for p in held_out]
-    best = int(np.nanargmax(macro))
-    return fit(x[rows], data["cls"][rows], x[test])[best], C_GRID[best]
+    x_train, cls, record = x[train], data["cls"][train], data["record"][train]
+    held_out = np.zeros((len(C_GRID), len(cls), len(CLASSES)))
+    for inner, outer in GroupKFold(min(FOLDS, len(set(record)))).split(cls, groups=record):
+        held_out[:, outer] = fit(x_train[inner], cls[inner], x_train[outer])
+    scores = [nsv(plain_auroc(one_hot(cls), p)[None])[0] for p in held_out]
+    best = int(np.nanargmax(scores))
+    return fit(x_train, cls, x[test])[best], C_GRID[best]
 
 
-def resampled_auroc(p, cls, record, counts):
-    """One-vs-rest AUROC (S, C) in resamples of records, counts (S, R) in the order of np.unique(record); NaN without
-    a class.
-
-    Exact and fast: the wins of each record's positives over each record's negatives are counted once, (R, R), and a
-    resample only weighs them. Ties count half. p (K, C), cls (K,), record (K,).
-    """
-    names = np.unique(record)
-    auroc = np.full((len(counts), len(CLASSES)), np.nan)
-    for c, name in enumerate(CLASSES):
-        positive = [p[(record == r) & (cls == name), c] for r in names]
-        negative = [np.sort(p[(record == r) & (cls != name), c]) for r in names]
-        wins = np.array([[(np.searchsorted(n, x, "left") + np.searchsorted(n, x, "right")).sum() / 2 for n in negative]
-                         for x in positive])
-        pairs = np.outer([len(x) for x in positive], [len(n) for n in negative]).astype(float)
-        total = np.einsum("si,ij,sj->s", counts, pairs, counts)
-        won = np.einsum("si,ij,sj->s", counts, wins, counts)
-        auroc[total > 0, c] = won[total > 0] / total[total > 0]
-    return auroc
+def one_hot(cls):
+    """(K, C) bool: the class of each beat."""
+    return cls[:, None] == np.array(CLASSES)
 
 
 def nsv(auroc):
     """Mean over N, S, V of auroc (S, C) -> (S,); over those of them that can be scored."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.nanmean(auroc[:, :3], axis=1)
-
-
-def nsvf(auroc):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.nanmean(auroc, axis=1)
+    return macro(auroc[:, :3])
 
 
 def detection(p, cls):
@@ -221,19 +207,20 @@ def detection(p, cls):
     return scores
 
 
-def score(p, cls, record, counts):
-    """Everything about one set of probabilities on DS2: JSON entry, and AUROC (1 + S, C) plain and resampled."""
-    auroc = resampled_auroc(p, cls, record, counts)
-    without = record != "232"  # three quarters of DS2's S beats
-    plain = np.ones((1, len(np.unique(record[without]))))
-    y = cls[:, None] == np.array(CLASSES)
-    return dict(macro_nsvf=nsvf(auroc)[0], macro_nsv=nsv(auroc)[0], per_class=dict(zip(CLASSES, auroc[0])),
-                ci95=interval(nsv(auroc)[1:]),
-                s_without_232=resampled_auroc(p[without], cls[without], record[without], plain)[0, 1],
+def score(p, cls, record, number, counts):
+    """Everything about one set of probabilities on DS2: JSON entry, and AUROC (S, C).
+
+    p (K, C), cls (K,), record (K,); number (K,) and counts (S, records) as in evaluate.resampled_auroc.
+    """
+    y, without = one_hot(cls), record != "232"  # which has three quarters of DS2's S beats
+    auroc = label_auroc(y, p, number, counts)
+    return dict(macro_nsvf=macro(auroc)[0], macro_nsv=nsv(auroc)[0], per_class=dict(zip(CLASSES, auroc[0])),
+                ci95=interval(nsv(auroc)[1:]), s_without_232=plain_auroc(y[without], p[without])[1],
                 detection=detection(p, cls), calibration=calibration(p, y)), auroc
 
 
-# ---- output ------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# report and picture
 
 def report(result):
     """The protocol and the scores, as text."""
@@ -256,74 +243,62 @@ def report(result):
         pd.DataFrame.from_dict(rows, orient="index").to_string(na_rep="-", float_format="{:.3f}".format)))
 
 
-def draw(path, result):
-    """AUROC per class and macro: pre-trained beside untrained and the controls without an encoder."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    axis = figure.subplots()
+def draw(result):
+    """Figure: AUROC per class and macro, pre-trained next to untrained and the controls without an encoder."""
     best = result["features"]["neighbourhood"]
-    series = {"RR intervals alone": result["controls"]["rr"], "raw waveform": result["controls"]["raw"],
+    scores = {"RR intervals alone": result["controls"]["rr"], "raw waveform": result["controls"]["raw"],
               "untrained": best["untrained_scores"]}
     if not result["untrained_only"]:
-        series["pre-trained"] = best
-    labels, width = ["macro N, S, V", *CLASSES], 0.8 / len(series)
-    for i, (name, r) in enumerate(series.items()):
-        value = np.array([r["macro_nsv"], *(r["per_class"][c] for c in CLASSES)], dtype=float)
-        at = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * width
-        bars = axis.bar(at, value - 0.5, 0.94 * width, bottom=0.5, color=BARS[name], label=name)
-        axis.bar_label(bars, ["-" if np.isnan(v) else f"{v:.2f}" for v in value], fontsize=8)
-        axis.vlines(at[0], *np.array(r["ci95"], dtype=float), color="#333333", linewidth=1)
+        scores["pre-trained"] = best
+    series = {name: ([r["macro_nsv"], *r["per_class"].values()], [r["ci95"]] + [[None, None]] * len(CLASSES))
+              for name, r in scores.items()}
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    axis = figure.subplots()
+    draw_bars(axis, ["macro N, S, V", *CLASSES], series)
     axis.axvline(0.5, color="#bbbbbb", linewidth=1)
-    axis.set(ylim=(min(0.5, axis.get_ylim()[0]), 1.03), ylabel="AUROC on DS2, one against the rest",
-             xticks=range(len(labels)), xticklabels=labels)
+    axis.set_ylabel("AUROC on DS2, one against the rest")
     axis.set_title(f"Heartbeats of MIT-BIH, {result['n']['test_records']} test records; features: R token and its "
                    "neighbourhood; lines: 95 %, record bootstrap", loc="left", fontsize=10)
     axis.legend(frameon=False, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, -0.08))
-    axis.spines[["top", "right"]].set_visible(False)
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=130))
+    return figure
 
 
 def parse_args(argv=None):
-    return parser_of(
-        "Linear probes of single heartbeats on MIT-BIH, of an encoder and of its untrained control.").parse_args(argv)
+    return parser_of("Linear probes of single heartbeats on MIT-BIH, of an encoder and of its untrained control.",
+                     "raw/mitdb").parse_args(argv)
 
 
 def main(args):
-    encoders, _ = load_encoders(args.encoder, args.device)
+    encoders = load_encoders(args.encoder, args.device)
     data = collect(args.raw, encoders)
     train, test = (np.isin(data["record"], names) for names in (MITDB_DS1, MITDB_DS2))
     cls, record = data["cls"][test], data["record"][test]
-    n_records = len(np.unique(record))
-    resampled = np.random.default_rng(args.seed).multinomial(n_records, np.full(n_records, 1 / n_records),
-                                                             size=BOOTSTRAPS)
-    counts = np.concatenate((np.ones((1, n_records)), resampled))
+    number, counts = resample(record, args.seed)
+    counts = np.concatenate((np.ones_like(counts[:1]), counts))      # first the test set itself
 
     stored, result = dict(record=record, beat_s=data["beat_s"][test], cls=cls), dict(features={}, controls={})
     for name in ("rr", "raw"):
         p, c = probe(data[name], data, train, test)
-        result["controls"][name] = dict(score(p, cls, record, counts)[0], c=c)
+        result["controls"][name] = dict(score(p, cls, record, number, counts)[0], c=c)
         stored[f"p_{name}"] = p
     for name in ("r_token", "neighbourhood"):
         runs = [probe(data[f"{name} {e}"], data, train, test) for e in range(len(encoders))]
         (p, c), (p0, c0) = runs[0], runs[-1]  # the control alone: both are the same
-        (entry, auroc), (control, auroc0) = score(p, cls, record, counts), score(p0, cls, record, counts)
+        (entry, auroc), (control, auroc0) = (score(x, cls, record, number, counts) for x in (p, p0))
         difference = nsv(auroc) - nsv(auroc0)
         result["features"][name] = dict(entry, c=c, untrained=control["macro_nsv"],
                                         untrained_scores=dict(control, c=c0),
                                         difference=difference[0], difference_ci95=interval(difference[1:]))
         stored |= {f"p_{name}": p, f"p_untrained_{name}": p0, f"difference_{name}": difference}
 
-    n = dict(train=train.sum(), test=len(cls), train_records=len(np.unique(data["record"][train])),
-             test_records=n_records, train_beats={c: np.sum(data["cls"][train] == c) for c in CLASSES},
+    n = dict(train=train.sum(), test=len(cls), train_records=len(set(data["record"][train])),
+             test_records=counts.shape[1], train_beats={c: np.sum(data["cls"][train] == c) for c in CLASSES},
              test_beats={c: np.sum(cls == c) for c in CLASSES},
              absent=[c for c in CLASSES if not (cls == c).any()])
     result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=len(encoders) == 1,
                           n=n, mapping=AAMI, **result))
     print(report(result))
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out / "predictions.npz", lambda path: np.savez_compressed(path, **stored))
-    draw(args.out / "mitbih.png", result)
-    write_whole(args.out / "mitbih.json", lambda path: path.write_text(json.dumps(result, indent=1)))
-    print(f"wrote {args.out / 'mitbih.json'}, predictions.npz and mitbih.png")
+    write_results(args.out, "mitbih", result, stored, draw(result))
 
 
 if __name__ == "__main__":

@@ -1,58 +1,60 @@
-"""What a frozen encoder knows about whole 12-lead ECGs: linear probes on PTB-XL, beside the same network untrained.
+"""What a frozen encoder knows about whole 12-lead ECGs: linear probes on PTB-XL, next to the same network untrained.
 
-    python probe_ptbxl.py --encoder runs/real/encoder.pt --raw data/ptbxl --out runs/real/ptbxl
-    python probe_ptbxl.py --encoder random:tiny --raw data/ptbxl --out runs/random/ptbxl      (untrained control alone)
+    python probe_ptbxl.py --encoder runs/real/encoder.pt --raw raw/ptbxl --out runs/real/ptbxl
+    python probe_ptbxl.py --encoder random:tiny --raw raw/ptbxl --out runs/random/ptbxl      (untrained control alone)
 
-The protocol is the PTB-XL benchmark's (Strodthoff et al. 2021): six label sets in which a statement that is present
-counts, whatever its likelihood; folds 1-8 train, fold 9 chooses the regularisation, fold 10 is scored; macro AUROC.
+The protocol is the PTB-XL benchmark's (Strodthoff et al. 2021): six label sets, in which a statement that is present
+counts, whatever its likelihood. Folds 1-8 train, fold 9 chooses the regularisation, fold 10 is scored by macro AUROC.
 Recordings without any label of a set stay in it as rows of zeros (the benchmark drops them: about 0.001 of AUROC).
-Features are [CLS, mean patch] of all 12 leads over 10 s. Untrained means the weights that the encoder started from.
-With --noise, fold 10 is also scored under real noise (minutes 20-30 of the Noise Stress Test records, which no encoder
-was trained with), by the same probes, which saw clean recordings only; signal-to-noise ratios are augment.add_noise's.
+The feature is encoder.embed's global one, of 12 leads and 10 s. Untrained means the weights that the encoder started
+from. With --noise, fold 10 is also scored under real noise (minutes 20-30 of the Noise Stress Test records, which no
+encoder was trained with), by the same probes, which saw clean recordings only.
 
 Writes OUT/ptbxl.json (scores, intervals, calibration, robustness, every label), OUT/predictions.npz (fold 10) and
-OUT/ptbxl.png.
-Size tiny on one core: 3 minutes for 2,000 records, nearly all of it for the features.
+OUT/ptbxl.png. Size tiny on one core: 3 minutes for 2,000 records, nearly all of it for the features.
 
-Shapes: B batch, L leads, T samples, P patch length, D width; R recordings, F features, C labels, G values of the
-regularisation, S bootstrap samples, H levels of noise.
+Shapes: R recordings, F features, C labels, G values of the regularisation, E encoders, S resamples of patients (the
+first row of `counts` is the test set itself).
 """
 import argparse
 import ast
-import json
-import os
 import sys
 from pathlib import Path
 
 import joblib
 import numpy as np
 import pandas as pd
-import torch
-from matplotlib.figure import Figure  # no pyplot: it draws without a display
+from matplotlib.figure import Figure
+from scipy.special import expit
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
+from sklearn.preprocessing import MultiLabelBinarizer
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from augment import ViewSpec, add_noise, draw_views, load_noise
-from model import load_encoder, untrained_like
-from prepare import FS, LEADS, Refused, open_corpus, preprocess, read_wfdb
+from augment import load_noise
+from corpus import open_corpus
+from ecg import Refused, preprocess, read_wfdb
+from evaluate import (COLORS, NOISE_DB, both_classes, calibration, draw_bars, global_features, interval, label_auroc,
+                      load_encoders, macro, noisy_features, parser_of, plain_auroc, platt, resample, show, standardized,
+                      to_json, write_results)
 
 TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's own; a patient is in one fold only
-RECORD_S, RECORD_LEADS = 10, 12  # s and leads of every PTB-XL recording
+RECORD_S = 10                    # s that are read, the length of every PTB-XL recording
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, the inverse strength of the L2 penalty
-MAX_ITER = 2000  # of L-BFGS, which takes up to 300 at the weakest penalty
-MIN_POSITIVES = 10  # positives in fold 10 below which the AUROC of a label is mostly noise
-FEW_PATIENTS = 1000  # in fold 10 (all of PTB-XL has about 1,900), below which this is said:
-FEW_NOTE = "\nfew test patients: the intervals are wide, and labels with few positives move the macro over all"
+MAX_ITER = 2000                  # of L-BFGS, which takes up to 300 at the weakest penalty
+MIN_POSITIVES = 10               # positives in fold 10 below which the AUROC of a label is mostly noise
+FEW_PATIENTS = 1000              # in fold 10 (all of PTB-XL has about 1,900), below which the report warns
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recordings, labels and features
 
 def read_tables(raw):
     """PTB-XL's recordings (with `codes` and `path`), its SCP statements, and the rate in Hz of what `path` leads to.
 
-    That is 500 Hz when every listed file is there, else 100 Hz. ValueError if this is not PTB-XL or not all of it.
+    That is 500 Hz if every listed file is there, otherwise 100 Hz. ValueError if this is not PTB-XL or not all of it.
     """
     for name in ("ptbxl_database.csv", "scp_statements.csv"):
         if not (raw / name).is_file():
@@ -96,44 +98,28 @@ def label_sets(codes, statements):
     return sets
 
 
-def read_record(path, patch_samples):
-    """signal (L, T) mV at FS, up to 10 s in whole patches, and lead ids (L,); None if none of it is usable."""
-    try:
-        signal, fs, leads, _ = read_wfdb(path)
-        signal_mv, lead_ids = preprocess(signal, fs, leads)
-    except Refused as error:
-        if error.reason == "no valid lead":
-            return None
-        raise ValueError(f"{path}: {error}") from None
-    signal_mv = signal_mv[:, :min(signal_mv.shape[1], RECORD_S * FS) // patch_samples * patch_samples]
-    valid = np.isfinite(signal_mv).reshape(len(lead_ids), -1, patch_samples).all(axis=2)
-    return (signal_mv, lead_ids) if valid.any() else None
+def read_recordings(paths):
+    """Yield the first RECORD_S of each record, an ecg.Recording; ValueError that names a file that cannot be read."""
+    for path in paths:
+        try:
+            recording = read_wfdb(path)
+        except Refused as error:
+            raise ValueError(f"{path}: {error}") from None
+        yield recording._replace(signal=recording.signal[:round(RECORD_S * recording.fs)])
 
 
-def extract_features(encoders, paths, batch, device):
-    """[CLS, mean patch] of R recordings: (encoders, R, 2D); also how many have gaps and how many are unusable.
+def extract_features(encoders, paths):
+    """Global features (E, R, 2D) of R recordings; and how many have gaps and how many are unusable, which stay NaN."""
+    features = global_features(encoders, lambda: read_recordings(paths))
+    usable = np.isfinite(features[0]).all(axis=1)
+    if not usable.any():
+        raise ValueError(f"none of the {len(paths)} recordings is usable, {paths[0]} for one: check their signals")
+    gaps = [np.isnan(preprocess(*r[:4])[0]).any() for r, ok in zip(read_recordings(paths), usable) if ok]
+    return features, dict(with_gaps=sum(gaps), unusable=(~usable).sum())
 
-    Every recording is read once for all encoders. One with missing samples (or of another shape) goes through
-    encoder.embed by itself, with the mean over its valid patches; one without any valid patch stays NaN.
-    """
-    P, counts = encoders[0].patch_samples, {"with_gaps": 0, "unusable": 0}
-    shape = (RECORD_LEADS, RECORD_S * FS // P * P)
-    features = np.full((len(encoders), len(paths), 2 * encoders[0].width), np.nan, dtype=np.float32)
-    for start in tqdm(range(0, len(paths), batch), desc="features", unit="batch", disable=None):
-        records = {start + i: read_record(path, P) for i, path in enumerate(paths[start:start + batch])}
-        whole = [row for row, r in records.items() if r and r[0].shape == shape and np.isfinite(r[0]).all()]
-        if whole:
-            signal, leads = (torch.from_numpy(np.stack(x)).to(device) for x in zip(*(records[row] for row in whole)))
-            for e, encoder in enumerate(encoders):
-                features[e, whole] = encoder.pool(signal, leads).cpu()
-        for row in set(records) - set(whole):
-            counts["with_gaps" if records[row] else "unusable"] += 1
-            for e, encoder in enumerate(encoders if records[row] else []):
-                signal, leads = records[row]
-                out = encoder.embed(signal, fs=FS, leads=[LEADS[i] for i in leads])
-                features[e, row] = np.concatenate((out.global_feature, np.nanmean(out.local_features, axis=(0, 1))))
-    return features, counts
 
+# ---------------------------------------------------------------------------------------------------------------------
+# probes
 
 def fit_label(x, y, x_new):
     """Logits (G, R') of one label's logistic regression at every C; x (R, F), y (R,) bool, x_new (R', F)."""
@@ -146,19 +132,17 @@ def fit_label(x, y, x_new):
 def fit_labels(features, y, train):
     """Logits (G, R', C) on the rows that are not in train (R,), of labels y (R, C) fitted on those that are.
 
-    features (R, F), or more rows, which follow in the logits. A label without both classes in train gets NaN. Labels
-    that are the same column (a statement is in several sets) are fitted once, in parallel threads.
+    features (R, F), or more rows, which follow in the logits. A label without both classes in train gets NaN. Equal
+    columns (a statement is in several sets) are fitted once, in parallel threads that share one copy of the features.
     """
+    columns, where = np.unique(y[train], axis=1, return_inverse=True)
     train = np.pad(train, (0, len(features) - len(train)))
-    y = np.pad(y, ((0, len(features) - len(y)), (0, 0)))
-    x = StandardScaler().fit(features[train]).transform(features.astype(np.float64))
-    x = np.nan_to_num(x)  # an unusable recording becomes the mean one; the scaler leaves NaN out of its mean
-    columns, where = np.unique(y, axis=1, return_inverse=True)
-    logits = np.full((len(C_GRID), (~train).sum(), columns.shape[1]), np.nan)
-    todo = np.flatnonzero(both_classes(columns[train]))
+    x_train, x_new = standardized(features[train], features[~train])
+    logits = np.full((len(C_GRID), len(x_new), columns.shape[1]), np.nan)
+    todo = np.flatnonzero(both_classes(columns))
     with threadpool_limits(1):  # a thread per label: more inside one small product would only wait for each other
         fits = joblib.Parallel(n_jobs=-1, prefer="threads", return_as="generator")(
-            joblib.delayed(fit_label)(x[train], columns[train, k], x[~train]) for k in todo)
+            joblib.delayed(fit_label)(x_train, columns[:, k], x_new) for k in todo)
         for k, fit in zip(todo, tqdm(fits, total=len(todo), desc="labels", unit="label", disable=None)):
             logits[:, :, k] = fit
     return logits[:, :, where.ravel()]
@@ -166,165 +150,181 @@ def fit_labels(features, y, train):
 
 def choose_c(logits, y):
     """Place in C_GRID of the best macro AUROC of logits (G, R, C) on y (R, C); the middle if nothing can be scored."""
-    usable = np.flatnonzero(both_classes(y) & np.isfinite(logits).all(axis=(0, 1)))
-    once = np.ones((1, len(y)))
-    scores = [[resampled_auroc(y[:, k], z[:, k], once)[0] for k in usable] for z in logits]
-    return int(np.argmax(np.mean(scores, axis=1))) if len(usable) else len(C_GRID) // 2
+    usable = both_classes(y) & np.isfinite(logits).all(axis=(0, 1))
+    scores = [plain_auroc(y[:, usable], z[:, usable]).mean() for z in logits] if usable.any() else []
+    return int(np.argmax(scores)) if scores else len(C_GRID) // 2
 
 
-def score_task(logits, y, fold, scored, counts):
-    """One encoder on one task: its C, AUROC (1 + S, C') plain and per resample, and p raw and calibrated (R', C').
-
-    logits (G, rows of folds 9 and 10, C); y (R, C); scored: places of the C' labels; counts (S, R') over fold 10.
-    """
+def score_task(logits, y, fold, scored, patient, counts):
+    """One encoder on one task: its C; AUROC (S, C') of the labels at the places `scored`; p raw and calibrated (R', C')
+    of fold 10; macro AUROC (S,) at each level of noise. Arguments as in compare."""
     _, val, test = split_rows(fold)
     is_val = fold[val | test] == VAL_FOLD
-    best = choose_c(logits[:, is_val], y[val])
-    z_val, z, y_val, y_test = logits[best][is_val][:, scored], logits[best][~is_val][:, scored], y[val], y[test]
-    draws = np.concatenate((np.ones((1, len(z)), dtype=counts.dtype), counts))
-    auroc, p, calibrated = np.empty((len(draws), len(scored))), 1 / (1 + np.exp(-z)), np.empty_like(z)
-    for k, label in enumerate(scored):
-        auroc[:, k] = resampled_auroc(y_test[:, label], z[:, k], draws)
-        # Without a positive in fold 9 there is nothing to calibrate with.
-        calibrated[:, k] = platt(z_val[:, k], y_val[:, label], z[:, k]) if y_val[:, label].any() else p[:, k]
-    return dict(c=C_GRID[best], auroc=auroc, raw=p, platt=calibrated)
+    best = choose_c(logits[:, :len(is_val)][:, is_val], y[val])
+    z, noisy = np.split(logits[best][:, scored], [len(is_val)])
+    z_val, z, y_test = z[is_val], z[~is_val], y[test][:, scored]
+    calibrated = [platt(z_val[:, k], y[val, label], z[:, k]) for k, label in enumerate(scored)]
+    levels = [noisy[start:start + len(z)] for start in range(0, len(noisy), len(z))]
+    return dict(c=C_GRID[best], auroc=label_auroc(y_test, z, patient, counts), raw=expit(z),
+                platt=np.reshape(calibrated, z.T.shape).T,
+                noisy=[macro(label_auroc(y_test, level, patient, counts)) for level in levels])
 
 
-def robustness(runs, noisy, y, counts):
-    """Macro AUROC at every level of noise, and the mean over levels as a share of the clean one;
-    noisy: [(G, H, R', C')]."""
-    scores = {}
-    for key, run, z in (("macro_auroc", runs[0], noisy[0]), ("untrained", runs[-1], noisy[-1])):
-        z, draws = z[C_GRID.index(run["c"])], np.concatenate((np.ones((1, len(y)), dtype=counts.dtype), counts))
-        auroc = [macro(np.stack([resampled_auroc(y[:, k], level[:, k], draws) for k in range(y.shape[1])], axis=1))
-                 for level in z]
-        scores |= {key: [a[0] for a in auroc], f"{key}_ci95": [interval(a[1:]) for a in auroc],
-                   f"{key}_kept": np.mean([a[0] for a in auroc]) / macro(run["auroc"])[0]}
-    return dict(snr_db=list(NOISE_DB), **scores)
+def robustness(runs):
+    """Macro AUROC at every level of noise, and the mean over levels as a share of the clean one."""
+    scores = dict(snr_db=list(NOISE_DB))
+    for key, run in (("macro_auroc", runs[0]), ("untrained", runs[-1])):
+        plain = [level[0] for level in run["noisy"]]
+        scores |= {key: plain, f"{key}_ci95": [interval(level[1:]) for level in run["noisy"]],
+                   f"{key}_kept": np.mean(plain) / macro(run["auroc"])[0]}
+    return scores
 
 
-def compare(names, y, fold, logits, counts, noisy=None):
-    """JSON entry of a task, and its arrays for predictions.npz; logits: [encoder's, control's] or the control's."""
+def compare(names, y, fold, logits, patient, counts):
+    """JSON entry of a task, and its arrays for predictions.npz.
+
+    names (C,), y (R, C), fold (R,); logits: of the encoder and its control, or of the control alone, each (G, rows, C):
+    the rows of folds 9 and 10, then fold 10 at each level of noise, if any; patient, counts: resamples of fold 10.
+    """
     train, val, test = split_rows(fold)
     scored = np.flatnonzero(both_classes(y[test]) & both_classes(y[train]))
-    frequent = y[test][:, scored].sum(axis=0) >= MIN_POSITIVES
-    runs = [score_task(z, y, fold, scored, counts) for z in logits]
     y_test = y[test][:, scored]
+    frequent = y_test.sum(axis=0) >= MIN_POSITIVES
+    runs = [score_task(z, y, fold, scored, patient, counts) for z in logits]
     entry = dict(n_labels=len(scored), n_labels_min10=int(frequent.sum()), n_labels_defined=len(names),
                  n_test=int(test.sum()), c=runs[0]["c"], untrained_c=runs[-1]["c"])
     for suffix, chosen in (("", slice(None)), ("_min10", frequent)):
         encoder, control = (macro(run["auroc"][:, chosen]) for run in (runs[0], runs[-1]))
-        entry |= {f"macro_auroc{suffix}": encoder[0], f"ci95{suffix}": interval(encoder[1:]),
-                  f"untrained{suffix}": control[0], f"untrained_ci95{suffix}": interval(control[1:]),
-                  f"difference{suffix}": encoder[0] - control[0],
-                  f"difference_ci95{suffix}": interval(encoder[1:] - control[1:])}
+        for key, ci, x in (("macro_auroc", "ci95", encoder), ("untrained", "untrained_ci95", control),
+                           ("difference", "difference_ci95", encoder - control)):
+            entry |= {f"{key}{suffix}": x[0], f"{ci}{suffix}": interval(x[1:])}
     for key, run in (("calibration", runs[0]), ("untrained_calibration", runs[-1])):
         entry[key] = {kind: calibration(run[kind], y_test) for kind in ("raw", "platt")}
-    if noisy is not None:
-        entry["robustness"] = robustness(runs, [z[..., scored] for z in noisy], y_test, counts)
-    # The same seed draws the same patients for every encoder: these samples can be averaged over several runs.
-    difference = macro(runs[0]["auroc"]) - macro(runs[-1]["auroc"])
+    if runs[0]["noisy"]:
+        entry["robustness"] = robustness(runs)
     entry["labels"] = {names[label]: dict(
         auroc=runs[0]["auroc"][0, k], untrained=runs[-1]["auroc"][0, k], positives_train=y[train, label].sum(),
         positives_val=y[val, label].sum(), positives_test=y[test, label].sum()) for k, label in enumerate(scored)}
+    # The same seed draws the same patients for every encoder: the differences can be averaged over several runs.
     return entry, dict(labels=np.array([names[k] for k in scored], dtype=str), y=y_test, p=runs[0]["raw"],
-                       p_platt=runs[0]["platt"], p_untrained=runs[-1]["raw"], difference=difference)
+                       p_platt=runs[0]["platt"], p_untrained=runs[-1]["raw"],
+                       difference=macro(runs[0]["auroc"]) - macro(runs[-1]["auroc"]))
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report and pictures
 
 def report(result):
     """The protocol and the scores, as text."""
     n, rows = result["n"], {}
     for task, r in result["tasks"].items():
-        rows[task] = dict(labels=f"{r['n_labels']}/{r['n_labels_defined']}", C=r["c"],
-                          untrained=show(r["untrained"], r["untrained_ci95"]))
+        rows[task] = {"labels": f"{r['n_labels']}/{r['n_labels_defined']}", "C": r["c"],
+                      "untrained": show(r["untrained"], r["untrained_ci95"])}
         if not result["untrained_only"]:
-            rows[task] |= dict(encoder=show(r["macro_auroc"], r["ci95"]),
-                               difference=show(r["difference"], r["difference_ci95"]))
-        rows[task] |= {"10+": r["n_labels_min10"], "encoder, 10+": show(r["macro_auroc_min10"], r["ci95_min10"])}
-        rows[task] |= dict(Brier=r["calibration"]["raw"]["brier"], ECE=r["calibration"]["raw"]["ece"],
-                           calibrated=r["calibration"]["platt"]["ece"])
+            rows[task] |= {"encoder": show(r["macro_auroc"], r["ci95"]),
+                           "difference": show(r["difference"], r["difference_ci95"])}
+        rows[task] |= {"10+": r["n_labels_min10"], "encoder, 10+": show(r["macro_auroc_min10"], r["ci95_min10"]),
+                       "Brier": r["calibration"]["raw"]["brier"], "ECE": r["calibration"]["raw"]["ece"],
+                       "calibrated": r["calibration"]["platt"]["ece"]}
         if "robustness" in r:
-            rows[task]["kept under noise"] = r["robustness"]["macro_auroc_kept"]
-            rows[task]["untrained keeps"] = r["robustness"]["untrained_kept"]
+            rows[task] |= {"kept under noise": r["robustness"]["macro_auroc_kept"],
+                           "untrained keeps": r["robustness"]["untrained_kept"]}
     return "\n".join((
         f"PTB-XL at {n['rate_hz']} Hz: folds 1-8 train ({n['train']}), fold 9 chooses C and calibrates ({n['val']}), "
         f"fold 10 is scored ({n['test']} recordings, {n['test_patients']} patients); no refit with fold 9",
         f"{n['features']} features; {n['with_gaps']} recordings with missing samples (mean over valid patches), "
         f"{n['unusable']} without a valid patch (taken as the mean recording)",
         "macro AUROC [95 %] over the labels with both classes in folds 1-8 and in fold 10 (of those defined); "
-        f"10+: over those with {MIN_POSITIVES} positives or more in fold 10"
-        + FEW_NOTE * (n["test_patients"] < FEW_PATIENTS),
+        f"10+: over those with {MIN_POSITIVES} positives or more in fold 10",
+        *["few test patients: the intervals are wide, and labels with few positives move the macro over all"]
+        * (n["test_patients"] < FEW_PATIENTS),
         pd.DataFrame.from_dict(rows, orient="index").to_string(na_rep="-", float_format="{:.3g}".format)))
 
 
-def draw(path, result, arrays):
-    """Macro AUROC per label set with intervals, and how reliable the calibrated superclass probabilities are."""
-    noise = result["tasks"]["superdiagnostic"].get("robustness")
-    figure = Figure(figsize=(12 + 4.4 * bool(noise), 4.8), layout="constrained")
-    bars, curve, *more = figure.subplots(1, 2 + bool(noise), width_ratios=(1.7, 1, 1)[:2 + bool(noise)])
-    series = {"untrained": ("untrained", "untrained_ci95"), "pre-trained": ("macro_auroc", "ci95")}
+def draw(result, arrays):
+    """Figure: macro AUROC of each label set, reliability of the superclasses, and the superclasses under noise."""
+    tasks, noise = result["tasks"], result["tasks"]["superdiagnostic"].get("robustness")
+    keys = {"untrained": ("untrained", "untrained_ci95"), "pre-trained": ("macro_auroc", "ci95")}
     if result["untrained_only"]:
-        del series["pre-trained"]
-    width = 0.8 / len(series)
-    for i, (name, keys) in enumerate(series.items()):
-        value, ci = (np.array([result["tasks"][task][key] for task in TASKS], dtype=float) for key in keys)
-        at = np.arange(len(TASKS)) + (i - (len(series) - 1) / 2) * width
-        drawn = bars.bar(at, value - 0.5, 0.94 * width, bottom=0.5, color=COLORS[name], label=name)
-        bars.bar_label(drawn, [f"{v:.3f}" for v in value], label_type="center", fontsize=8)
-        bars.vlines(at, *ci.T, color="#333333", linewidth=1)
-    labels = [f"{task}\n{result['tasks'][task]['n_labels']} labels" for task in TASKS]
-    bars.set(ylim=(0.5, 1), ylabel="macro AUROC, fold 10", xticks=range(len(TASKS)), xticklabels=labels)
-    bars.tick_params(axis="x", labelsize=9)
+        del keys["pre-trained"]
+    figure = Figure(figsize=(16.4 if noise else 12, 4.8), layout="constrained")
+    bars, curve, *more = figure.subplots(1, 3 if noise else 2, width_ratios=(1.7, 1, 1) if noise else (1.7, 1))
+    draw_bars(bars, [f"{task}\n{tasks[task]['n_labels']} labels" for task in TASKS],
+              {name: [[tasks[task][key] for task in TASKS] for key in pair] for name, pair in keys.items()})
+    bars.set_ylabel("macro AUROC, fold 10")
     bars.set_title(f"PTB-XL, {result['n']['test']} test recordings; lines: 95 %, patient bootstrap", loc="left")
     bars.legend(frameon=False, loc="upper left", ncols=2)
-    draw_reliability(curve, *(arrays["superdiagnostic"][key] for key in ("labels", "y", "p", "p_platt")))
+    draw_reliability(curve, *(arrays[f"superdiagnostic_{key}"] for key in ("labels", "y", "p", "p_platt")))
     for axis in more:
-        draw_robustness(axis, noise, series)
-    figure.axes[0].spines[["top", "right"]].set_visible(False)
-    atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150))
+        draw_robustness(axis, noise, {name: key for name, (key, _) in keys.items()})
+    return figure
+
+
+def draw_reliability(axis, labels, y, p, p_platt):
+    """Share of positives against calibrated probability; a point holds about 40 recordings or more."""
+    n_bins = int(np.clip(len(y) // 40, 4, 10))
+    for k, name in enumerate(labels):
+        truth, said = calibration_curve(y[:, k], p_platt[:, k], n_bins=n_bins, strategy="quantile")
+        raw, calibrated = (calibration(x[:, [k]], y[:, [k]])["ece"] for x in (p, p_platt))
+        axis.plot(said, truth, marker="o", markersize=4, label=f"{name}  ECE {raw:.3f}, calibrated {calibrated:.3f}")
+    axis.plot((0, 1), (0, 1), color="#999999", linewidth=1, linestyle="--")
+    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="calibrated probability", ylabel="share with the label")
+    axis.set_title("Reliability of the superclasses", loc="left")
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def draw_robustness(axis, noise, keys):
+    """Macro AUROC of the superclasses against the signal-to-noise ratio, with intervals; keys {name: key in noise}."""
+    at = range(len(noise["snr_db"]))
+    for name, key in keys.items():
+        low, high = np.array(noise[f"{key}_ci95"], dtype=float).T
+        axis.fill_between(at, low, high, color=COLORS[name], alpha=0.3, linewidth=0)
+        axis.plot(at, np.array(noise[key], dtype=float), marker="o", color=COLORS[name], label=name)
+    axis.set(xticks=at, xticklabels=noise["snr_db"], xlabel="signal-to-noise ratio (dB)", ylabel="macro AUROC")
+    axis.set_title("Superclasses under noise", loc="left")
+    axis.legend(frameon=False, fontsize=8)
 
 
 def parse_args(argv=None):
-    parser = parser_of("Linear probes on PTB-XL, of an encoder and of its untrained control.")
+    parser = parser_of("Linear probes on PTB-XL, of an encoder and of its untrained control.", "raw/ptbxl")
     parser.add_argument("--noise", type=Path, default=argparse.SUPPRESS,
-                        help="noise corpus (prepare.py nstdb): score fold 10 under noise too, which takes "
-                             "as long again")
-    parser.add_argument("--batch", type=int, default=32, help="recordings per forward pass; less if memory runs out")
+                        help="prepared noise corpus, such as data/nstdb: score fold 10 under noise too")
     return parser.parse_args(argv)
 
 
 def main(args):
     table, statements, rate = read_tables(args.raw)
-    encoders, device = load_encoders(args.encoder, args.device)
+    encoders = load_encoders(args.encoder, args.device)
     noise = load_noise(open_corpus(args.noise), "test") if "noise" in args else None
     fold, patients = table.strat_fold.to_numpy(), table.patient_id.to_numpy()
     train, val, test = split_rows(fold)
-    features, odd = extract_features(encoders, table.path.tolist(), args.batch, device)
+    features, odd = extract_features(encoders, table.path.tolist())
+    if noise is not None:
+        noisy = noisy_features(encoders, lambda: read_recordings(table.path[test]), noise, args.seed)
+        features = np.concatenate((features, noisy.reshape(len(encoders), -1, features.shape[2])), axis=1)
 
     sets = label_sets(table.codes, statements)
-    y = np.concatenate([y for _, y in sets.values()], axis=1)
-    ends = np.cumsum([len(names) for names, _ in sets.values()])[:-1]
-    if noise is not None:
-        noisy = noisy_features(encoders, table.path[test].tolist(), noise, args.seed, device)
-        features = np.concatenate((features, noisy.reshape(len(encoders), -1, features.shape[2])), axis=1)
-    logits = [np.split(fit_labels(x, y, train), ends, axis=2) for x in features]  # [encoder][task]
-    n_clean = (~train).sum()
-    counts = patient_counts(patients[test], args.seed)
-    tasks, arrays = {}, {}
-    for i, (task, (names, y)) in enumerate(sets.items()):
-        clean, noisy = zip(*((z[i][:, :n_clean], z[i][:, n_clean:]) for z in logits))
-        noisy = [z.reshape(len(C_GRID), len(NOISE_DB), test.sum(), -1) for z in noisy] if noise is not None else None
-        tasks[task], arrays[task] = compare(names, y, fold, clean, counts, noisy)
+    all_labels = np.concatenate([y for _, y in sets.values()], axis=1)
+    logits = [fit_labels(x, all_labels, train) for x in features]
+    patient, counts = resample(patients[test], args.seed)
+    counts = np.concatenate((np.ones_like(counts[:1]), counts))      # first the test set itself
+    tasks, stored, column = {}, dict(ecg_id=table.index.to_numpy()[test], patient_id=patients[test]), 0
+    for task, (names, y) in sets.items():
+        of_task = slice(column, column + len(names))
+        column = of_task.stop
+        tasks[task], arrays = compare(names, y, fold, [z[..., of_task] for z in logits], patient, counts)
+        stored |= {f"{task}_{key}": value for key, value in arrays.items()}
 
     n = dict(rate_hz=rate, train=train.sum(), val=val.sum(), test=test.sum(), features=features.shape[2],
-             test_patients=len(set(patients[test])), **odd)
+             test_patients=counts.shape[1], **odd)
     result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=len(encoders) == 1,
                           n=n, tasks=tasks))
     print(report(result))
-    args.out.mkdir(parents=True, exist_ok=True)
-    stored = {f"{task}_{key}": value for task, group in arrays.items() for key, value in group.items()}
-    stored |= dict(ecg_id=table.index.to_numpy()[test], patient_id=patients[test])
-    atomic_write(args.out / "predictions.npz", lambda path: np.savez_compressed(path, **stored))
-    draw(args.out / "ptbxl.png", result, arrays)
-    atomic_write(args.out / "ptbxl.json", lambda path: path.write_text(json.dumps(result, indent=1)))
-    print(f"wrote {args.out / 'ptbxl.json'}, predictions.npz and ptbxl.png")
+    write_results(args.out, "ptbxl", result, stored, draw(result, stored))
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(f"probe_ptbxl.py: {error}")

@@ -1,4 +1,4 @@
-"""Pre-train the ECG encoder with the DINOv3 objective on prepared recordings.
+"""The run: pre-train the ECG encoder with the DINOv3 objective on prepared recordings.
 
     python train.py                     # nothing prepared: synthetic recordings, minutes on a laptop
     python train.py --data data/ptbxl data/mitdb --noise data/nstdb --out runs/a
@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import copy
 import faulthandler
-import fcntl
 import json
 import math
 import os
@@ -34,49 +33,44 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from matplotlib.collections import LineCollection
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from augment import ViewSpec, draw_masks, draw_views, load_noise, make_views, share_of_rank
-from dino import (build_networks, contrast_loss, dino_loss, distributed, gather_rows, gram_loss, ibot_loss, koleo_loss,
-                  num_ranks, reduce_, sinkhorn_knopp, update_teacher)
+import augment
+import corpus
+import dino
+import model
 import prepare
 import probe_mitbih
 import probe_ptbxl
-from model import SIZES, WINDOW_PATCHES, build_encoder, load_encoder, save_encoder, window_length
-from prepare import FS, LEADS, MISSING, SPLITS, open_corpus, rows_to_leave_out, sha256, atomic_write
+from augment import WINDOW_S, Batches, lead_groups, load_noise
+from corpus import SPLITS, Sampler, open_corpus
+from dino import (STUDENT_TEMPERATURE, build_networks, distributed, gather_rows, num_ranks, objective, reduce_,
+                  update_teacher)
+from ecg import LEADS, atomic_write, lock_folder, sha256
+from evaluate import OnlineProbe, diagnose, draw_curves, draw_features, health
+from model import SIZES, build_encoder, load_encoder, save_encoder
 
-matplotlib.use("Agg")
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")             # one process is no mishap
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")             # one process is no mistake
 
-
-# Objective: DINOv3's weights, and Contrast beside them, because in a run of an hour on a CPU the teacher's targets
-# alone say more about phase and noise than about the patient; a long run can go back to 0 (LOG.md).
-DINO_WEIGHT = 1.0
-KOLEO_WEIGHT = 0.1
-IBOT_WEIGHT = 1.0
-CONTRAST_WEIGHT = 1.0
-GRAM_WEIGHT = 2.0
+# Gram anchoring (dino.GRAM_WEIGHT), from --gram-from to the end. As in DINOv3's stage of 200,000 steps: the weight
+# rises over the first 1,000; the anchor is the teacher of its first step, and again that of the moment after every
+# 10,000, three times. Left out: DINOv3 shows the anchor the view at twice the resolution; these patches have none.
+GRAM_RAMP_SHARE = 0.005                          # of the steps from --gram-from on
+GRAM_REFRESH_SHARE, GRAM_REFRESHES = 0.05, 3
 TEACHER_TEMPERATURE = (0.015, 0.015, 0.3)       # start, end, share of the steps until the end is reached
 TEACHER_MOMENTUM = (0.98, 0.998)                 # cosine
 HEAD_HIDDEN, HEAD_BOTTLENECK = 512, 128
+
 # Optimisation.
 WARMUP_SHARE = 0.1
 FINAL_LR_SHARE = 0.01
@@ -84,77 +78,31 @@ WEIGHT_DECAY = (0.04, 0.04)                     # cosine
 ADAM_BETAS = (0.9, 0.99)
 CLIP_NORM = 3.0                                 # for encoder and heads each
 FREEZE_PROTOTYPES_SHARE = 0.01                  # of the steps, with learning rate 0 for the prototypes
-DEFAULT_STEPS, DEMO_STEPS = 3400, 150
-# Running.
-KEEP_LAST = 2                    # checkpoints, beside those of --keep-every
+
+# Running; these change nothing that is learned.
+DEFAULT_LR, DEFAULT_STEPS, DEMO_STEPS = 2e-3, 3400, 150
+KEEP_LAST = 2                    # checkpoints, next to those of --keep-every
+# Without --checkpoint-every a checkpoint is written after so many seconds, and less often where its size asks for it.
+CHECKPOINT_S, CHECKPOINT_GB_PER_DAY = 300, 5000
 HANG_S = 900                     # a step, a checkpoint or a collective that takes longer ends the job
 MAX_SKIPPED = 5                  # steps in a row whose loss or gradient is not finite
 LOCK_S = 120                     # how long a run waits for another one in its folder to end
 EXIT_STOPPED = 75                # "try again later" in sysexits.h
+# Constants of all files that a resumed run may change.
+RUNNING = {"DEFAULT_LR", "DEFAULT_STEPS", "DEMO_STEPS", "KEEP_LAST", "CHECKPOINT_S", "CHECKPOINT_GB_PER_DAY", "HANG_S",
+           "MAX_SKIPPED", "LOCK_S", "EXIT_STOPPED", "OPEN_SHARDS", "MAX_EMBED_TOKENS", "FORMAT", "FORMAT_VERSION",
+           "GIVE", "SIZES", "WINDOW_PATCHES", "WINDOW_S", "FINGERPRINTS_FILE", "PREPROCESSING"}
 
 
-def group_features(group, target, anchor, views):
-    """What the losses take of a lead group: global features view-major (V, B, 2D), patches of the masked places only
-    (M, D). target and anchor: Features of the clean global views by teacher and Gram teacher; views: of the noisy ones
-    by the student."""
-    B, place, patches = group["recordings"], group["place"], views[0].patches
-    return dict(cls=[v.pooled().unflatten(0, (-1, B)) for v in views], patches=patches.flatten(0, 2)[place],
-                weights=group["weights"], target_cls=target.pooled().unflatten(0, (-1, B)),
-                target_patches=target.patches.flatten(0, 2)[place],
-                gram=gram_loss(patches.flatten(1, 2), anchor.patches.flatten(1, 2)) if anchor is not None else None)
-
-
-def objective(student, teacher, gram_teacher, groups, temperature):
-    """Loss of a batch (lead groups of cut_views), its parts and the health of its targets (dict of scalars), the
-    teacher's global features (2, B, 2D) and the student's logits."""
-    clean = [(signal, named, None) for g in groups for _, signal, _, named in g["views"][:1]]
-    noisy = [(signal, ids, mask) for g in groups
-             for (signal, _, ids, _), mask in zip(g["views"], (g["masks"], None, None))]
-    with torch.no_grad():
-        targets = teacher["encoder"].encode(clean)
-        anchors = gram_teacher.encode(clean) if gram_teacher is not None else [None] * len(groups)
-    views = iter(student["encoder"].encode(noisy))
-    features = [group_features(g, target, anchor, [next(views) for _ in g["views"]])
-                for g, target, anchor in zip(groups, targets, anchors)]
-    B = sum(f["target_cls"].shape[1] for f in features)
-    globals_ = torch.cat([f["cls"][0] for f in features], dim=1)                      # (2, B, 2D)
-    locals_ = torch.cat([torch.cat(f["cls"][1:]) for f in features], dim=1)           # (V, B, 2D)
-    target_cls = torch.cat([f["target_cls"] for f in features], dim=1)                # (2, B, 2D)
-    with torch.no_grad():
-        probs = sinkhorn_knopp(teacher["dino_head"](target_cls).flatten(0, 1),
-                               temperature).unflatten(0, (GLOBAL_VIEWS, B))
-        patch_probs = sinkhorn_knopp(teacher["ibot_head"](torch.cat([f["target_patches"] for f in features])),
-                                     temperature)
-    logits, points = student["dino_head"](torch.cat((globals_, locals_)), with_bottleneck=True)    # (2 + V, B, K)
-    patch_logits = student["ibot_head"](torch.cat([f["patches"] for f in features]))
-    dino_global = dino_loss(logits[:GLOBAL_VIEWS], probs, ignore_diagonal=True)
-    dino_local = dino_loss(logits[GLOBAL_VIEWS:], probs)
-    ibot = ibot_loss(patch_logits, patch_probs, torch.cat([f["weights"] for f in features]), GLOBAL_VIEWS * B)
-    # Neighbours only among views with the same leads, else distances would be about the lead set.
-    koleo = sum(f["cls"][0].shape[1] / B * koleo_loss(crop) for f in features for crop in f["cls"][0])
-    sizes = [f["target_cls"].shape[1] for f in features]
-    contrast = sum(n / B * contrast_loss(x, GLOBAL_VIEWS) for n, x in zip(sizes, points.split(sizes, dim=1)))
-    # Every (student view, teacher view) pair counts the same: 2 among globals, 2 per local view.
-    pairs_global, pairs_local = GLOBAL_VIEWS * (GLOBAL_VIEWS - 1), GLOBAL_VIEWS * len(locals_)
-    loss = (DINO_WEIGHT * (pairs_global * dino_global + pairs_local * dino_local) / (pairs_global + pairs_local)
-            + KOLEO_WEIGHT * koleo + IBOT_WEIGHT * ibot + CONTRAST_WEIGHT * contrast)
-    parts = dict(dino_global=dino_global, dino_local=dino_local, ibot=ibot, koleo=koleo, contrast=contrast)
-    if gram_teacher is not None:
-        parts["gram"] = sum(f["target_cls"].shape[1] / B * f["gram"] for f in features)
-        loss = loss + GRAM_WEIGHT * parts["gram"]
-    parts["target_entropy"] = -(probs * probs.clamp(min=1e-30).log()).sum(-1).mean()
-    # Ranks hold different numbers of masked patches: weighted, so that the mean of the ranks is the mean of all.
-    entropies = -(patch_probs * patch_probs.clamp(min=1e-30).log()).sum(-1)
-    parts["patch_target_entropy"] = entropies.sum() / (reduce_(entropies.new_full((), len(entropies))) / num_ranks())
-    return loss, parts, target_cls, logits
-
+# ---------------------------------------------------------------------------------------------------------------------
+# schedules: functions of the step
 
 def cosine(start, end, share):
     """From start to end along half a cosine, share in [0, 1] of the way."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, share))))
 
 
-def schedules(step, steps, peak_lr):
+def schedules(step, steps, peak_lr, gram_from=-1):
     """Everything that moves with the step."""
     warmup = max(1, round(WARMUP_SHARE * steps))
     lr = (peak_lr * (step + 1) / warmup if step < warmup else
@@ -162,7 +110,18 @@ def schedules(step, steps, peak_lr):
     cold, warm, share = TEACHER_TEMPERATURE
     return dict(lr=lr, prototype_lr=0.0 if step < FREEZE_PROTOTYPES_SHARE * steps else lr,
                 weight_decay=cosine(*WEIGHT_DECAY, step / steps), momentum=cosine(*TEACHER_MOMENTUM, step / steps),
-                temperature=cold + (warm - cold) * min(1.0, step / max(1, share * steps)))
+                temperature=cold + (warm - cold) * min(1.0, step / max(1, share * steps)),
+                **gram_schedule(step, steps, gram_from))
+
+
+def gram_schedule(step, steps, gram_from):
+    """Weight of Gram anchoring at this step, and whether the anchor becomes the teacher of this moment before it."""
+    since, stage = step - gram_from, steps - gram_from
+    if gram_from < 0 or since < 0:
+        return dict(gram_weight=0.0, gram_refresh=False)
+    every = max(1, round(GRAM_REFRESH_SHARE * stage))
+    return dict(gram_weight=cosine(0.0, dino.GRAM_WEIGHT, since / max(1, round(GRAM_RAMP_SHARE * stage))),
+                gram_refresh=since % every == 0 and since // every <= GRAM_REFRESHES)
 
 
 def build_optimizer(student):
@@ -183,6 +142,9 @@ def set_schedules(optimizer, s):
         group["weight_decay"] = s["weight_decay"] if group["decay"] else 0.0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# processes: how they start, stop, and are watched
+
 def setup_processes(device_flag):
     """(rank, world size, device). torchrun's variables decide; a process group that cannot start is an error, never
     one process."""
@@ -191,10 +153,29 @@ def setup_processes(device_flag):
     if cuda:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+        if "SLURM_STEP_ID" in os.environ and tasks != "1":
+            raise ValueError(
+                f"srun started {tasks} tasks of train.py, and each would train alone into the same folder; start one "
+                "torchrun per machine, which starts the processes: `sbatch run.sbatch`, or srun --ntasks-per-node=1 "
+                "torchrun --nnodes $SLURM_NNODES --nproc-per-node GPUS ... train.py ... (the line is in run.sbatch)")
         return 0, 1, device
-    # Tensors of the host go over gloo on GPUs too: the request to stop, and checkpoints that are written beside.
+    # Tensors of the host go over gloo on GPUs too: the request to stop, and checkpoints that are written meanwhile.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=HANG_S + 60))
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def barrier():
+    if distributed():
+        dist.barrier()
+
+
+def from_rank_0(value):
+    """The same Python object on all ranks."""
+    held = [value]
+    if distributed():
+        dist.broadcast_object_list(held)
+    return held[0]
 
 
 class StopRequest:
@@ -219,16 +200,18 @@ class StopRequest:
         """Collective; what is received before is not lost."""
         self.group = dist.new_group(backend="gloo") if distributed() else None
 
-    def ask(self):
-        """Start asking all ranks; the answer has arrived when the step is done."""
-        self.flag = torch.tensor([self.received])
-        self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True) if self.group else None
+    def ask(self, save):
+        """Start asking all ranks whether one has received a signal or wants a checkpoint; the answer has arrived when
+        the step is done."""
+        self.flags = torch.tensor([self.received, int(save)])
+        self.work = dist.all_reduce(self.flags, dist.ReduceOp.MAX, self.group, async_op=True) if self.group else None
 
     def answer(self):
-        """The signal that all ranks now know of, or None."""
+        """(the signal that all ranks now know of or None, whether to write a checkpoint)."""
         if self.work is not None:
             self.work.wait()
-        return signal.Signals(int(self.flag)).name if self.flag else None
+        number, save = self.flags.tolist()
+        return signal.Signals(number).name if number else None, bool(save)
 
 
 class Watchdog:
@@ -265,13 +248,12 @@ class Watchdog:
         os._exit(1)
 
 
-def bf16(args, device):
-    return args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"
-
+# ---------------------------------------------------------------------------------------------------------------------
+# networks: sharding, first weights, gradients
 
 def shard(network, mesh, low_precision):
-    """FSDP2. Wrapper order: checkpointing, compile, shard. The roots reshard after forward too, or the EMA would meet
-    unsharded teacher parameters."""
+    """FSDP2. Wrapper order: checkpointing, compile, shard. The roots reshard after forward too, otherwise the EMA would
+    meet unsharded teacher parameters."""
     # Inputs keep their dtype: a bf16 signal would have lost its small waves before the encoder takes the baseline off.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if low_precision else None, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
@@ -282,12 +264,46 @@ def shard(network, mesh, low_precision):
             register_fsdp_forward_method(part, "encode")
 
 
+def local(tensor):
+    """What this rank holds of a tensor that may be sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@torch.no_grad()
+def materialize(student, teacher, gram_teacher, device, watchdog):
+    """Give networks on the meta device their memory, of which each rank has its share, and the first weights: those
+    that one process would draw for the same seed. Each parameter is drawn whole on the host, one at a time, and this
+    rank keeps its part of the rows, so the host never holds a whole network."""
+    student.to_empty(device=device)
+    for parameter in student.parameters():
+        local(parameter).fill_(math.nan)                               # what is forgotten below shows
+    for part in student.values():
+        for parameter, value in part.first_weights():
+            watchdog.pat("drawing the first weights")                  # 7b has eight billion of them
+            if hasattr(parameter, "to_local"):
+                shares = value.chunk(parameter.device_mesh.size())
+                rank = parameter.device_mesh.get_local_rank()
+                value = shares[rank] if rank < len(shares) else value[:0]
+            local(parameter).copy_(value)
+    for network, original in ((teacher, student), (gram_teacher, student["encoder"])):
+        if network is not None:
+            network.to_empty(device=device)
+            for copied, parameter in zip(network.parameters(), original.parameters()):
+                local(copied).copy_(local(parameter))
+
+
 def average_gradients(student):
-    """What FSDP does beside, for a student that every rank holds: one sum over the ranks of all gradients."""
+    """For a student that every rank holds, what FSDP does for a sharded one: one sum over the ranks of all
+    gradients."""
     gradients = [p.grad for p in student.parameters()]
     everyone = reduce_(torch.cat([g.flatten() for g in gradients])) / num_ranks()
     torch._foreach_copy_(gradients, [mean.view_as(g) for mean, g in
                                      zip(everyone.split([g.numel() for g in gradients]), gradients)])
+
+
+def whole(norm):
+    """The norm of sharded gradients over all ranks."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def skip_if_not_finite(optimizer, loss, norms):
@@ -301,8 +317,11 @@ def skip_if_not_finite(optimizer, loss, norms):
     return optimizer.found_inf
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
 def training_state(student, teacher, gram_teacher, optimizer):
-    """Everything that a checkpoint holds beside the step: all else is a function of the step."""
+    """Everything that a checkpoint holds next to the step: all else is a function of the step."""
     state = dict(student=get_model_state_dict(student), teacher=get_model_state_dict(teacher),
                  optimizer=get_optimizer_state_dict(student, optimizer))
     if gram_teacher is not None:
@@ -310,8 +329,16 @@ def training_state(student, teacher, gram_teacher, optimizer):
     return state
 
 
+def seconds_between_checkpoints(student, teacher, gram_teacher):
+    """CHECKPOINT_S, and more where the size of the state (weights and two moments of the student, weights of the
+    others, all in fp32, of all ranks) would write more than CHECKPOINT_GB_PER_DAY."""
+    numbers = sum(factor * sum(p.numel() for p in network.parameters())
+                  for factor, network in ((3, student), (1, teacher), (1, gram_teacher)) if network is not None)
+    return max(CHECKPOINT_S, 4 * numbers / (CHECKPOINT_GB_PER_DAY * 1e9) * 86400)
+
+
 class Checkpoints:
-    """checkpoints/step_0001234 of a run, written beside and renamed, while training goes on.
+    """checkpoints/step_0001234 of a run, written under another name and renamed, while training goes on.
 
     Each holds weights and moments in the shards of whoever wrote it (torch.distributed.checkpoint; any number of ranks
     can read it) and meta.json with the step, the flags and the SHA-256 of every file. Sampler, schedules and random
@@ -322,7 +349,17 @@ class Checkpoints:
         self.out, self.folder, self.keep_every = out, out / "checkpoints", keep_every
         self.rank, self.world_size = rank, world_size
         self.group = dist.new_group(backend="gloo") if distributed() else None
-        self.thread, self.pending = ThreadPoolExecutor(1), None
+        self.thread, self.pending, self.last_s = ThreadPoolExecutor(1), None, time.monotonic()
+
+    def claim(self, resume):
+        """Lock the folder of the run for as long as this process lives; ValueError if it holds a run that is not to be
+        resumed. Collective."""
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_folder(self.out, LOCK_S)
+        barrier()
+        if from_rank_0(not resume and (bool(checkpoints(self.folder)) or (self.out / "log.jsonl").exists())):
+            raise ValueError(f"{self.out} already holds a run; continue it with --resume, or choose another --out")
 
     def clean(self):
         """Take away what a killed run left half written or half deleted."""
@@ -332,6 +369,7 @@ class Checkpoints:
     def save(self, step, state, about, encoder):
         """Copy the state to the host, and write it and encoder.pt from it in a thread; collective."""
         self.wait()
+        self.last_s = time.monotonic()
         part = self.folder / f"step_{step:07d}.tmp"
         self.writing = f"the checkpoint of step {step}"
         shapes = self.shapes(encoder)
@@ -353,7 +391,7 @@ class Checkpoints:
                 meta["sha256"] = {".metadata": sha256(part / ".metadata")}
                 for sums in everyone:
                     meta["sha256"] |= sums
-                atomic_write(part / "meta.json", json.dumps(meta, indent=1, default=str).encode())
+                atomic_write(part / "meta.json", json.dumps(meta, indent=1, default=str))
                 part.rename(part.with_suffix(""))
                 self.writing = f"encoder.pt of step {meta['step']}"
                 self.forget_old()
@@ -386,7 +424,7 @@ class Checkpoints:
             raise ValueError(
                 f"{self.writing} could not be written: {innermost_cause(error)}; "
                 f"{shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free at {self.folder} (a quota may leave "
-                f"less), and the last good checkpoint is {kept[-1].name if kept else 'none'}: mend that, then --resume"
+                f"less), and the last good checkpoint is {kept[-1].name if kept else 'none'}; make room, then --resume"
             ) from error
 
     def newest(self):
@@ -448,51 +486,6 @@ def innermost_cause(error):
     return full or (lines[-1] if lines else type(error).__name__)
 
 
-def lock_run(folder):
-    """A lock on the folder of a run, for as long as the returned file is open; ValueError if another process holds it
-    and does not let go. A file system may keep the lock of a dead machine for a while, or know no locks."""
-    file = open(folder / "lock", "w")
-    for attempt in range(LOCK_S):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if not attempt:
-                print(f"another process trains into {folder}; waiting for {LOCK_S} s", file=sys.stderr)
-            time.sleep(1)
-        except OSError:
-            return file
-    raise ValueError(f"another process trains into {folder}; choose another --out, or end it")
-
-
-def from_rank_0(value):
-    """The same Python object on all ranks."""
-    held = [value]
-    if distributed():
-        dist.broadcast_object_list(held)
-    return held[0]
-
-
-def same_on_resume(args, device):
-    """What a resumed run must share with its beginning. Corpora may have moved; what is in them may not change."""
-    same = {k: getattr(args, k) for k in ("size", "batch", "prototypes", "seed", "gram_from", "window")}
-    return same | dict(precision="bf16" if bf16(args, device) else "fp32",
-                       data=" ".join(f"{dir.resolve().name}:{weight:g}" for dir, weight in args.data),
-                       noise=args.noise.resolve().name if args.noise else None,
-                       exclude=" ".join(dir.resolve().name for dir in args.exclude))
-
-
-def check_resume(meta, same, args):
-    differ = [f"--{k.replace('_', '-')} {meta['same'].get(k)} (now {same[k]})"
-              for k in same if meta["same"].get(k) != same[k]]
-    if differ:
-        raise ValueError(f"{args.out} was started with {', '.join(differ)}; resume with the same flags, "
-                         "or choose another --out")
-    if meta["step"] > args.steps:
-        raise ValueError(f"{args.out} has already done {meta['step']} steps, --steps is {args.steps}; give at least "
-                         "as many, or choose another --out")
-
-
 def load_checkpoint(path, student, teacher, gram_teacher, optimizer):
     state = training_state(student, teacher, gram_teacher, optimizer)
     dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
@@ -509,30 +502,79 @@ def export_encoder(checkpoint, path, encoder, shapes, meta):
     weights = {name: torch.empty(shape) for name, shape in shapes.items()}
     state = dict(teacher={f"encoder.{name}": w for name, w in weights.items()})
     dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    part = path.with_suffix(".tmp")
-    save_encoder(encoder, part, weights, **{k: meta[k] for k in ("command", "commit", "step")})
-    part.replace(path)
+    atomic_write(path, lambda file: save_encoder(encoder, file, weights,
+                                                 **{k: meta[k] for k in ("command", "commit", "step")}))
 
 
-def barrier():
-    if distributed():
-        dist.barrier()
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run is, and whether a resumed one is the same
+
+def science_constants():
+    """Constants that decide what is learned, of all files of the training."""
+    modules = {"train": globals(), **{m.__name__: vars(m) for m in (augment, corpus, dino, model)}}
+    return {f"{file}.{name}": json.loads(json.dumps(value)) for file, names in modules.items()
+            for name, value in names.items()
+            if name.isupper() and name not in RUNNING and isinstance(value, (int, float, str, tuple, dict))}
 
 
-def run_about(args, world_size, device, sampler, student):
+def identity(args, corpora, noise, excluded):
+    """What decides the losses, and what a resumed run must therefore share with its beginning. Of a corpus that is
+    its content; it may have moved."""
+    def named(corpora, weights):
+        return [f"{c.dir.resolve().name}:{weight:g} with content {c.content()}" for c, weight in zip(corpora, weights)]
+    return {k: getattr(args, k) for k in ("size", "batch", "prototypes", "seed", "gram_from", "window")} | dict(
+        data=named(corpora, [weight for _, weight in args.data]), noise=named(noise, [1]),
+        exclude=named(excluded, [1] * len(excluded)), **science_constants())
+
+
+def check_resume(meta, same, args):
+    """ValueError unless the run of a checkpoint and this one are the same."""
+    def nameless(value):
+        return [text.rsplit(":", 1)[1] for text in value] if isinstance(value, list) else value
+    before = meta["same"]
+    differ = [f"{k if '.' in k else '--' + k.replace('_', '-')} {shown(before.get(k))} (now {shown(same.get(k))})"
+              for k in before | same if nameless(before.get(k)) != nameless(same.get(k))]
+    if differ:
+        raise ValueError(f"{args.out} was started with {', '.join(differ)}; resume with the same flags, data and "
+                         "constants, or choose another --out")
+    if meta["step"] > args.steps:
+        raise ValueError(f"{args.out} has already done {meta['step']} steps, --steps is {args.steps}; give --steps "
+                         f"{meta['step']} or more, or choose another --out")
+
+
+def shown(value):
+    return " ".join(value) or "nothing" if isinstance(value, list) else value
+
+
+def settle_flags(args, meta, device, rank):
+    """Learning rate, number of steps and precision: as given, or else as in the checkpoint of a resumed run, or else
+    their defaults. Where a resumed run changes them it says so."""
+    settled = dict(lr=DEFAULT_LR, steps=DEFAULT_STEPS, precision="bf16" if device.type == "cuda" else "fp32")
+    before = meta["adjustable"] if meta else settled
+    for name in settled:
+        given = getattr(args, name)
+        if given in (None, "auto"):
+            setattr(args, name, before[name])
+        elif meta and given != before[name] and rank == 0:
+            print(f"--{name} is {given} from step {meta['step']} on; until then it was {before[name]}")
+    if args.gram_from >= args.steps:
+        raise ValueError(f"--gram-from {args.gram_from} is beyond the last of --steps {args.steps}: nothing would be "
+                         f"anchored; give --gram-from {args.steps // 2}, for example, or leave it out")
+
+
+def run_about(args, world_size, device, sampler, student, same):
     """What this run is, for run.json and for the screen."""
     def git(*command):
         found = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
         return found.stdout.strip() if found.returncode == 0 else None
-    constants = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, tuple))}
-    return dict(command=" ".join(sys.argv), same=same_on_resume(args, device),
+    return dict(command=" ".join(sys.argv), same=same,
+                adjustable={k: getattr(args, k) for k in ("lr", "steps", "precision")},
                 args={k: [str(x) for x in v] if isinstance(v, list) else str(v) if isinstance(v, Path) else v
                       for k, v in vars(args).items()},
-                constants=constants, commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")),
+                commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")),
                 torch=torch.__version__, world_size=world_size, device=str(device),
                 device_name=(torch.cuda.get_device_name() if device.type == "cuda" else
                              f"{torch.get_num_threads()} CPU threads"),
-                precision="bf16 with fp32 weights and losses" if bf16(args, device) else "fp32",
                 parameters={k: sum(p.numel() for p in part.parameters()) for k, part in student.items()},
                 groups=[dict(leads=g["shape"].leads, recordings_per_batch=g["size"],
                              patients=int(g["patients"].sum())) for g in sampler.groups],
@@ -541,88 +583,103 @@ def run_about(args, world_size, device, sampler, student):
                       for c in sampler.corpora])
 
 
-def train(args, rank, world_size, device, stop, watchdog):
-    """Pre-train into args.out. Returns the name of the signal that ended it before its last step, else None."""
-    corpora = [open_corpus(dir) for dir, _ in args.data]
-    few = lead_groups(args.window)[-1].global_patches
-    encoder = build_encoder(args.size, args.seed, window_patches=WINDOW_PATCHES | {1: few})
-    patch = encoder.patch_samples
-    sampler = Sampler(corpora, args.batch, args.seed, args.window, [weight for _, weight in args.data],
-                      [open_corpus(dir) for dir in args.exclude])
-    for g in sampler.groups:
-        if g["size"] % world_size:
-            raise ValueError(f"{world_size} processes cannot share the {g['size']} recordings that show "
-                             f"{g['shape'].leads} leads in a batch of {args.batch}; "
-                             f"use a --batch that is a multiple of {BATCH_GRAIN * world_size}")
-    noise = load_noise(open_corpus(args.noise)).to(device) if args.noise else None
-    student, teacher = build_networks(encoder, HEAD_HIDDEN, HEAD_BOTTLENECK, args.prototypes, args.prototypes)
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+
+@torch.no_grad()
+def signs_of_health(groups, parts, target_cls, logits):
+    """The parts of the loss and evaluate.health, over the recordings of all ranks: {name: 0-d tensor}."""
+    first_view = [g["views"][0][3][:g["recordings"]] for g in groups]
+    lead_sets = torch.cat([F.one_hot(ids, len(LEADS)).sum(1) for ids in first_view])
+    mean_prediction = reduce_((logits.float() / STUDENT_TEMPERATURE).softmax(-1).mean((0, 1))) / num_ranks()
+    everyone = reduce_(torch.stack([value.detach().float() for value in parts.values()])) / num_ranks()
+    return dict(zip(parts, everyone)) | health(gather_rows(target_cls[0].float())[0], gather_rows(lead_sets)[0],
+                                               mean_prediction)
+
+
+def build(args, mesh, device, watchdog):
+    """Student, teacher and Gram teacher (None if it is not wanted), without memory until materialize() at the end."""
+    with torch.device("meta"):
+        encoder = build_encoder(args.size, args.seed,
+                                window_patches={g.leads: g.global_patches for g in lead_groups(args.window)})
+        student, teacher = build_networks(encoder, HEAD_HIDDEN, HEAD_BOTTLENECK, args.prototypes, args.prototypes)
     gram_teacher = copy.deepcopy(teacher["encoder"]) if args.gram_from >= 0 else None
-    about = run_about(args, world_size, device, sampler, student)
     for block in encoder.blocks:
         block.recompute = args.checkpoint_activations
     if args.compile:
         for block in (*encoder.blocks, *teacher["encoder"].blocks):
             block.forward = torch.compile(block.forward, dynamic=True)
-    sharded = world_size > 1 and args.shard == "full"
-    if sharded:
-        mesh = init_device_mesh(device.type, (world_size,))
+    if mesh is not None:
         for network in (student, teacher, *([dict(gram=gram_teacher)] if gram_teacher is not None else [])):
-            shard(network, mesh, bf16(args, device))
-    else:
-        student, teacher = student.to(device), teacher.to(device)
-        gram_teacher = gram_teacher.to(device) if gram_teacher is not None else None
-    optimizer = build_optimizer(student)
+            shard(network, mesh, args.precision == "bf16")
+    materialize(student, teacher, gram_teacher, device, watchdog)
+    return student, teacher, gram_teacher
 
+
+def train(args, rank, world_size, device, stop, watchdog):
+    """Pre-train into args.out. Returns the name of the signal that ended it before its last step, or None."""
+    corpora, excluded = [open_corpus(dir) for dir, _ in args.data], [open_corpus(dir) for dir in args.exclude]
+    noises = [open_corpus(args.noise)] if args.noise else []
     out, start = args.out, 0
     saved = Checkpoints(out, args.keep_every, rank, world_size)
-    if rank == 0:
-        saved.folder.mkdir(parents=True, exist_ok=True)
-        saved.lock = lock_run(out)                                         # until the process ends
-    barrier()
+    saved.claim(args.resume)
     watchdog.pat("reading the checkpoint")
-    if from_rank_0(not args.resume and (bool(checkpoints(saved.folder)) or (out / "log.jsonl").exists())):
-        raise ValueError(f"{out} already holds a run; continue it with --resume, or choose another --out")
     path, meta = saved.newest()
+    settle_flags(args, meta, device, rank)
+    same = identity(args, corpora, noises, excluded)
     if path is not None:
-        check_resume(meta, about["same"], args)
+        check_resume(meta, same, args)
         start = meta["step"]
+    watchdog.pat("the start")
+    sampler = Sampler(corpora, args.batch, args.seed, lead_groups(args.window), [weight for _, weight in args.data],
+                      excluded, world_size)
+    noise = load_noise(noises[0]).to(device) if noises else None
+    sharded = world_size > 1 and args.shard == "full"
+    student, teacher, gram_teacher = build(args, init_device_mesh(device.type, (world_size,)) if sharded else None,
+                                           device, watchdog)
+    optimizer = build_optimizer(student)
+    about = run_about(args, world_size, device, sampler, student, same)
+    encoder = teacher["encoder"]
+    if path is not None:
+        watchdog.pat("loading the checkpoint")
         load_checkpoint(path, student, teacher, gram_teacher, optimizer)
     if rank == 0:
         saved.clean()
         if path is not None and file_time(out / "encoder.pt") < file_time(path / "meta.json"):     # killed in between
-            export_encoder(path, out / "encoder.pt", teacher["encoder"], saved.shapes(teacher["encoder"]), meta)
+            export_encoder(path, out / "encoder.pt", encoder, saved.shapes(encoder), meta)
         (out / "stopped").unlink(missing_ok=True)
         trim_log(out / "log.jsonl", start)
-        atomic_write(out / "run.json", json.dumps(about, indent=1, default=str).encode())
+        atomic_write(out / "run.json", json.dumps(about, indent=1, default=str))
         print_header(about, args, start)
     barrier()
-    probe = OnlineProbe(corpora, window_length(12) * patch)
+    probe = OnlineProbe(corpora, encoder.window_length(12) * encoder.patch_samples)
     # Sharded parameters are bf16 already.
-    autocast = (torch.autocast(device.type, torch.bfloat16) if bf16(args, device) and not sharded else
+    autocast = (torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" and not sharded else
                 contextlib.nullcontext())
+    between_s = seconds_between_checkpoints(student, teacher, gram_teacher)
 
     log = RunLog(out / "log.jsonl") if rank == 0 else None
-    skipped, in_a_row, most_in_a_row, told, waited_s = {}, 0, 0, set(), 0.0
-    batches = Batches(sampler, rank, world_size, noise, patch, device)
+    skipped, in_a_row, told, waited_s = {}, 0, set(), 0.0
+    batches = Batches(sampler, rank, world_size, noise, encoder.patch_samples, device)
     batches.start(start)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None if rank == 0 else True,
                     unit="step", dynamic_ncols=True)
     began = time.perf_counter()
     for step in progress:
         watchdog.pat(f"step {step}")
-        stop.ask()
-        s = schedules(step, args.steps, args.lr)
+        stop.ask(save=not args.checkpoint_every and time.monotonic() - saved.last_s >= between_s)
+        s = schedules(step, args.steps, args.lr, args.gram_from)
         set_schedules(optimizer, s)
         tick = time.perf_counter()
         groups = batches.take()
         waited_s += time.perf_counter() - tick
         if step + 1 < args.steps:
             batches.start(step + 1)
-        if gram_teacher is not None and step == args.gram_from:
-            gram_teacher.load_state_dict(teacher["encoder"].state_dict())
+        if s["gram_refresh"]:
+            gram_teacher.load_state_dict(encoder.state_dict())
         with autocast:
             loss, parts, cls, logits = objective(student, teacher, gram_teacher if step >= args.gram_from else None,
-                                                 groups, s["temperature"])
+                                                 groups, s["temperature"], s["gram_weight"])
         loss.backward()
         if world_size > 1 and not sharded:
             average_gradients(student)
@@ -633,26 +690,24 @@ def train(args, rank, world_size, device, stop, watchdog):
         optimizer.zero_grad()
         update_teacher(teacher, student, s["momentum"])
 
-        stopped_by = stop.answer()
+        stopped_by, due = stop.answer()
         last = step + 1 == args.steps
-        save = last or stopped_by or (step + 1) % args.checkpoint_every == 0
+        save = last or stopped_by or due or bool(args.checkpoint_every) and (step + 1) % args.checkpoint_every == 0
         show = last or step % args.log_every == 0
         if show or save:
-            for at, skip in zip(skipped, torch.stack(list(skipped.values())).tolist()):
-                in_a_row = in_a_row + 1 if skip else 0
-                most_in_a_row = max(most_in_a_row, in_a_row)
-                if skip and rank == 0:
+            for at, bad in zip(skipped, torch.stack(list(skipped.values())).tolist()):
+                in_a_row = in_a_row + 1 if bad else 0
+                if bad and rank == 0:
                     log.write(step=at, skipped="loss or gradient not finite", recordings=sampler.name(at))
                     progress.write(f"step {at} was skipped: its loss or gradient is not finite (see log.jsonl)")
+                if in_a_row == MAX_SKIPPED:
+                    saved.wait()
+                    raise ValueError(f"{in_a_row} steps in a row, up to step {at}, had a loss or gradient that is not "
+                                     "finite, and were skipped; the weights are good: --resume with a smaller --lr "
+                                     f"(now {args.lr}) or --precision fp32, and look at the recordings in log.jsonl")
             skipped.clear()
-            if most_in_a_row >= MAX_SKIPPED:
-                saved.wait()
-                raise ValueError(f"{most_in_a_row} steps in a row, before step {step + 1}, had a loss or gradient that "
-                                 "is not finite, and were skipped; the weights are good: --resume with a smaller "
-                                 f"--lr (now {args.lr}) or --precision fp32, and look at the recordings that log.jsonl "
-                                 "names")
         if show:
-            values = health(cls, logits.detach(), dict(loss=loss, **parts)) | norms
+            values = signs_of_health(groups, dict(loss=loss, **parts), cls, logits.detach()) | norms
             row = dict(step=step, **dict(zip(values, torch.stack(list(values.values())).tolist())),
                        ln_k=math.log(args.prototypes), **s, waited_s=round(waited_s, 3),
                        seconds=round(time.perf_counter() - began, 3))
@@ -668,7 +723,7 @@ def train(args, rank, world_size, device, stop, watchdog):
                         told.add(kind)
         if probe.usable and args.probe_every and (step == 0 or last or (step + 1) % args.probe_every == 0):
             watchdog.pat(f"the online probe of step {step + 1}")
-            auroc = probe.score(teacher["encoder"], device)
+            auroc = probe.score(encoder, device)
             if rank == 0:
                 log.write(step=step, online_auroc=auroc)
                 progress.write(f"step {step + 1}: online probe AUROC {auroc:.3f}")
@@ -677,7 +732,7 @@ def train(args, rank, world_size, device, stop, watchdog):
             if rank == 0:
                 log.sync()                                             # what the checkpoint stands for is on disk first
             watchdog.pat(f"the checkpoint of step {step + 1}")
-            saved.save(step + 1, training_state(student, teacher, gram_teacher, optimizer), about, teacher["encoder"])
+            saved.save(step + 1, training_state(student, teacher, gram_teacher, optimizer), about, encoder)
         if stopped_by and not last:
             break
     else:
@@ -686,16 +741,11 @@ def train(args, rank, world_size, device, stop, watchdog):
     watchdog.pat("waiting for the last checkpoint")
     saved.wait()
     if rank == 0 and stopped_by:
-        atomic_write(out / "stopped", f"by {stopped_by} after step {step}\n".encode())
+        atomic_write(out / "stopped", f"by {stopped_by} after step {step}\n")
         print(f"stopped by {stopped_by} after step {step}; the checkpoint is whole: go on with --resume")
     elif rank == 0:
         draw_curves(out)
     return stopped_by
-
-
-def whole(norm):
-    """The norm of sharded gradients over all ranks."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 class RunLog:
@@ -718,19 +768,23 @@ def trim_log(path, start):
     if path.exists():
         kept = [line for line in path.read_text().splitlines()
                 if line.endswith("}") and json.loads(line)["step"] < start]
-        atomic_write(path, "".join(line + "\n" for line in kept).encode())
+        atomic_write(path, "".join(line + "\n" for line in kept))
 
 
 def print_header(about, args, start):
     total = sum(about["parameters"].values())
     print(f"encoder {args.size} {about['parameters']['encoder'] / 1e6:.2f} M parameters, with heads "
-          f"{total / 1e6:.2f} M | {about['device_name']} x {about['world_size']}, {about['precision']}")
+          f"{total / 1e6:.2f} M | {about['device_name']} x {about['world_size']}, "
+          + ("bf16 with fp32 weights and losses" if args.precision == "bf16" else "fp32"))
     for g in about["groups"]:
         print(f"  {g['recordings_per_batch']} of {args.batch} recordings per batch show {g['leads']} leads "
               f"({g['patients']} patients)")
     print(f"  left out: {', '.join(f'{n} {why}' for why, n in about['skipped'].items())}")
     print(f"steps {start} to {args.steps}, checkpoints and log in {args.out}")
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nothing prepared: the whole way on synthetic recordings
 
 def prepare_demo(args, rank):
     """Write and prepare synthetic recordings under args.out (once), and point args at them."""
@@ -741,6 +795,7 @@ def prepare_demo(args, rank):
                                          "--seed", str(args.seed)]))
     barrier()
     args.data, args.noise = [(data / "ptbxl", 1.0), (data / "mitdb", 1.0)], data / "nstdb"
+    args.steps = args.steps or (None if args.resume else DEMO_STEPS)
 
 
 def show_demo(args):
@@ -788,78 +843,85 @@ def corpus_and_weight(text):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
-    data = p.add_argument_group("data")
-    data.add_argument("--data", nargs="+", type=corpus_and_weight, default=[], metavar="DIR[:WEIGHT]",
-                      help="corpora that prepare.py wrote; only their train split is used. A:0.5 is drawn from half as "
-                           "often as by default, which is (patients x hours) ** 0.25. "
-                           "Without: synthetic recordings are made, trained on and probed")
-    data.add_argument("--exclude", nargs="+", type=Path, default=[], metavar="DIR",
-                      help="corpora that are kept out: what equals one of their recordings is not trained on, whatever "
-                           "it is called. (Of --data, val and test are kept out in the same way)")
-    data.add_argument("--noise", type=Path, metavar="DIR",
-                      help="noise corpus (prepare.py nstdb); without it the student's views carry no noise")
-    data.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of this run (default: %(default)s)")
-    data.add_argument("--resume", action="store_true",
-                      help="continue from the last checkpoint in --out, exactly; starts from nothing if there is none")
-    science = p.add_argument_group("model and optimisation (everything else is a constant at the top of a file)")
-    science.add_argument("--size", choices=SIZES, default="tiny",
-                         help="tiny trains on a laptop, the others want GPUs (default: %(default)s)")
-    science.add_argument("--steps", type=int,
-                         help=f"length of the schedules (default: {DEFAULT_STEPS}; without --data {DEMO_STEPS})")
-    science.add_argument("--batch", type=int, default=32,
-                         help="recordings per step over all processes; never depends on their number "
-                              "(default: %(default)s)")
-    science.add_argument("--window", type=float, default=WINDOW_S, metavar="SECONDS",
-                         help="stretch of a recording from which its views are cut, 4 to 600: views of 1 and 2 leads "
-                              "grow with it, views of 8 stay at 3 s; what is shorter is left out, or shows 8 leads "
-                              "(default: %(default)g)")
-    science.add_argument("--lr", type=float, default=2e-3,
-                         help="peak learning rate; halve it if the loss rises or turns NaN (default: %(default)s)")
-    science.add_argument("--prototypes", type=int, default=512,
-                         help="K of both heads; at most 16 to 32 times the batch, or targets cannot become sharp "
-                              "(default: %(default)s)")
-    science.add_argument("--gram-from", type=int, default=-1, metavar="STEP",
-                         help="anchor patch similarities to the teacher of this step; for long runs whose local "
-                              "features decay (default: never)")
-    science.add_argument("--seed", type=int, default=0,
-                         help="of initial weights, batches and views (default: %(default)s)")
-    system = p.add_argument_group("system")
-    system.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
-    system.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                        help="bf16: matrix products in bf16, stored weights and losses in fp32 (sharded, what lies "
-                             "between the layers is bf16 too); on a CPU with AVX-512 BF16 or AMX 1.4 times as fast "
-                             "(default: bf16 on GPUs, else fp32)")
-    system.add_argument("--shard", choices=("full", "none"), default="full",
-                        help="full: weights, gradients and moments are split over all ranks (FSDP); none: every rank "
-                             "holds them, for models so small that fetching them costs more (default: %(default)s)")
-    system.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
-                        help="keep only the input of each block and compute it again in the backward pass: a third "
-                             "more work, a fraction of the memory; for large sizes and long windows")
-    system.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                        help="torch.compile each block: slow first steps, faster later on GPUs (on CPUs it gains "
-                             "nothing)")
-    system.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default: %(default)s)")
-    system.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="(default: %(default)s)")
-    system.add_argument("--keep-every", type=int, default=10_000, metavar="STEPS",
-                        help=f"checkpoints of these steps are never deleted, beside the last {KEEP_LAST}; 0 for none "
-                             "(default: %(default)s)")
-    system.add_argument("--probe-every", type=int, default=100, metavar="STEPS",
-                        help="online probe, 0 for never (default: %(default)s)")
-    args = p.parse_args(argv)
-    if args.steps is None:
-        args.steps = DEFAULT_STEPS if args.data else DEMO_STEPS
-    return args
+    add_data_flags(p.add_argument_group("data"))
+    add_science_flags(p.add_argument_group(
+        "model and optimisation (everything else is a constant at the top of a file)"))
+    add_system_flags(p.add_argument_group("system"))
+    return p.parse_args(argv)
+
+
+def add_data_flags(group):
+    add = group.add_argument
+    add("--data", nargs="+", type=corpus_and_weight, default=[], metavar="DIR[:WEIGHT]",
+        help="corpora that prepare.py wrote; only their train split is used. A:0.5 is drawn from half as often as by "
+             "default, which is (patients x hours) ** 0.25. Without: synthetic recordings are made, trained on and "
+             "probed")
+    add("--exclude", nargs="+", type=Path, default=[], metavar="DIR",
+        help="corpora that are kept out: what equals one of their recordings is not trained on, whatever it is called. "
+             "(Of --data, val and test are kept out in the same way)")
+    add("--noise", type=Path, metavar="DIR",
+        help="noise corpus (prepare.py nstdb); without it the student's views carry no noise")
+    add("--out", type=Path, default=Path("runs/demo"), help="folder of this run (default: %(default)s)")
+    add("--resume", action="store_true",
+        help="continue from the last checkpoint in --out, exactly; starts from nothing if there is none. Data, flags "
+             "and constants must be those of the start; --lr, --steps and --precision are taken from the checkpoint, "
+             "or changed from here on where they are given")
+
+
+def add_science_flags(group):
+    add = group.add_argument
+    add("--size", choices=SIZES, default="tiny",
+        help="tiny trains on a laptop, the others want GPUs (default: %(default)s)")
+    add("--steps", type=int, help=f"length of the schedules (default: {DEFAULT_STEPS}; without --data {DEMO_STEPS})")
+    add("--batch", type=int, default=32,
+        help="recordings per step over all processes; never depends on their number (default: %(default)s)")
+    add("--window", type=float, default=WINDOW_S, metavar="SECONDS",
+        help="stretch of a recording from which its views are cut, 4 to 600: views of 1 and 2 leads grow with it, "
+             "views of 8 stay at 3 s; what is shorter is left out, or shows 8 leads (default: %(default)g)")
+    add("--lr", type=float,
+        help=f"peak learning rate; halve it if the loss rises or turns NaN (default: {DEFAULT_LR})")
+    add("--prototypes", type=int, default=512,
+        help="K of both heads; at most 16 to 32 times the batch, or targets cannot become sharp (default: %(default)s)")
+    add("--gram-from", type=int, default=-1, metavar="STEP",
+        help="anchor patch similarities to the teacher of this step; for long runs whose local features decay "
+             "(default: never)")
+    add("--seed", type=int, default=0, help="of initial weights, batches and views (default: %(default)s)")
+
+
+def add_system_flags(group):
+    add = group.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="bf16: matrix products in bf16, stored weights and losses in fp32 (sharded, what lies between the layers "
+             "is bf16 too); on a CPU with AVX-512 BF16 or AMX 1.4 times as fast (default: bf16 on GPUs, fp32 on CPUs)")
+    add("--shard", choices=("full", "none"), default="full",
+        help="full: weights, gradients and moments are split over all ranks (FSDP); none: every rank holds them, for "
+             "models so small that fetching them costs more (default: %(default)s)")
+    add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
+        help="keep only the input of each block and compute it again in the backward pass: a third more work, a "
+             "fraction of the memory; for large sizes and long windows")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile each block: slow first steps, faster later on GPUs (on CPUs it gains nothing)")
+    add("--log-every", type=int, default=10, metavar="STEPS", help="(default: %(default)s)")
+    add("--checkpoint-every", type=int, metavar="STEPS",
+        help=f"(default: every {CHECKPOINT_S / 60:g} minutes, and less often for a large state, so that a day writes "
+             f"at most {CHECKPOINT_GB_PER_DAY:,} GB)")
+    add("--keep-every", type=int, default=10_000, metavar="STEPS",
+        help=f"checkpoints of these steps are never deleted, next to the last {KEEP_LAST}; 0 for none "
+             "(default: %(default)s)")
+    add("--probe-every", type=int, default=100, metavar="STEPS",
+        help="online probe, 0 for never (default: %(default)s)")
 
 
 def check_args(args):
-    """Everything that can be wrong with the flags, before anything slow."""
+    """Everything that can be wrong with the flags alone, before anything slow."""
     for name in ("steps", "batch", "prototypes", "log_every", "checkpoint_every"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    if not 0 < args.lr < 1:
-        raise ValueError(f"--lr {args.lr} is no learning rate; expected something like 0.002")
+    if args.lr is not None and not 0 < args.lr < 1:
+        raise ValueError(f"--lr {args.lr} is no learning rate; expected something like --lr {DEFAULT_LR}")
     if not 4 <= args.window <= 600:
-        raise ValueError(f"--window {args.window:g} s is not possible; expected 4 to 600")
+        raise ValueError(f"--window {args.window:g} is not possible; expected 4 to 600 seconds")
     for name in ("keep_every", "probe_every"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 0 (never) or more")
@@ -889,9 +951,9 @@ def main(args):
                 raise
             found = str(error).splitlines()[0][:200] if str(error) else "host memory"
             raise ValueError(
-                f"out of memory on rank {rank} ({found}); --checkpoint-activations saves most, then a smaller --batch "
-                f"(now {args.batch}) or as many more processes, --shard full, --precision bf16, a shorter --window "
-                f"(now {args.window:g} s)") from error
+                f"out of memory on rank {rank} ({found}); --resume with --checkpoint-activations, which saves most, "
+                "with more processes, or with --precision bf16; or start again in another --out with a smaller --batch "
+                f"(now {args.batch}) or a shorter --window (now {args.window:g} s)") from error
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped_by:
@@ -902,13 +964,13 @@ def main(args):
 
 
 def cli():
-    """main() as a program: what a user can mend is said in one breath."""
+    """main() as a program: what a user can put right is said in one line."""
     try:
         sys.exit(main(parse_args()))
     except ValueError as error:
         said = f"error: {error}"
     except OSError as error:
-        said = f"error: {error}; what is on disk is whole: mend that, then --resume"
+        said = f"error: {error}; what is on disk is whole; put that right, then --resume"
     except KeyboardInterrupt:
         said = "interrupted"
     except Exception:
@@ -917,3 +979,7 @@ def cli():
     print(said, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)
+
+
+if __name__ == "__main__":
+    cli()

@@ -69,3 +69,94 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f"no real recordings in {folder}; set ECG_DATA to a folder that holds ptbxl, mitdb and nstdb")
     return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the tests of several files share
+
+import pandas as pd  # noqa: E402
+import wfdb  # noqa: E402
+
+from corpus import SPLITS, open_corpus  # noqa: E402
+from ecg import FS  # noqa: E402
+
+TWELVE = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+
+
+def run(source, raw, out, *flags):
+    """Do what the command line does, in this process. Returns the corpus, None for synth."""
+    prepare.main(prepare.parse_args([source, "--raw", str(raw), "--out", str(out), "--workers", "1", *flags]))
+    return None if source == "synth" else open_corpus(out)
+
+
+def names_of(corpus, split=None):
+    rows = slice(None) if split is None else corpus.index["split"] == SPLITS.index(split)
+    return [name.decode() for name in corpus.records[rows]]
+
+
+def patient_of(corpus, i):
+    return corpus.patients[corpus.index["patient"][i]].decode()
+
+
+def rows_of(corpus):
+    """{record: place in the index}"""
+    return {name: i for i, name in enumerate(names_of(corpus))}
+
+
+def files_of(folder):
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def write(raw, name, adc, leads=("II", "V1"), fs=FS, units="mV", gain=200, baseline=1024):
+    """A record by wfdb's own writer, from integers (T, L) that stand for (adc - baseline) / gain."""
+    path, n = raw / name, len(leads)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    units = [units] * n if isinstance(units, str) else list(units)
+    wfdb.wrsamp(path.name, fs, units, [f"s{i}" for i in range(n)], d_signal=np.asarray(adc, np.int64), fmt=["16"] * n,
+                adc_gain=[float(gain)] * n, baseline=[baseline] * n, write_dir=str(path.parent))
+    header = path.with_suffix(".hea")
+    for i, lead in enumerate(leads):                               # wfdb would refuse two leads of one name
+        header.write_text(header.read_text().replace(f" s{i}\n", f" {lead}\n"))
+
+
+def edit_header(raw, name, old, new):
+    header = raw / f"{name}.hea"
+    assert old in header.read_text()
+    header.write_text(header.read_text().replace(old, new, 1))
+
+
+def noise(seed, n=2500, channels=2):
+    return np.random.default_rng(seed).integers(224, 1824, (n, channels))
+
+
+def link(source, target, names):
+    target.mkdir()
+    for name in names:
+        os.symlink(source / name, target / name)
+    return target
+
+
+def real_ptbxl(shared_data, folder, places):
+    raw = link(shared_data / "ptbxl", folder, ("records100", "records500", "scp_statements.csv"))
+    table = pd.read_csv(shared_data / "ptbxl" / "ptbxl_database.csv", index_col="ecg_id").iloc[places]
+    table.to_csv(raw / "ptbxl_database.csv")
+    return raw, table
+
+
+@pytest.fixture(scope="session")
+def ptbxl_table(synth):
+    return pd.read_csv(synth / "raw" / "ptbxl" / "ptbxl_database.csv", index_col="ecg_id")
+
+
+@pytest.fixture(scope="session")
+def small_raw(tmp_path_factory):
+    raw = tmp_path_factory.mktemp("small") / "raw"
+    for seed in range(3):
+        write(raw, f"r{seed}", noise(seed))
+    return raw
+
+
+@pytest.fixture(scope="session")
+def small_corpus(small_raw):
+    return run("wfdb", small_raw, small_raw.parent / "out").dir

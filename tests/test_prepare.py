@@ -1,5 +1,5 @@
-"""prepare.py: preprocessing against plain definitions, every source on small raw folders, damaged input, interrupted
-runs, the synthetic heart, and real recordings where they are.
+"""prepare.py: every source on small raw folders, damaged input, interrupted runs, downloads, check, flags, and real
+recordings where they are.
 
     pytest -q tests/test_prepare.py
 """
@@ -7,7 +7,6 @@ import ast
 import contextlib
 import hashlib
 import json
-import math
 import os
 import resource
 import shutil
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -26,44 +24,20 @@ import scipy.signal
 import wfdb
 
 import prepare
-from conftest import RECORDS, SEED, draw_ecg
-from prepare import FS, INDEX_DTYPE, LEADS, MISSING, SPLITS, lead_id, open_corpus, preprocess, synth_recording
+from conftest import (RECORDS, ROOT, TWELVE, draw_ecg, edit_header, files_of, link, names_of, noise, patient_of,
+                      real_ptbxl, rows_of, run, write)
+from corpus import INDEX_DTYPE, SPLITS, open_corpus, part_of
+from ecg import FS, LEADS, MISSING, Refused, preprocess
+from synth import MITDB_CONDITIONS, STATEMENTS, atomic_folder, write_record
 
-ROOT = Path(__file__).parents[1]
-TWELVE = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
 MINUTE = 60 * FS
-
-
-def run(source, raw, out, *flags):
-    """What the command line does, in this process; the corpus that it made."""
-    prepare.main(prepare.parse_args([source, "--raw", str(raw), "--out", str(out), "--workers", "1", *flags]))
-    return None if source == "synth" else open_corpus(out)
-
-
-def names_of(corpus, split=None):
-    rows = slice(None) if split is None else corpus.index["split"] == SPLITS.index(split)
-    return [name.decode() for name in corpus.records[rows]]
-
-
-def patient_of(corpus, i):
-    return corpus.patients[corpus.index["patient"][i]].decode()
-
-
-def rows_of(corpus):
-    """{record: place in the index}"""
-    return {name: i for i, name in enumerate(names_of(corpus))}
 
 
 def rejects_of(folder):
     table = pd.read_csv(folder / "rejects.csv", dtype=str)
     assert list(table) == ["record", "reason", "detail"]
     return dict(zip(table.record, table.reason))
-
-
-def files_of(folder):
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def label_of(row):
@@ -84,139 +58,7 @@ def assert_stored(steps, signal_mv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# preprocessing
-
-@pytest.mark.parametrize("name, lead", [
-    *((spelling, name) for name in LEADS for spelling in (name, name.lower(), name.upper())),
-    ("DI", "I"), ("DII", "II"), ("diii", "III"), ("D2", "II"), ("lead II", "II"), (" Lead aVF ", "aVF"), ("MLI", "I"),
-    ("MLII", "II"), ("mliii", "III"), ("MV1", "V1"), ("ML V1", "V1"), ("MV6", "V6"), ("v 3", "V3"), ("vx", "X"),
-    ("VY", "Y"), ("VZ", "Z"),
-    *((name, "unknown") for name in ("ECG", "ecg", "noise1", "V10", "IV", "", None, "lead", "ECG1", "V", "MV7"))])
-def test_lead_id_knows_a_lead_by_any_spelling(name, lead):
-    assert lead_id(name) == LEADS.index(lead)
-
-
-def test_lead_ids_are_never_renumbered():
-    """They are stored in every corpus and every encoder."""
-    assert LEADS == ("unknown", *TWELVE, "V7", "V8", "V9", "V3R", "V4R", "X", "Y", "Z")
-
-
-def test_250_hz_passes_bit_for_bit():
-    x = draw_ecg(FS, 5, TWELVE)
-    x[3, 200:240], x[5, 10] = np.nan, np.inf
-    y, ids = preprocess(x, FS, TWELVE)
-    np.testing.assert_array_equal(y, np.where(np.isinf(x), np.nan, x).astype(np.float32))
-    assert y.dtype == np.float32 and ids.dtype == np.int64 and ids.tolist() == [lead_id(name) for name in TWELVE]
-    assert x[5, 10] == np.inf                                      # the caller's array is left alone
-
-
-@pytest.mark.parametrize("fs", [100, 180.04, 257, 300, 360, 400, 500, 1000, 4000])
-@pytest.mark.parametrize("frequency", [0.5, 5, 17, 40])
-def test_sines_keep_amplitude_and_phase(fs, frequency):
-    """To 0.4 %: a lag of a tenth of a sample would move the 17 Hz sine by 4 %."""
-    t = np.arange(round(4 * fs)) / fs
-    y, _ = preprocess(np.sin(2 * np.pi * frequency * t + 0.7), fs, "II")
-    assert y.shape == (1, int(np.ceil(len(t) * Fraction(FS) / Fraction(fs))))
-    expected = np.sin(2 * np.pi * frequency * np.arange(y.shape[1]) / FS + 0.7)
-    np.testing.assert_allclose(y[0, FS // 2:-FS // 2], expected[FS // 2:-FS // 2], atol=4e-3)
-
-
-def test_electrode_offset_and_drift_keep_to_the_ends():
-    """Real recordings sit on an offset: zeros beyond the ends would make them droop there."""
-    for fs in (100, 360, 500):
-        y, _ = preprocess(np.arange(4 * fs) / fs - 7, fs, "V1")
-        np.testing.assert_allclose(y[0], np.arange(y.shape[1]) / FS - 7, atol=0.01)
-
-
-@pytest.mark.parametrize("frequency", [150, 200, 450])
-def test_nothing_folds_back_from_above_half_the_rate(frequency):
-    y, _ = preprocess(np.sin(2 * np.pi * frequency * np.arange(4000) / 1000), 1000, ["II"])
-    assert np.abs(y[0, FS // 2:-FS // 2]).max() < 3e-3
-
-
-def test_an_ecg_is_the_same_from_any_rate():
-    """The generator can draw it at 250 Hz as well: R peaks stay where they are, to a share of a sample."""
-    expected = draw_ecg(FS, 6, TWELVE)
-    for fs in (300, 360, 500, 1000):
-        y, _ = preprocess(draw_ecg(fs, 6, TWELVE), fs, TWELVE)
-        np.testing.assert_allclose(y[:, 50:-50], expected[:, 50:-50], atol=0.005)
-        np.testing.assert_array_equal(y[1:2, 50:-50].argmax(), expected[1:2, 50:-50].argmax())
-
-
-@pytest.mark.parametrize("fs", [50, 100, 257, 360, 500, 1000])
-def test_gaps_come_back_where_they_were_and_only_there(fs):
-    """Output sample n is missing if one of the inputs beside it is, or one within half an output step of it."""
-    x = draw_ecg(fs, 3, ("I", "II", "V1")) + 5                     # an electrode's offset: a jump to 0 would ring
-    whole, _ = preprocess(x, fs, ("I", "II", "V1"))
-    rng = np.random.default_rng(fs)
-    missing = np.zeros(x.shape, bool)
-    missing[0, fs:fs + fs // 5] = True
-    missing[1, rng.choice(x.shape[1], 5, replace=False)] = True
-    y, _ = preprocess(np.where(missing, np.nan, x), fs, ("I", "II", "V1"))
-    step = Fraction(fs, FS)                                        # input samples per output sample
-    for lead, gaps in zip(np.isnan(y), missing):
-        for n, is_missing in enumerate(lead):
-            at = n * step
-            near = {math.floor(at), math.ceil(at)}
-            near |= {k for k in range(int(at - step), int(at + step) + 2) if abs(k - at) <= step / 2}
-            assert is_missing == any(gaps[k] for k in near if 0 <= k < len(gaps)), f"output sample {n}"
-    np.testing.assert_array_equal(y[2], whole[2])                  # leads are separate
-    np.testing.assert_allclose(y, np.where(np.isnan(y), np.nan, whole), atol=0.01)     # beside a gap nothing rings
-
-
-def test_units_orientation_and_single_leads():
-    x = draw_ecg(500, 4, ("I", "II"))
-    expected, _ = preprocess(x, 500, ("I", "II"))
-    for other, units in ((x * 1000, "uV"), (x * 1000, "µV"), (x / 1000, "V"), (x, "MV"), (x.T, "mV")):
-        np.testing.assert_allclose(preprocess(other, 500, ["I", "II"], units)[0], expected, atol=1e-6)
-    np.testing.assert_allclose(preprocess(x[1], np.int64(500), "MLII")[0], expected[1:], atol=1e-7)
-    np.testing.assert_array_equal(preprocess(x[1], 500, ["MLII"])[1], [lead_id("II")])
-    steps = np.round(x * 1000).astype(np.int16)                    # integers, as files hold them
-    np.testing.assert_allclose(preprocess(steps, 500.0, ("I", "II"), "uV")[0], expected, atol=2e-3)
-
-
-def test_what_is_no_signal_is_missing():
-    x = draw_ecg(FS, 10, ["II"] * 8)
-    x[0, :FS], x[0, -200:] = 0, 0                                  # padding at both ends
-    x[1, 500:500 + FS] = 1.234                                     # held for 1 s
-    x[2, 500:500 + FS - 1] = 1.234                                 # held for less
-    x[3] = 0.7                                                     # disconnected
-    x[4] *= 1e-5                                                   # less than any amplifier's noise
-    x[5, 700], x[5, 900] = 32.768, -40                             # beyond int16
-    x[6, :100], x[6, 300:400] = 0, 0                               # zeros for less than 0.5 s, or inside
-    expected = np.where(np.isin(np.arange(8), (3, 4))[:, None], np.nan, x)
-    expected[0, :FS], expected[0, -200:], expected[1, 500:500 + FS], expected[5, [700, 900]] = [np.nan] * 4
-    np.testing.assert_array_equal(preprocess(x, FS, ["II"] * 8)[0], expected.astype(np.float32))
-
-
-ECG = draw_ecg(FS, 3, ("I", "II"))
-
-
-@pytest.mark.parametrize("arguments, words", [
-    ((ECG, 49.9, ("I", "II")), "fs is 49.9: expected the sampling rate in Hz, a number from 50 to 4000"),
-    ((ECG, 4001, ("I", "II")), "fs is 4001"), ((ECG, float("nan"), ("I", "II")), "fs is nan"),
-    ((ECG, "250", ("I", "II")), "fs is '250'"), ((ECG, None, ("I", "II")), "fs is None"),
-    ((ECG, FS, ("I", "II", "III")), "shape (2, 750) and leads names 3: expected (leads, samples)"),
-    ((ECG[0], FS, ("I", "II")), "shape (750,) and leads names 2"), ((ECG[None], FS, ("I", "II")), "shape (1, 2, 750)"),
-    ((ECG[:, :0], FS, ("I", "II")), "empty"), ((ECG[:0], FS, ()), "empty"),
-    ((ECG, FS, ("I", "II"), "mmHg"), "units is 'mmHg': expected mV, uV or V"),
-    ((ECG, FS, ("I", "II"), None), "units is None"),
-    ((ECG * 0, FS, ("I", "II")), "check the units (now 'mV') and the gain"),
-    ((ECG * np.nan, FS, ("I", "II")), "no sample of this recording is usable"),
-    ((ECG + 2000, FS, ("I", "II")), "beyond +-32.767 mV")])
-def test_what_preprocess_refuses_and_says(arguments, words):
-    with pytest.raises(ValueError) as error:
-        preprocess(*arguments)
-    assert words in str(error.value)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # the sources, on synthetic recordings in the publishers' layouts
-
-@pytest.fixture(scope="session")
-def ptbxl_table(synth):
-    return pd.read_csv(synth / "raw" / "ptbxl" / "ptbxl_database.csv", index_col="ecg_id")
-
 
 @pytest.mark.parametrize("source", ["ptbxl", "mitdb", "nstdb"])
 def test_corpus_on_disk_is_what_its_manifest_says(synth, source):
@@ -225,8 +67,8 @@ def test_corpus_on_disk_is_what_its_manifest_says(synth, source):
     files = files_of(corpus.dir)
     assert index.dtype == INDEX_DTYPE and manifest["source"] == source
     assert set(manifest["sha256"]) == set(files) - {"manifest.json"}
-    assert {name for name in files if "/" not in name} == {"index.npy", "records.npy", "patients.npy", "prints.npy", "rejects.csv",
-                                                           "manifest.json"}
+    assert {name for name in files if "/" not in name} == {
+        "index.npy", "records.npy", "patients.npy", "fingerprints.npy", "rejects.csv", "manifest.json"}
     sizes = index["n_leads"].astype(int) * index["length"]
     assert (np.diff(index["shard"].astype(int)) >= 0).all()        # recordings in order, and in a shard without gaps
     for shard in range(len(manifest["shard_bytes"])):
@@ -259,7 +101,7 @@ def test_ptbxl_splits_by_fold_and_labels_by_statement(synth, ptbxl_table):
         assert SPLITS[row["split"]] == {9: "val", 10: "test"}.get(known.strat_fold, "train")
         assert patient_of(corpus, i) == f"ptbxl/{known.patient_id:.0f}"
         assert row["n_leads"] == 12 and row["length"] == 2500 and [LEADS[i] for i in row["leads"][:12]] == list(TWELVE)
-        classes = {prepare.STATEMENTS[code].split()[1] for code in ast.literal_eval(known.scp_codes)} - {"-"}
+        classes = {STATEMENTS[code].split()[1] for code in ast.literal_eval(known.scp_codes)} - {"-"}
         assert label_of(row) == classes
     assert {1, 9, 10} <= set(ptbxl_table.strat_fold) and ptbxl_table.patient_id.nunique() < RECORDS
 
@@ -267,7 +109,7 @@ def test_ptbxl_splits_by_fold_and_labels_by_statement(synth, ptbxl_table):
 def test_mitdb_keeps_ds2_and_201_out_and_finds_leads_by_name(synth):
     corpus = open_corpus(synth / "data" / "mitdb")
     rows = rows_of(corpus)
-    assert set(rows) == set(prepare.MITDB_CONDITIONS) and len(rows) == 16
+    assert set(rows) == set(MITDB_CONDITIONS) and len(rows) == 16
     assert set(names_of(corpus, "test")) == set(rows) & set(DS2) and not names_of(corpus, "val")
     assert set(corpus.index["length"]) == {3 * MINUTE}
     for name, i in rows.items():
@@ -301,7 +143,7 @@ def test_nstdb_parts_are_minutes_0_to_20_and_20_to_30(synth, tmp_path):
         assert corpus.index["leads"][i][:2].tolist() == ids.tolist() == [0, 0]
     for name in ("bw", "em", "ma"):                                # a shorter record is parted likewise
         adc = np.random.default_rng(0).integers(-500, 500, (90 * 360, 2))
-        prepare.write_record(tmp_path / name, 360, ("noise1", "noise2"), adc, gain=0)
+        write_record(tmp_path / name, 360, ("noise1", "noise2"), adc, gain=0)
     assert run("nstdb", tmp_path, tmp_path / "out").index["length"].tolist() == [60 * FS, 30 * FS] * 3
 
 
@@ -322,18 +164,6 @@ def test_output_does_not_depend_on_the_number_of_workers(synth, source, tmp_path
     manifests = [json.loads(files.pop("manifest.json")) for files in (two, one)]
     assert two == one and len(one) >= 10
     assert {key for key in manifests[0] if manifests[0][key] != manifests[1][key]} == {"command"}
-
-
-def test_read_gives_windows_without_copying(synth):
-    corpus = open_corpus(synth / "data" / "mitdb")
-    whole = corpus.read(3)
-    for start, length in ((0, 100), (777, 2500), (len(whole[0]) - 1, 1), (40000, None), (5, 0)):
-        part = corpus.read(3, start, length)
-        np.testing.assert_array_equal(part, whole[:, start:None if length is None else start + length])
-        assert part.base is not None and np.shares_memory(part, corpus.shard(int(corpus.index["shard"][3]))) or length == 0
-    for start, length in ((-1, 5), (0, len(whole[0]) + 1), (len(whole[0]), 1)):
-        with pytest.raises(AssertionError, match="of a recording of 45000"):
-            corpus.read(3, start, length)
 
 
 def ptbxl_copy(synth, raw, rows):
@@ -373,28 +203,6 @@ def test_a_patient_in_two_splits_makes_no_corpus(synth, ptbxl_table, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # any folder of WFDB records, with everything in it that people have
-
-def write(raw, name, adc, leads=("II", "V1"), fs=FS, units="mV", gain=200, baseline=1024):
-    """A record by wfdb's own writer, from integers (T, L) that stand for (adc - baseline) / gain."""
-    path, n = raw / name, len(leads)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    units = [units] * n if isinstance(units, str) else list(units)
-    wfdb.wrsamp(path.name, fs, units, [f"s{i}" for i in range(n)], d_signal=np.asarray(adc, np.int64), fmt=["16"] * n,
-                adc_gain=[float(gain)] * n, baseline=[baseline] * n, write_dir=str(path.parent))
-    header = path.with_suffix(".hea")
-    for i, lead in enumerate(leads):                               # wfdb would refuse two leads of one name
-        header.write_text(header.read_text().replace(f" s{i}\n", f" {lead}\n"))
-
-
-def edit_header(raw, name, old, new):
-    header = raw / f"{name}.hea"
-    assert old in header.read_text()
-    header.write_text(header.read_text().replace(old, new, 1))
-
-
-def noise(seed, n=2500, channels=2):
-    return np.random.default_rng(seed).integers(224, 1824, (n, channels))
-
 
 LONG_NAME = "ward_7/" + "x" * 70
 
@@ -517,69 +325,9 @@ def test_leads_are_named_once_and_changes_are_counted(folder):
 def test_copies_of_test_sets_are_held_out_by_name(folder):
     corpus, good, _ = folder
     assert sorted(names_of(corpus, "test")) == sorted(["HR00001", "ward_1/00017_lr", "ward_1/00018_hr", "100"])
-    assert len(corpus.patients) == len(set(corpus.index["patient"])) == len(corpus.index)  # none is known: one per record
+    assert len(corpus.patients) == len(set(corpus.index["patient"])) == len(corpus.index)  # unknown: one per record
     assert all(map(prepare.HELD_OUT_COPY.fullmatch, (*DS2, "201", "HR21837")))
     assert not any(map(prepare.HELD_OUT_COPY.fullmatch, ("101", "102", "JS10001", "HR1", "1000", "x100")))
-
-
-def encode(fmt, adc):
-    """The formats of signal(5) that wfdb reads but does not write; adc (T, L)."""
-    flat = adc.reshape(-1)
-    if fmt == "8":                                                 # differences
-        return np.diff(adc, axis=0, prepend=0).astype("i1").tobytes()
-    if fmt == "61":
-        return flat.astype(">i2").tobytes()
-    if fmt == "160":
-        return (flat + 32768).astype("<u2").tobytes()
-    a, b, c = np.resize(flat, (-(-len(flat) // 3), 3)).T & 0x3FF   # three samples of 10 bits in four bytes
-    if fmt == "310":
-        return np.stack((a << 1 | (c & 31) << 11, b << 1 | (c >> 5) << 11), axis=1).astype("<u2").tobytes()
-    return (a | b << 10 | c << 20).astype("<u4").tobytes()
-
-
-@pytest.mark.parametrize("fmt", ["8", "16", "24", "32", "61", "80", "160", "310", "311", "508", "516", "524"])
-def test_every_format(fmt, tmp_path):
-    """5xx are FLAC; 212 has tests of its own."""
-    if fmt.startswith("5"):
-        pytest.importorskip("soundfile")
-    adc = np.random.default_rng(int(fmt)).integers(-60, 61, (2001, 2))
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    kind = fmt if fmt in ("16", "24", "32", "80") or fmt.startswith("5") else "16"
-    wfdb.wrsamp("r", FS, ["mV"] * 2, ["II", "V1"], d_signal=adc, fmt=[kind] * 2, adc_gain=[100.0] * 2, baseline=[0] * 2,
-                write_dir=str(raw))
-    if kind != fmt:
-        (raw / "r.dat").write_bytes(encode(fmt, adc))
-        lines = [f"r.dat {fmt} 100/mV 10 0 0 0 0 {lead}" for lead in ("II", "V1")]
-        (raw / "r.hea").write_text("\n".join(["r 2 250 2001", *lines]) + "\n")
-    np.testing.assert_array_equal(run("wfdb", raw, tmp_path / "out").read(0), 10 * adc.T)
-
-
-def test_segments_with_a_layout_gaps_skew_and_no_length(tmp_path):
-    raw = tmp_path / "raw"
-    for seed, name in enumerate(("s1", "s2")):
-        write(raw, name, noise(seed, 1000), ("II", "V1") if seed == 0 else ("V1", "II"))
-    (raw / "lay.hea").write_text("lay 2 250 0\n~ 0 200/mV 0 0 0 0 0 II\n~ 0 200/mV 0 0 0 0 0 V1\n")
-    (raw / "whole.hea").write_text("whole/4 2 250 2500\nlay 0\ns1 1000\n~ 500\ns2 1000\n")
-    write(raw, "skewed", noise(5, 1500))
-    edit_header(raw, "skewed", "skewed.dat 16 ", "skewed.dat 16:7 ")
-    write(raw, "no_length", noise(6, 1500))
-    edit_header(raw, "no_length", " 1500\n", "\n")
-    write(raw, "no_gain", noise(7, 1500))
-    header = raw / "no_gain.hea"
-    header.write_text(header.read_text().replace("200.0(1024)", "0(1024)"))
-    corpus = run("wfdb", raw, tmp_path / "out")
-    rows = rows_of(corpus)
-    assert set(rows) == {"whole", "skewed", "no_length", "no_gain"} and not corpus.manifest["rejected"]
-    whole, expected = corpus.read(rows["whole"]), np.full((2, 2500), MISSING)
-    expected[:, :1000], expected[:, 1500:] = 5 * (noise(0, 1000).T - 1024), 5 * (noise(1, 1000).T[::-1] - 1024)
-    np.testing.assert_array_equal(whole, expected)
-    assert [LEADS[k] for k in corpus.index["leads"][rows["whole"]][:2]] == ["II", "V1"]
-    np.testing.assert_array_equal(corpus.read(rows["no_length"]), 5 * (noise(6, 1500).T - 1024))
-    np.testing.assert_array_equal(corpus.read(rows["no_gain"]), 5 * (noise(7, 1500).T - 1024))     # 200 is WFDB's default
-    skewed = corpus.read(rows["skewed"])
-    np.testing.assert_array_equal(skewed[0, :1493], 5 * (noise(5, 1500).T[0, 7:] - 1024))
-    np.testing.assert_array_equal(skewed[1], 5 * (noise(5, 1500).T[1] - 1024))
 
 
 def test_long_names_stay_apart():
@@ -601,60 +349,14 @@ def test_workers_agree_on_damaged_folders_too(folder, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # whole or not at all, and what users see
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda d: shutil.rmtree(d), "holds no corpus"),
-    (lambda d: (d / "manifest.json").write_text("{"), "holds no corpus"),
-    (lambda d: rewrite(d, magic="cat pictures"), "format 2 of 'cat pictures', expected format 2 of 'ecg-dino corpus'"),
-    (lambda d: rewrite(d, format_version=0), "is format 0 of"),
-    (lambda d: rewrite(d, recordings=99), "the manifest says 99"),
-    (lambda d: rewrite(d, recordings=None), "the manifest says None"),
-    (lambda d: rewrite(d, shard_bytes=None), "is damaged"),
-    (lambda d: os.truncate(d / "signal" / "00001.i16", 9999),
-     "is damaged (signal/00001.i16 has 9999 bytes, the manifest says 10000)"),
-    (lambda d: os.truncate(d / "signal" / "00000.i16", 0), "is damaged"),
-    (lambda d: np.save(d / "records.npy", np.zeros(2, "S64")), "3 index rows, 2 names and 3 prints"),
-    (lambda d: (d / "patients.npy").unlink(), "is damaged"),
-    (lambda d: os.truncate(d / "index.npy", 300), "is damaged"),
-    (lambda d: np.save(d / "index.npy", np.zeros(3)), "is damaged"),
-    (lambda d: (d / "index.npy").unlink(), "is damaged"),
-    (lambda d: (d / "signal" / "00002.i16").unlink(), "is damaged"),
-    (lambda d: d.rename(f"{d}.part"), "corpus.part holds an unfinished one: run its command again")])
-def test_open_corpus_refuses_damage_and_names_the_command(small_corpus, tmp_path, damage, words):
-    copy = Path(shutil.copytree(small_corpus, tmp_path / "corpus"))
-    open_corpus(copy)
-    damage(copy)
-    with pytest.raises(ValueError) as error:
-        open_corpus(copy)
-    assert words in str(error.value) and str(copy) in str(error.value)
-    assert "`python prepare.py " in str(error.value) or "unfinished" in words
-
-
-def rewrite(folder, **changes):
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
-
-
-@pytest.fixture(scope="module")
-def small_raw(tmp_path_factory):
-    raw = tmp_path_factory.mktemp("small") / "raw"
-    for seed in range(3):
-        write(raw, f"r{seed}", noise(seed))
-    return raw
-
-
-@pytest.fixture(scope="module")
-def small_corpus(small_raw):
-    return run("wfdb", small_raw, small_raw.parent / "out").dir
-
-
 def test_an_existing_folder_is_never_written_into(small_raw, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("data")
     (tmp_path / "file").write_text("data")
     for name in ("out", "file"):
-        with pytest.raises(ValueError, match=f"{name} is already there: to make it anew, delete it"):
+        with pytest.raises(ValueError, match=f"{name} already exists: delete it .* to make it again"):
             run("wfdb", small_raw, tmp_path / name)
-    with pytest.raises(ValueError, match="already there"):         # synth writes its raw folder too
+    with pytest.raises(ValueError, match="already exists"):         # synth writes its raw folder too
         run("synth", tmp_path / "out", tmp_path / "new", "--records", "1")
     assert files_of(tmp_path) == {"file": b"data", "out/precious": b"data"}
     (tmp_path / "empty").mkdir()
@@ -672,13 +374,13 @@ def test_nothing_usable_leaves_nothing(tmp_path):
         run("wfdb", tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(ValueError, match="no ptbxl_database.csv in .*: expected PTB-XL's own folder, or add --down"):
         run("ptbxl", tmp_path / "nothing", tmp_path / "out")
-    with pytest.raises(OSError), prepare.whole_or_nothing(tmp_path / "out") as part:
+    with pytest.raises(OSError), atomic_folder(tmp_path / "out") as part:
         (part / "half").write_text("half")
         raise OSError("disk full")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nothing", "raw"]
 
 
-def until(condition, what, limit_s=60):
+def until(condition, what, limit_s=600):
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, f"waited {limit_s} s for {what}"
@@ -724,20 +426,21 @@ def test_an_interrupted_run_goes_on_where_it_stood(end, tmp_path):
                 os.kill(pid, signal.SIGKILL)
         else:
             (os.killpg if end == "SIGINT" else os.kill)(process.pid, signal.Signals[end])   # Ctrl-C goes to all of them
-        code, errors = process.wait(60), "" if end == "SIGKILL" else process.stderr.read()
-        until(lambda: not processes_of(process.pid), "the workers, which end with their parent", 20)
+        code, errors = process.wait(600), "" if end == "SIGKILL" else process.stderr.read()
+        until(lambda: not processes_of(process.pid), "the workers, which end with their parent")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert code == (-signal.SIGKILL if end == "SIGKILL" else 1)
     assert not out.exists()
-    said = {"SIGINT": "interrupted", "SIGTERM": "terminated", "a worker is killed": "try again with a smaller --workers",
-            "SIGKILL": ""}[end]
+    said = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGKILL": "",
+            "a worker is killed": "try again with a smaller --workers"}[end]
     n = len(list(part.glob("done/*.npz")))
-    kept = f"; {n} finished shards are kept in {part}, the same command goes on from there" if said else ""
+    kept = f"; {n} finished shards are kept in {part}: run the same command again to continue" if said else ""
     assert errors.strip().endswith(said + kept) and "Traceback" not in errors
     os.replace(tmp_path / "r4.dat", raw / "r4.dat")
-    with pytest.raises(ValueError, match="holds an unfinished run of `python prepare.py wfdb .*finish that one, or delete"):
+    refusal = "holds an unfinished run of `python prepare.py wfdb .*finish that one, or delete"
+    with pytest.raises(ValueError, match=refusal):
         run("wfdb", raw, out, "--limit", "2")
     before = {path: path.stat().st_mtime_ns for path in part.glob("done/*.npz")}
     with monkeypatched(prepare, "prepare_shard") as prepared:
@@ -760,10 +463,10 @@ def monkeypatched(module, name):
 
 def test_mistakes_are_told_in_one_line(small_raw, tmp_path):
     command = [sys.executable, str(ROOT / "prepare.py"), "wfdb", "--raw", str(small_raw), "--out", str(small_raw)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.splitlines() == [f"prepare.py: {small_raw} is already there: to make it anew, delete it "
-                                        f"(rm -r {small_raw}); else name another folder"]
+    assert done.stderr.splitlines() == [f"prepare.py: {small_raw} already exists: delete it (rm -r {small_raw}) to "
+                                        "make it again, or name another folder"]
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -772,7 +475,8 @@ def test_mistakes_are_told_in_one_line(small_raw, tmp_path):
     ("nstdb --seed 1", "--records and --seed are for synth"), ("synth --records 0", "--records must be at least 1"),
     ("wfdb --workers -1", "--workers, --seed and --limit at least 0"),
     ("wfdb --limit -1", "--limit at least 0"), ("synth --dry-run", "for synth there is --records"),
-    ("heedb --patients a.csv", "heedb knows its patients"), ("wfdb --patients a.csv", "there is no such file"), ("wfdb --work 2", "unrecognized arguments: --work 2"),
+    ("heedb --patients a.csv", "heedb knows its patients"), ("wfdb --patients a.csv", "there is no such file"),
+    ("wfdb --work 2", "unrecognized arguments: --work 2"),
     ("wfdb --raw nowhere/at/all", "--raw nowhere/at/all is no folder")])
 def test_flags_that_do_not_go_together(flags, words, tmp_path, capsys):
     source, *rest = flags.split()
@@ -798,7 +502,7 @@ def test_checksums_pass_and_damaged_files_are_named(tmp_path):
     contents = {"RECORDS": b"100\n", "records100/1.dat": b"\x00\x01", "records100/1.hea": b"1 1 100\n", "a.txt": b""}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match="no SHA256SUMS.txt in .*: the publisher's is fetched by --download"):
+    with pytest.raises(ValueError, match="no SHA256SUMS.txt in .*: --download fetches the publisher's"):
         prepare.verify_checksums(tmp_path)
     lines = [f"{hashlib.sha256(content).hexdigest()} {name}\n" for name, content in contents.items()]
     (tmp_path / "SHA256SUMS.txt").write_text("".join(lines))
@@ -810,256 +514,12 @@ def test_checksums_pass_and_damaged_files_are_named(tmp_path):
     prepare.verify_checksums(tmp_path, r".*\.(hea|txt)")           # only what is asked for
     with pytest.raises(ValueError, match="2 files in .* differ .*: RECORDS, records100/1.dat; run again"):
         prepare.verify_checksums(tmp_path)
-    with pytest.raises(ValueError, match="lists no file like .*: is it another database's"):
+    with pytest.raises(ValueError, match="lists no file like .*: does it belong to another database"):
         prepare.verify_checksums(tmp_path, r".*\.mat")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the synthetic heart
-
-def clean_recording(condition, seed, fs=500, duration_s=20):
-    """-> signal (T, 12) mV without noise, beats, waves.
-
-    Two recordings from the same draws, one of them with all waves doubled, differ by the waves alone.
-    """
-    heart = prepare.draw_heart(np.random.default_rng([seed, 1]), condition.split())
-    doubled = dict(heart)
-    for name in ("qrs", "p", "pvc"):
-        doubled[name] = heart[name] * ([1] * 3 + [2] * 3)
-    for name in ("st", "t", "pvc_t"):
-        doubled[name] = 2 * heart[name]
-    once, twice = (synth_recording(np.random.default_rng([seed, 2]), condition, fs, duration_s, TWELVE, one)
-                   for one in (heart, doubled))
-    assert once[1:] == twice[1:]
-    return twice[0] - once[0], *once[1:]
-
-
-def steepness(x, fs):
-    """Energy of x (T, ...) between 5 and 40 Hz, where the QRS is."""
-    return scipy.signal.sosfiltfilt(scipy.signal.butter(2, (5, 40), "band", fs=fs, output="sos"), x, axis=0) ** 2
-
-
-def seconds(waves, kind, fs=500):
-    return np.array([(end - onset) / fs for onset, _, end, letter in waves if letter == kind])
-
-
-def assert_einthoven_and_goldberger(lead, atol):
-    np.testing.assert_allclose(lead["III"], lead["II"] - lead["I"], rtol=0, atol=3 * atol)
-    np.testing.assert_allclose(lead["aVR"], -(lead["I"] + lead["II"]) / 2, rtol=0, atol=2 * atol)
-    np.testing.assert_allclose(lead["aVL"], (lead["I"] - lead["III"]) / 2, rtol=0, atol=2 * atol)
-    np.testing.assert_allclose(lead["aVF"], (lead["II"] + lead["III"]) / 2, rtol=0, atol=2 * atol)
-
-
-def test_limb_leads_obey_einthoven_and_goldberger(synth, ptbxl_table):
-    """Exactly as computed, noise included; to the rounding of each lead in the files; to a few uV when resampled."""
-    signal_mv, _, _ = synth_recording(np.random.default_rng(0), "AFIB PVC", 250, 10, TWELVE)
-    assert_einthoven_and_goldberger(dict(zip(TWELVE, signal_mv.T)), atol=1e-12)
-    corpus = open_corpus(synth / "data" / "ptbxl")
-    for i, path in enumerate(ptbxl_table.filename_lr):
-        adc = wfdb.rdrecord(str(synth / "raw" / "ptbxl" / path), physical=False).d_signal.astype(float)
-        assert_einthoven_and_goldberger(dict(zip(TWELVE, adc.T)), atol=0.5)
-        assert_einthoven_and_goldberger(dict(zip(TWELVE, corpus.read(i).astype(float))), atol=1.5)
-
-
-def test_seed_decides_every_byte_and_the_number_of_records_none(synth, tmp_path):
-    prepare.synthesize(tmp_path / "again", 3, SEED)
-    prepare.write_ptbxl(tmp_path / "other", 3, SEED + 1)
-    first, again, other = files_of(synth / "raw"), files_of(tmp_path / "again"), files_of(tmp_path / "other")
-    tables = {name for name in again if name.endswith("ptbxl_database.csv")}
-    assert {name for name in again if again[name] != first[name]} == tables
-    assert first[tables.pop()].startswith(again["ptbxl/ptbxl_database.csv"])
-    signals = [name for name in other if name.endswith(".dat")]
-    assert len(signals) == 3 and all(other[name] != again[f"ptbxl/{name}"] for name in signals)
-
-
-def test_written_records_read_back_through_wfdb(tmp_path):
-    rng = np.random.default_rng(0)
-    for gain, largest, baseline in ((1000, 32767, 0), (200, 2047, 1024), (0, 2047, 0)):
-        adc = rng.integers(-largest, largest + 1, (1000, 2))
-        adc[:4] = [(-largest, largest), (0, -1), (-1, 0), (1, -largest)]
-        prepare.write_record(tmp_path / f"gain{gain}", 360, ("II", "V1"), adc, gain)
-        record = wfdb.rdrecord(str(tmp_path / f"gain{gain}"), physical=False)
-        np.testing.assert_array_equal(record.d_signal, adc)
-        assert record.checksum == record.calc_checksum() and record.init_value == adc[0].tolist()
-        assert record.baseline == [baseline] * 2 and record.adc_gain == [gain or 200] * 2 and record.units == ["mV"] * 2
-        assert record.fs == 360 and record.sig_len == 1000 and record.sig_name == ["II", "V1"]
-
-
-@pytest.mark.parametrize("condition", ["SR NORM", "SARRH PAC", "SR CLBBB PVC", "SR CRBBB PAC", "AFIB PVC",
-                                       "STACH IMI QWAVE STE_", "SBRAD 1AVB", "SR PVC BIGU"])
-def test_waves_are_in_order_and_beats_lie_on_qrs_peaks(condition):
-    for seed in range(3):
-        x, beats, waves = clean_recording(condition, seed)
-        borders = np.array([wave[:3] for wave in waves])
-        assert borders.min() >= 0 and borders.max() < len(x)
-        assert (np.diff(borders, axis=1) >= 0).all() and (borders[1:, 0] > borders[:-1, 2]).all()
-        samples = np.array([beat[0] for beat in beats])
-        assert (np.diff(samples) > 0.25 * 500).all()
-        peaks = [wave[1] for wave in waves if wave[3] == "N"]
-        assert set(peaks) <= set(samples) and len(peaks) >= len(samples) - 2    # the ends may cut two
-        energy = steepness(x, 500).sum(1)
-        for peak in peaks:
-            near = slice(max(peak - 30, 0), peak + 31)
-            assert abs(near.start + energy[near].argmax() - peak) <= 12               # 24 ms
-            lead = x[near][:, np.ptp(x[near], axis=0).argmax()]
-            extrema = np.r_[scipy.signal.argrelmax(lead)[0], scipy.signal.argrelmin(lead)[0]]
-            assert np.abs(near.start + extrema - peak).min() <= 12                    # of the largest lead
-
-
-def test_wave_borders_are_where_the_waves_begin_and_end():
-    """Between P and QRS and after T there is nothing at all; inside there is something from the first samples on."""
-    for seed in range(5):
-        x, _, waves = clean_recording("SBRAD NORM", seed)
-        inside = np.zeros(len(x), bool)
-        order = [wave[3] for wave in waves]
-        first, last = order.index("p"), len(order) - order[::-1].index("t")
-        assert order[first:last] == ["p", "N", "t"] * ((last - first) // 3)
-        for (p, _, p_end, _), (qrs, _, j, _), (_, _, t_end, _) in zip(*(waves[first + k:last:3] for k in range(3))):
-            inside[p - 1:p_end + 2], inside[qrs - 1:t_end + 2] = True, True
-            for onset, end, floor_mv in ((p, p_end, 0.02), (qrs, j, 0.2), (j, t_end, 0.03)):
-                assert np.abs(x[onset:end]).max() > floor_mv
-                assert np.abs(x[onset + 3]).max() > 0 < np.abs(x[end - 3]).max()
-        span = slice(waves[first][0], waves[last - 1][2])
-        assert np.abs(x[span][~inside[span]]).max() < 1e-12 and (~inside[span]).mean() > 0.2
-
-
-def test_normal_intervals_and_the_statements_that_change_them():
-    def draw(condition):
-        recordings = [clean_recording(condition, seed) for seed in range(4)]
-        waves = [wave for _, _, waves in recordings for wave in waves]
-        pairs = [pair for _, _, waves in recordings for pair in zip(waves, waves[1:])]
-        pr = [(b[0] - a[0]) / 500 for a, b in pairs if a[3] + b[3] == "pN"]
-        qt = [(b[2] - a[0]) / 500 for a, b in pairs if a[3] + b[3] == "Nt"]
-        rr = np.concatenate([np.diff([beat[0] for beat in beats]) / 500 for _, beats, _ in recordings])
-        return seconds(waves, "N"), np.array(pr), np.array(qt), rr, seconds(waves, "p")
-
-    qrs, pr, qt, rr, p = draw("SR NORM")
-    for values, low, high in ((qrs, 0.07, 0.11), (pr, 0.12, 0.2), (p, 0.075, 0.115), (qt, 0.3, 0.46), (rr, 0.5, 1.2)):
-        assert len(values) > 60 and low <= values.min() and values.max() <= high
-    assert draw("SR CLBBB")[0].min() > 0.12 and draw("SR CRBBB")[0].min() > 0.12
-    assert draw("SR 1AVB")[1].min() > 0.2 and draw("SR LAO/LAE")[4].min() > 0.115
-    assert np.median(draw("SR LNGQT")[2]) > np.median(qt) + 0.03
-    assert np.median(draw("SBRAD NORM")[3]) > 1.0 and np.median(draw("STACH NORM")[3]) < 0.61
-
-
-def test_atrial_fibrillation_has_no_p_waves_and_no_rhythm():
-    for seed in range(4):
-        _, beats, waves = clean_recording("AFIB", seed)
-        assert {wave[3] for wave in waves} == {"N", "t"} and {beat[2] for beat in beats} == {"(AFIB"}
-        rr = np.diff([beat[0] for beat in beats])
-        assert rr.std() / rr.mean() > 0.1
-        rr = np.diff([beat[0] for beat in clean_recording("SR NORM", seed)[1]])
-        assert rr.std() / rr.mean() < 0.07
-    _, beats, waves = synth_recording(np.random.default_rng(0), "AFIB", 250, 120, TWELVE)   # long: it comes and goes
-    assert {beat[2] for beat in beats} == {"(AFIB", "(N"}
-    p = [wave[1] for wave in waves if wave[3] == "p"]
-    fibrillating = [beat[0] for beat in beats if beat[2] == "(AFIB"]
-    assert len(p) > 20 and not any(fibrillating[0] < sample < fibrillating[-1] for sample in p)
-
-
-@pytest.mark.parametrize("symbol, condition", [("V", "SR PVC"), ("A", "SR PAC")])
-def test_ectopic_beats_come_early_and_ventricular_ones_are_wide_without_p(symbol, condition):
-    for seed in range(6):
-        x, beats, waves = clean_recording(condition, seed)
-        samples = np.array([beat[0] for beat in beats])
-        places = [i for i, beat in enumerate(beats) if beat[1] == symbol]
-        assert places and {beat[1] for beat in beats} <= {"N", symbol, "F"}        # what is stated does occur
-        usual = np.median(np.diff(samples))
-        rows = {wave[1]: k for k, wave in enumerate(waves) if wave[3] == "N"}
-        normal = [waves[rows[s]][2] - waves[rows[s]][0] for s, sign, _ in beats if sign == "N" and s in rows]
-        for i in (i for i in places if samples[i] in rows):
-            k = rows[samples[i]]
-            width, before = waves[k][2] - waves[k][0], waves[k - 1]
-            assert i and samples[i] - samples[i - 1] < 0.9 * usual
-            assert i + 1 == len(samples) or samples[i + 1] - samples[i] > (1.05 if symbol == "V" else 0.9) * usual
-            if symbol == "V":
-                assert width > 0.12 * 500 > 1.1 * max(normal) and before[3] == "t"
-            else:
-                assert abs(width - max(normal)) <= 2 and before[3] == "p"
-
-
-def deflection(condition, leads, at, seeds=8):
-    """Mean over people of the largest mV ("R"), the lowest ("S"), or the level 60 ms after J ("ST") in some leads."""
-    values = []
-    for seed in range(seeds):
-        x, beats, waves = clean_recording(condition, seed, duration_s=3)
-        onset, _, j, _ = next(wave for wave in waves if wave[3] == "N")
-        cut = x[:, [TWELVE.index(lead) for lead in leads]]
-        values.append({"R": cut[onset:j].max(0), "S": cut[onset:j].min(0), "ST": cut[j + 30]}[at].mean())
-    return np.mean(values)
-
-
-def test_statements_look_like_themselves():
-    limbs, inferior, lateral = TWELVE[:6], ("II", "III", "aVF"), ("I", "V5", "V6")
-    assert deflection("SR LVOLT", limbs, "R") < 0.7 * deflection("SR NORM", limbs, "R")
-    assert deflection("SR LVH", ("V5",), "R") - deflection("SR LVH", ("V1",), "S") > \
-        1.4 * (deflection("SR NORM", ("V5",), "R") - deflection("SR NORM", ("V1",), "S"))
-    assert deflection("SR IMI STE_", inferior, "ST") > 0.1 > abs(deflection("SR NORM", inferior, "ST"))
-    assert deflection("SR ISC_", lateral, "ST") < deflection("SR NORM", lateral, "ST") - 0.04
-    assert deflection("SR CRBBB", ("V1",), "R") > 0.2 + deflection("SR NORM", ("V1",), "R")     # the second R in V1
-    assert deflection("SR CLBBB", ("V1",), "S") < -0.8 and deflection("SR CLBBB", ("V6",), "S") > -0.2
-    assert deflection("SR IMI", ("III", "aVF"), "S") < deflection("SR NORM", ("III", "aVF"), "S") - 0.1   # Q waves
-
-
-def test_annotations_in_the_files_are_true_and_fit_the_corpus(synth, ptbxl_table):
-    raw, corpus = synth / "raw", open_corpus(synth / "data" / "mitdb")
-    for name, i in rows_of(corpus).items():
-        notes, codes = wfdb.rdann(str(raw / "mitdb" / name), "atr"), prepare.MITDB_CONDITIONS[name].split()
-        symbols, rhythms = Counter(notes.symbol), {note.rstrip("\0") for note in notes.aux_note if note}
-        assert ("V" in symbols) == ("PVC" in codes) and ("A" in symbols) == ("PAC" in codes)
-        assert ("L" in symbols) == ("CLBBB" in codes) and ("R" in symbols) == ("CRBBB" in codes)
-        assert "(N" in rhythms <= {"(N", "(AFIB", "(B"}
-        assert ("(AFIB" in rhythms) == ("AFIB" in codes) and ("(B" in rhythms) == ("BIGU" in codes)
-        lead = corpus.read(i)[corpus.index["leads"][i][:2].tolist().index(lead_id("II"))] / 1000
-        steep = steepness(lead, FS)
-        usual = [s for s, symbol in zip(notes.sample, notes.symbol) if symbol in "NLR" and 360 < s < 64000]
-        peaks = [int(s * FS / 360) for s in usual]
-        assert np.mean([steep[r - 12:r + 13].max() > 20 * np.median(steep) for r in peaks]) > 0.98
-        assert abs(np.median([steep[r - 12:r + 13].argmax() - 12 for r in peaks])) <= 5        # 20 ms
-    fibrillating = ptbxl_table.scp_codes.str.contains("AFIB")
-    assert fibrillating.any()
-    for ecg_id in [1, 2, 3, *ptbxl_table.index[fibrillating]]:
-        path, scp_codes = ptbxl_table.filename_lr[ecg_id], ptbxl_table.scp_codes[ecg_id]
-        letters = wfdb.rdann(str(raw / "ptbxl" / path), "waves").symbol
-        assert letters[::3] == ["("] * (len(letters) // 3) and letters[2::3] == [")"] * (len(letters) // 3)
-        assert ("p" in letters) == ("AFIB" not in ast.literal_eval(scp_codes))
-
-
-def test_noise_has_the_stated_power_in_every_band():
-    for kind, (first, second, coherence) in prepare.NSTDB_NOISE.items():
-        x = prepare.shaped_noise(np.random.default_rng(0), 360 * 600, 360, (first, second), 2, coherence)
-        power = np.abs(np.fft.rfft(x, axis=0)) ** 2 * 2 / len(x) ** 2
-        freqs = np.fft.rfftfreq(len(x), 1 / 360)
-        for band, (low, high) in enumerate(zip(prepare.NOISE_EDGES_HZ, prepare.NOISE_EDGES_HZ[1:])):
-            rms = np.sqrt(power[(freqs >= low) & (freqs < high)].sum(0))
-            np.testing.assert_allclose(rms, (first[band], second[band]), rtol=0.25 if high <= 1 else 0.08)
-        slow = scipy.signal.sosfiltfilt(scipy.signal.butter(4, 0.4, fs=360, output="sos"), x, axis=0)
-        assert np.corrcoef(slow.T)[0, 1] == pytest.approx(coherence, abs=0.15)
-
-
-def test_unknown_statements_and_leads_are_refused():
-    with pytest.raises(ValueError, match=r"unknown statements \['FLU'\] in the condition; choose among"):
-        synth_recording(np.random.default_rng(0), "SR FLU", 250, 10, TWELVE)
-    with pytest.raises(ValueError, match=r"cannot synthesise leads \['V9'\]; choose among"):
-        synth_recording(np.random.default_rng(0), "SR", 250, 10, ("II", "V9"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # real recordings
-
-def link(source, target, names):
-    target.mkdir()
-    for name in names:
-        os.symlink(source / name, target / name)
-    return target
-
-
-def real_ptbxl(shared_data, folder, places):
-    raw = link(shared_data / "ptbxl", folder, ("records100", "records500", "scp_statements.csv"))
-    table = pd.read_csv(shared_data / "ptbxl" / "ptbxl_database.csv", index_col="ecg_id").iloc[places]
-    table.to_csv(raw / "ptbxl_database.csv")
-    return raw, table
-
 
 def test_real_ptbxl(shared_data, tmp_path):
     """60 records; not all of them are there at 500 Hz, so 100 Hz are read."""
@@ -1068,7 +528,8 @@ def test_real_ptbxl(shared_data, tmp_path):
     assert len(corpus.index) == len(table) == 60 and not corpus.manifest["rejected"]
     statements = pd.read_csv(raw / "scp_statements.csv", index_col=0)
     for i, (row, (ecg_id, known)) in enumerate(zip(corpus.index, table.iterrows())):
-        assert corpus.records[i] == f"{ecg_id:05d}".encode() and patient_of(corpus, i) == f"ptbxl/{known.patient_id:.0f}"
+        assert corpus.records[i] == f"{ecg_id:05d}".encode()
+        assert patient_of(corpus, i) == f"ptbxl/{known.patient_id:.0f}"
         assert SPLITS[row["split"]] == {9: "val", 10: "test"}.get(known.strat_fold, "train")
         found = statements.loc[list(ast.literal_eval(known.scp_codes))]
         classes = set(found.diagnostic_class[found.diagnostic == 1])
@@ -1129,7 +590,7 @@ def test_real_cinc2017_in_spite_of_its_dates(shared_data, tmp_path):
     headers = sorted((shared_data / "cinc2017").glob("*.hea"))[:20]
     files = [name for header in headers for name in (header.name, f"{header.stem}.mat")]
     raw = link(shared_data / "cinc2017", tmp_path / "raw", files)
-    with pytest.raises(ValueError):                                # else this test shows nothing
+    with pytest.raises(ValueError):                                # otherwise this test shows nothing
         wfdb.rdheader(str(raw / headers[0].stem))
     corpus = run("wfdb", raw, tmp_path / "out")
     assert names_of(corpus, "train") == [header.stem for header in headers] and not corpus.manifest["rejected"]
@@ -1163,7 +624,6 @@ def test_real_cinc2021(shared_data, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the large databases, in their publishers' layouts, from real recordings
-
 
 def as_record(shared_data, folder, name, i, suffix):
     """The i-th real 500 Hz recording under another name, with .dat or .mat signals."""
@@ -1210,7 +670,8 @@ def test_heedb_takes_both_forms_and_its_tables(shared_data, tmp_path):
         table.unlink()
     corpus = run("heedb", raw, tmp_path / "alone")
     assert len(corpus.patients) == len(corpus.index) == 6
-    assert corpus.manifest["notes"] == {"patients": "no demographics_ECG.csv: every file counts as a patient of its own"}
+    assert corpus.manifest["notes"] == {
+        "patients": "no demographics_ECG.csv: every file counts as a patient of its own"}
 
 
 def test_code_keeps_the_tracings_of_a_patient_together(shared_data, tmp_path):
@@ -1222,7 +683,8 @@ def test_code_keeps_the_tracings_of_a_patient_together(shared_data, tmp_path):
         header.write_text(header.read_text().replace("AVR", "DAVR").replace(" I\n", " DI\n").replace(" II\n", " DII\n"))
     with pytest.raises(ValueError, match="no annotations.csv in"):
         run("code", raw, tmp_path / "out")
-    pd.DataFrame({"id_exam": [1, 22, 333], "id_patient": [7, 8, 7], "AF": False}).to_csv(raw / "annotations.csv", index=False)
+    table = pd.DataFrame({"id_exam": [1, 22, 333], "id_patient": [7, 8, 7], "AF": False})
+    table.to_csv(raw / "annotations.csv", index=False)
     corpus = run("code", raw, tmp_path / "out")
     assert rejects_of(corpus.dir) == {"S0000/TNMG4_N1": "unknown patient", "S0000/ECG5": "file name"}
     for name, i in rows_of(corpus).items():
@@ -1262,8 +724,8 @@ def test_real_code15_is_read_by_exam_id_and_trimmed(shared_data, tmp_path):
 
 
 def test_faults_of_code15_are_counted(shared_data, tmp_path):
-    """Two parts from the real exams, with a padding row, an empty exam, dead leads, an exam that the table does not know, one
-    that stands in the wrong part, one that is missing, amplitudes beyond all sense, and a scale of 1e-4 V."""
+    """Two parts from the real exams, with a padding row, an empty exam, dead leads, an exam that the table does not know,
+    one that is in the wrong part, one that is missing, absurd amplitudes, and a scale of 1e-4 V."""
     h5py = pytest.importorskip("h5py")
     with h5py.File(shared_data / "code15" / "exams_part0.hdf5") as file:
         real = file["tracings"][:] * 10
@@ -1278,7 +740,8 @@ def test_faults_of_code15_are_counted(shared_data, tmp_path):
     with pytest.raises(ValueError, match="no exams.csv in .*Zenodo record 4916206"):
         run("code15", raw, tmp_path / "out")
     table.drop(columns="patient_id").to_csv(raw / "exams.csv", index=False)
-    with pytest.raises(ValueError, match="exams.csv cannot be read: no column 'patient_id' among .'exam_id', 'trace_file'"):
+    refusal = "exams.csv cannot be read: no column 'patient_id' among .'exam_id', 'trace_file'"
+    with pytest.raises(ValueError, match=refusal):
         run("code15", raw, tmp_path / "out")
     table.to_csv(raw / "exams.csv", index=False)
     corpus = run("code15", raw, tmp_path / "out")
@@ -1293,14 +756,15 @@ def test_faults_of_code15_are_counted(shared_data, tmp_path):
     assert np.abs(np.where(corpus.read(rows["101"]) == MISSING, 0, corpus.read(rows["101"]))).max() < 6000
     shutil.copy(raw / "exams_part1.hdf5", raw / "exams_part2.hdf5")
     os.truncate(raw / "exams_part2.hdf5", 30_000)
-    with pytest.raises(ValueError, match="exams_part2.hdf5 is no HDF5 file or cut short .*: fetch it again"):
+    with pytest.raises(ValueError, match="exams_part2.hdf5 is no HDF5 file or cut short .*: download it again"):
         run("code15", raw, tmp_path / "again")
 
 
 def test_icentia11k_keeps_beats_and_rhythms_beside_the_signal(shared_data, tmp_path):
     """Two patients, three segments, as long as the real ones in one case, from MIT-BIH at 250 Hz."""
     raw, expected = tmp_path / "raw", {}
-    record, beats = wfdb.rdrecord(str(shared_data / "mitdb" / "100")), wfdb.rdann(str(shared_data / "mitdb" / "100"), "atr")
+    record = wfdb.rdrecord(str(shared_data / "mitdb" / "100"))
+    beats = wfdb.rdann(str(shared_data / "mitdb" / "100"), "atr")
     lead = scipy.signal.resample_poly(record.p_signal[:, 0], 25, 36)
     adc = np.rint(np.tile(lead, 3)[:2 ** 20 + 1] * 74.36 + 20 * np.sin(np.arange(2 ** 20 + 1) / 1e4)).astype(int)
     sample = np.rint(beats.sample * 25 / 36).astype(int)
@@ -1338,7 +802,7 @@ def test_icentia11k_keeps_beats_and_rhythms_beside_the_signal(shared_data, tmp_p
 
 
 def test_faults_of_heedb_are_counted(tmp_path):
-    """Both rates, another order of the leads, gaps, dead leads and rails, a listed duplicate, damaged and absent files."""
+    """Both rates, another order of leads, gaps, dead leads and rails, a listed duplicate, damaged and absent files."""
     raw, folder = tmp_path / "raw", "ECG/WFDB/S0001/1999/"
     swapped = (*TWELVE[:4], "aVF", "aVL", *TWELVE[6:])             # as MIMIC-IV-ECG has it
     names = ("fine_250", "swapped", "gaps", "dead_lead", "rails", "all_flat", "all_invalid", "cut", "lost", "twice",
@@ -1368,7 +832,7 @@ def test_faults_of_heedb_are_counted(tmp_path):
         ("lost", "absent file"), ("twice", "duplicate"), ("no_rate", "sampling rate"),
         ("one_channel_less", "unreadable or truncated file"))}
     rows = {name.removeprefix(folder): i for name, i in rows_of(corpus).items()}
-    leads = {name: [LEADS[k] for k in corpus.index["leads"][i][:corpus.index["n_leads"][i]]] for name, i in rows.items()}
+    leads = {name: [LEADS[k] for k in corpus.lead_ids(i)] for name, i in rows.items()}
     assert leads["swapped"] == list(swapped) and leads["dead_lead"] == [*TWELVE[:7], *TWELVE[8:]]
     assert leads["gaps"] == [*TWELVE[:5], *TWELVE[6:]] and (corpus.read(rows["gaps"])[2] == MISSING).sum() == 101
     assert (corpus.read(rows["rails"])[3] == MISSING).sum() >= 300 and corpus.index["length"][rows["fine_250"]] == 5000
@@ -1378,7 +842,8 @@ def test_faults_of_heedb_are_counted(tmp_path):
 
 def test_faults_of_icentia11k_are_counted(tmp_path):
     raw, folder = tmp_path / "raw", "p01/p01000/"
-    for seed, name in enumerate(("p01000_s00", "p01000_s01", "p01000_s02", "p01000_s03", "p01000_batched", "p01000_s05")):
+    names = ("p01000_s00", "p01000_s01", "p01000_s02", "p01000_s03", "p01000_batched", "p01000_s05")
+    for seed, name in enumerate(names):
         adc = noise(seed, 3000, 1)
         if name == "p01000_s02":
             adc[:] = 0                                             # the patch was not worn
@@ -1410,7 +875,8 @@ def test_patients_of_a_folder_come_from_a_table(tmp_path):
     for i, name in enumerate(("a/1", "a/2", "b/HR00001", "c")):
         write(raw, name, noise(i))
     table = tmp_path / "patients.csv"
-    pd.DataFrame({"study": 1, "path": ["a/1.hea", "a/2", "HR00001"], "subject_id": [5, 6, 6]}).to_csv(table, index=False)
+    known = pd.DataFrame({"study": 1, "path": ["a/1.hea", "a/2", "HR00001"], "subject_id": [5, 6, 6]})
+    known.to_csv(table, index=False)
     corpus = run("wfdb", raw, tmp_path / "out", "--patients", str(table))
     who = {name: patient_of(corpus, i) for name, i in rows_of(corpus).items()}
     assert who == {"a/1": "wfdb-patient/5", "a/2": "wfdb-patient/6", "b/HR00001": "wfdb-patient/6", "c": "wfdb/c"}
@@ -1436,37 +902,10 @@ def run_dry(folder):
 def test_a_disk_that_is_too_small_is_told_beforehand(tmp_path, monkeypatch):
     write(tmp_path / "raw", "r", noise(0))
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 6, 10 ** 6, 9_000))
-    with pytest.raises(ValueError, match="1 recordings need about 0.0 GB, and where .* lies 0.0 GB are free: name another"):
+    refusal = "1 recordings need about 0.0 GB, and on the disk of .* 0.0 GB are free: name another"
+    with pytest.raises(ValueError, match=refusal):
         run("wfdb", tmp_path / "raw", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
-
-
-def test_plain_formats_are_read_as_wfdb_reads_them(shared_data):
-    """Formats 16, 212 and the Challenges' .mat, by the short way, and all else left to wfdb."""
-    some = [*sorted((shared_data / "ptbxl" / "records500" / "00000").glob("*.hea"))[:3],
-            *sorted((shared_data / "cinc2021").glob("*.hea"))[:3], *sorted((shared_data / "mitdb").glob("11*.hea"))[:3]]
-    for header in some:
-        path = str(header.with_suffix(""))
-        fast, slow = prepare.read_plain_wfdb(path), prepare.read_any_wfdb(path)
-        np.testing.assert_array_equal(fast[0], slow[0])
-        assert fast[1] == slow[1] and list(fast[2]) == list(slow[2]) and list(fast[3]) == list(slow[3])
-    assert prepare.read_plain_wfdb(str(shared_data / "nstdb" / "bw")) is None          # its gain is 0
-
-
-@pytest.mark.parametrize("fmt, gain, seed", [(fmt, gain, seed) for fmt in ("16", "212") for gain in (200.0, 74.36, 1e-3)
-                                             for seed in range(3)])
-def test_plain_formats_with_every_value_there_is(fmt, gain, seed, tmp_path):
-    """Odd counts, all 12-bit and 16-bit values, the one that stands for "no sample", baselines."""
-    rng, top = np.random.default_rng(seed), 2 ** (15 if fmt == "16" else 11)
-    n_leads, n = int(rng.integers(1, 5)), int(rng.integers(2, 999))
-    adc = rng.integers(-top, top, (n, n_leads))
-    wfdb.wrsamp("r", 360, ["mV"] * n_leads, [f"lead {i}" for i in range(n_leads)], d_signal=adc, fmt=[fmt] * n_leads,
-                adc_gain=[gain] * n_leads, baseline=rng.integers(-500, 500, n_leads).tolist(), write_dir=str(tmp_path))
-    fast, slow = prepare.read_plain_wfdb(str(tmp_path / "r")), prepare.read_any_wfdb(str(tmp_path / "r"))
-    np.testing.assert_array_equal(fast[0], slow[0])
-    assert fast[1:3] == (360, slow[2]) and fast[3] == slow[3]
-    os.truncate(tmp_path / "r.dat", os.path.getsize(tmp_path / "r.dat") - 2)
-    assert prepare.read_plain_wfdb(str(tmp_path / "r")) is None        # the error is wfdb's to find
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1475,6 +914,7 @@ def test_plain_formats_with_every_value_there_is(fmt, gain, seed, tmp_path):
 KILLS = int(os.environ.get("ECG_KILLS", 3))                        # the log's figures are from 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="kills processes as POSIX does")
 def test_sigkill_at_random_instants_changes_no_byte(tmp_path):
     """2,000 recordings; each time killed once, somewhere, and run again to the end."""
@@ -1483,24 +923,25 @@ def test_sigkill_at_random_instants_changes_no_byte(tmp_path):
     signals = rng.integers(-2000, 2000, (2000, 600, 2))
     signals[::50, 100:] = 7                                        # every 50th is too short
     for i, adc in enumerate(signals):
-        prepare.write_record(raw / f"r{i:04d}", 200, ("II", "V1"), adc, gain=1000)
+        write_record(raw / f"r{i:04d}", 200, ("II", "V1"), adc, gain=1000)
     command = [sys.executable, str(ROOT / "prepare.py"), "wfdb", "--raw", str(raw), "--out", str(out), "--workers", "2"]
     start = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=1200)
     whole, took_s, standing = files_of(out), time.monotonic() - start, []
     assert len(whole) > 60 and len(rejects_of(out)) == 40
     for _ in range(KILLS):
         shutil.rmtree(out)
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(rng.uniform(0.2, 1) * took_s)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(60)
+        process.wait(600)
         standing.append(len(list(tmp_path.glob("out.part/done/*.npz"))))
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0 or out.exists() and "already there" in done.stderr     # it had come to its end
-        assert files_of(out) == whole and not prepare.part_of(out).exists()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0 or out.exists() and "already exists" in done.stderr     # it had come to its end
+        assert files_of(out) == whole and not part_of(out).exists()
     print(f"killed with so many shards of 63 done: {standing}")
 
 
@@ -1533,7 +974,8 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(tmp_path, monkeypat
         (disk / "other").unlink()
         monkeypatch.undo()
         made = files_of(run("wfdb", tmp_path / "raw", disk / "out").dir)
-        assert {name for name in whole if whole[name] != made[name]} == {"manifest.json"} and made.keys() == whole.keys()
+        assert {name for name in whole if whole[name] != made[name]} == {"manifest.json"}
+        assert made.keys() == whole.keys()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)       # lazily: corpora are still mapped
 
@@ -1568,7 +1010,7 @@ def test_what_may_not_be_read(tmp_path):
 
 
 def test_two_runs_do_not_write_into_one_folder(small_raw, tmp_path):
-    part = prepare.part_of(tmp_path / "out")
+    part = part_of(tmp_path / "out")
     part.mkdir()
     with prepare.only_writer(part), pytest.raises(ValueError, match="another prepare.py is writing .*out.part"):
         run("wfdb", small_raw, tmp_path / "out")
@@ -1578,6 +1020,7 @@ def test_two_runs_do_not_write_into_one_folder(small_raw, tmp_path):
 # mutated inputs
 
 MUTANTS = int(os.environ.get("ECG_MUTANTS", 400))                  # the log's figures are from 2,000
+FEW_MUTANTS = 80                                                   # of the quick run
 TOO_MUCH_KB = 100_000                                              # no recording here has more than 3 MB
 
 
@@ -1595,7 +1038,8 @@ def mutate(data, rng):
     elif kind == 3:
         data[place:place] = data[max(0, place - int(rng.integers(1, 99))):place]
     elif kind == 4:
-        data[place:place + 8] = rng.choice([bytes(8), b"\xff" * 8, b"NaN", b"-1", b"99999999999", b"1e308", b"\n", b"/"])
+        values = [bytes(8), b"\xff" * 8, b"NaN", b"-1", b"99999999999", b"1e308", b"\n", b"/"]
+        data[place:place + 8] = rng.choice(values)
     else:                                                          # fields of text: two that swap, or one replaced
         fields = bytes(data).split(b" ")
         i, j = rng.integers(0, len(fields), 2)
@@ -1627,7 +1071,8 @@ def mutant_trees(raw, shared_data):
     (raw / "code15").mkdir()
     with pytest.importorskip("h5py").File(shared_data / "code15" / "exams_part0.hdf5") as file:
         write_code15(raw / "code15" / "exams_part0.hdf5", [1, 2, 0], [*file["tracings"][:2], np.zeros((4096, 12))])
-    (raw / "code15" / "exams.csv").write_text("exam_id,patient_id,trace_file\n1,5,exams_part0.hdf5\n2,6,exams_part0.hdf5\n")
+    (raw / "code15" / "exams.csv").write_text("exam_id,patient_id,trace_file\n"
+                                              "1,5,exams_part0.hdf5\n2,6,exams_part0.hdf5\n")
 
 
 @contextlib.contextmanager
@@ -1648,12 +1093,12 @@ def outcome(source, raw):
     """What preparing `raw` comes to: the reasons of its recordings, or the one error."""
     found = []
     args = prepare.parse_args([source, "--raw", str(raw), "--out", str(raw / "out")])
-    prepare.tracings_of.cache_clear()
+    prepare.open_h5.cache_clear()
     try:
         for job in prepare.LISTERS[source](raw, args, {}):
             try:
-                got = prepare.load(job, prepare.ANNOTATED.get(source))
-            except prepare.Refused as error:
+                got = prepare.prepare_recording(job, prepare.ANNOTATED.get(source))
+            except Refused as error:
                 assert len(str(error)) > 5
                 found.append(error.reason)
                 continue
@@ -1666,7 +1111,8 @@ def outcome(source, raw):
     return found
 
 
-def test_mutated_inputs_are_read_or_rejected_with_a_reason(shared_data, tmp_path):
+@pytest.mark.parametrize("mutants", [FEW_MUTANTS, pytest.param(MUTANTS, marks=pytest.mark.slow)])
+def test_mutated_inputs_are_read_or_rejected_with_a_reason(mutants, shared_data, tmp_path):
     """No crash, no hang, no traceback, nothing absurd in the corpus, and no memory by what a header merely claims."""
     rng, counts, raw = np.random.default_rng(2), Counter(), tmp_path / "raw"
     mutant_trees(raw, shared_data)
@@ -1674,70 +1120,30 @@ def test_mutated_inputs_are_read_or_rejected_with_a_reason(shared_data, tmp_path
              for path in sorted((raw / source).rglob("*")) if path.is_file()]
     for source in ("wfdb", "heedb", "code", "icentia11k", "code15"):
         assert set(outcome(source, raw / source)) <= {"read", "padding row"}
-    for i in range(MUTANTS):
+    for i in range(mutants):
         source, path = files[i % len(files)]
         data = path.read_bytes()
         path.write_bytes(mutate(data, rng))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with within(20):
+        with within(300):
             counts.update(outcome(source, raw / source))
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < TOO_MUCH_KB, (i, path.name)
         path.write_bytes(data)
     print(dict(counts))
-    assert counts["read"] > MUTANTS / 2 and counts["unreadable or truncated file"] > 10
+    assert counts["read"] > mutants / 2 and counts["unreadable or truncated file"] > mutants / 40
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the same recording in two corpora
-
-def test_copies_are_found_whatever_their_names_and_rates(shared_data, tmp_path):
-    """PTB-XL at 500 Hz in a folder as "a stranger's", beside PTB-XL at 100 Hz, and one of its records in MIT-BIH's name."""
-    raw, table = real_ptbxl(shared_data, tmp_path / "raw", slice(60))
-    theirs = run("ptbxl", raw, tmp_path / "theirs", "--rate", "100")
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    for i in range(0, 60, 2):
-        source = raw / table.filename_hr.iloc[i]
-        for kind in ("hea", "dat"):
-            shutil.copy(source.with_suffix(f".{kind}"), mine / f"{source.name}.{kind}")
-        for kind in ("hea", "dat"):
-            (mine / f"{source.name}.{kind}").rename(mine / f"x{i}.{kind}")
-        (mine / f"x{i}.hea").write_text((mine / f"x{i}.hea").read_text().replace(source.name, f"x{i}"))
-    mine = run("wfdb", mine, tmp_path / "out")
-    held = theirs.index["split"][::2] != 0
-    assert 3 < held.sum() < 27 and (mine.index["split"] == 0).all()
-    number = np.array([int(name[1:]) // 2 for name in names_of(mine)])
-    leaks, twice = prepare.rows_to_leave_out([theirs, mine])[1]
-    assert sorted(number[leaks]) == np.flatnonzero(held).tolist()
-    assert sorted(number[twice]) == np.flatnonzero(~held).tolist()
-    assert [len(rows) for rows in prepare.rows_to_leave_out([theirs, mine])[0]] == [0, 0]
-    leaks, twice = prepare.rows_to_leave_out([mine, theirs])[0]
-    assert sorted(number[leaks]) == np.flatnonzero(held).tolist() and len(twice) == 0
-    leaks, twice = prepare.rows_to_leave_out([mine, theirs])[1]   # now theirs come second
-    assert len(leaks) == 0 and len(twice) == (~held).sum()
-    assert [tuple(map(len, rows)) for rows in prepare.rows_to_leave_out([mine, mine])] == [(0, 0), (0, 30)]
-    leaks, twice = prepare.rows_to_leave_out([mine], [theirs])[0]  # all of theirs is kept out, their train split too
-    assert leaks.tolist() == list(range(30)) and len(twice) == 0
-
-
-def test_find_copies_by_counting_bits():
-    rng = np.random.default_rng(0)
-    prints = rng.integers(0, 256, (300, 30), np.uint8)
-    for a, b, flips in ((3, 200, 0), (7, 150, 5), (50, 60, 12), (100, 299, 13)):
-        bits = np.unpackbits(prints[a])
-        bits[24 + rng.choice(216, flips, replace=False)] ^= 1          # the first word stays whole
-        prints[b] = np.packbits(bits)
-    assert prepare.find_copies(prints).tolist() == [[3, 200], [7, 150], [50, 60]]
-    assert prepare.find_copies(prints[:2]).shape == (0, 2) and prepare.find_copies(prints[:0]).shape == (0, 2)
-
+# check
 
 def test_check_of_whole_and_damaged_corpora(small_corpus, tmp_path, capsys):
     copy, twin = (Path(shutil.copytree(small_corpus, tmp_path / name)) for name in ("copy", "twin"))
     assert prepare.check([copy]) == 0 and (copy / "check.png").stat().st_size > 20_000
     assert "1 corpora, 0 faults" in capsys.readouterr().out
     assert prepare.check([copy, twin]) == 0
-    assert f"{twin}: 3 recordings of split train are second copies, of these corpora: r0, r1, r2;" in capsys.readouterr().out
-    open_corpus(copy)                                              # the sheet is no part of the corpus
+    words = f"{twin}: 3 recordings of split train are second copies, of these corpora: r0, r1, r2;"
+    assert words in capsys.readouterr().out
+    open_corpus(copy)                                              # the picture is no part of the corpus
     data = bytearray((copy / "signal" / "00001.i16").read_bytes())
     data[77] ^= 4
     (copy / "signal" / "00001.i16").write_bytes(data)
@@ -1750,12 +1156,12 @@ def test_check_of_whole_and_damaged_corpora(small_corpus, tmp_path, capsys):
     for words in ("DAMAGED: index.npy: sha256", "1 recordings, the first r1: it reaches beyond its shard",
                   "the first r2: it has a lead that is not known", "1 patients are in more than one split"):
         assert words in said
-    done = subprocess.run([sys.executable, str(ROOT / "prepare.py"), "check", str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / "prepare.py"), "check", str(tmp_path)], capture_output=True,
+                          text=True, timeout=600)
     assert done.returncode == 1 and done.stderr.startswith(f"prepare.py: {tmp_path} holds no corpus")
 
 
 @pytest.mark.parametrize("bpm", [45, 70, 120, 180])
-def test_heart_rate_of_the_sheet(bpm):
-    from conftest import draw_ecg
+def test_heart_rate_of_the_overview(bpm):
     assert abs(prepare.heart_rate_bpm(draw_ecg(FS, 20, rr_s=60 / bpm)[0]) - bpm) < 1
     assert np.isnan(prepare.heart_rate_bpm(np.zeros(1000)))

@@ -1,19 +1,21 @@
-"""The probes: their arithmetic against other programs' or plain loops, and both from raw recordings to their files."""
+"""Both probes: arithmetic, features against those of encoder.embed, and from raw recordings to their files."""
 import json
 
 import numpy as np
 import pytest
 import torch
 import wfdb
-from sklearn.calibration import CalibratedClassifierCV
-from sklearn.frozen import FrozenEstimator
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 import probe_mitbih
 import probe_ptbxl
+from augment import load_noise
+from conftest import draw_ecg
+from corpus import open_corpus
+from ecg import FS, LEADS, Recording, preprocess, read_wfdb
+from evaluate import NOISE_DB, label_auroc, load_encoders
 from model import Encoder, save_encoder
-from prepare import FS, MITDB_DS1, MITDB_DS2, open_corpus
+from prepare import MITDB_DS1, MITDB_DS2
 
 WIDTH, WINDOW, PATCH = 16, 5, 50
 
@@ -30,56 +32,49 @@ def encoder_path(tmp_path_factory):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PTB-XL: arithmetic
+# PTB-XL: features and arithmetic
 
-def scores(seed, n=80):
-    rng = np.random.default_rng(seed)
-    y = rng.random(n) < 0.3
-    return rng, y, np.round(rng.normal(size=n) + y, 1)             # rounded: with ties
-
-
-def test_resampled_auroc_is_that_of_sklearn_with_weights():
-    rng, y, score = scores(0)
-    counts = rng.multinomial(len(y), np.full(len(y), 1 / len(y)), size=20)
-    expected = [roc_auc_score(y, score, sample_weight=c) for c in counts]
-    np.testing.assert_allclose(probe_ptbxl.resampled_auroc(y, score, counts), expected, rtol=1e-12)
-    counts[3, y] = 0                                               # a resample without positives has no AUROC
-    assert np.isnan(probe_ptbxl.resampled_auroc(y, score, counts)[3])
-
-
-def test_patients_are_resampled_with_all_their_recordings():
-    patients = np.array([7, 7, 3, 9, 3, 7])
-    counts = probe_ptbxl.patient_counts(patients, seed=0)
-    assert counts.shape == (probe_ptbxl.BOOTSTRAPS, 6)
-    for same in ([0, 1, 5], [2, 4]):
-        assert (counts[:, same] == counts[:, same[:1]]).all()
-    assert (counts[:, [0, 2, 3]].sum(axis=1) == 3).all()           # as many patients as there are
-    np.testing.assert_array_equal(counts, probe_ptbxl.patient_counts(patients, seed=0))
+@pytest.fixture(scope="module")
+def ptbxl_records(tmp_path_factory):
+    """Paths of WFDB records at 500 Hz: whole, with a gap, with a dead lead, flat, and 12 s long."""
+    folder, paths = tmp_path_factory.mktemp("records"), []
+    whole = draw_ecg(500, 12, LEADS[1:13]).T
+    gap, dead, flat = whole[:5000].copy(), whole[:5000].copy(), np.zeros((5000, 12))
+    gap[1000:1300, 2:5], dead[:, 7] = np.nan, 0
+    for name, signal in dict(whole=whole[:5000], gap=gap, dead=dead, flat=flat, long=whole).items():
+        wfdb.wrsamp(name, fs=500, units=["mV"] * 12, sig_name=[n.upper() for n in LEADS[1:13]], p_signal=signal,
+                    fmt=["16"] * 12, adc_gain=[1000.0] * 12, baseline=[0] * 12, write_dir=str(folder))
+        paths.append(str(folder / name))
+    return paths
 
 
-def test_platt_is_that_of_sklearn():
-    _, y, score = scores(1, 200)
-    model = LogisticRegression().fit(score[:, None], y)
-    logit = model.decision_function(score[:, None])
-    expected = CalibratedClassifierCV(FrozenEstimator(model), method="sigmoid").fit(score[:100, None], y[:100])
-    np.testing.assert_allclose(probe_ptbxl.platt(logit[:100], y[:100], logit[100:]),
-                               expected.predict_proba(score[100:, None])[:, 1], atol=2e-4)
+def test_ptbxl_features_are_those_of_embed(encoder_path, ptbxl_records):
+    encoders = load_encoders(str(encoder_path), "cpu")
+    features, odd = probe_ptbxl.extract_features(encoders, ptbxl_records)
+    assert features.shape == (2, 5, 2 * WIDTH) and odd == dict(with_gaps=2, unusable=1)
+    for encoder, found in zip(encoders, features):
+        for path, feature in zip(ptbxl_records[:3], found):
+            np.testing.assert_allclose(feature, encoder.embed(read_wfdb(path)).global_feature, atol=1e-6)
+        assert np.isnan(found[3]).all()
+        np.testing.assert_allclose(found[4], found[0], atol=1e-6)  # the first 10 s
+    assert np.abs(features[0, 0] - features[0, 1]).max() > 1e-3 and np.abs(features[0, 0] - features[1, 0]).max() > 1e-3
 
 
-def test_calibration_is_its_definition():
-    rng = np.random.default_rng(2)
-    p, y = rng.random((300, 2)), rng.random((300, 2)) < 0.4
-    found, ece = probe_ptbxl.calibration(p, y), []
-    for k in range(2):
-        gap = 0.0
-        for b in range(15):
-            inside = (p[:, k] >= b / 15) & (p[:, k] < (b + 1) / 15)
-            gap += inside.mean() * abs(p[inside, k].mean() - y[inside, k].mean()) if inside.any() else 0.0
-        ece.append(gap)
-    assert found["ece"] == pytest.approx(np.mean(ece))
-    assert found["brier"] == pytest.approx(np.mean([brier_score_loss(y[:, k], p[:, k]) for k in range(2)]))
-    assert found["nll"] == pytest.approx(-np.mean(np.log(np.where(y, p, 1 - p))))
-    assert probe_ptbxl.calibration(np.tile(y.mean(0), (300, 1)), y)["ece"] == pytest.approx(0, abs=1e-12)
+def test_a_record_that_cannot_be_read_is_named(encoder_path, ptbxl_records, tmp_path):
+    encoders = load_encoders(str(encoder_path), "cpu")
+    with pytest.raises(ValueError, match="nothing.*is not there"):
+        probe_ptbxl.extract_features(encoders, [ptbxl_records[0], str(tmp_path / "nothing")])
+    with pytest.raises(ValueError, match="none of the 1 recordings is usable.*flat"):
+        probe_ptbxl.extract_features(encoders, [ptbxl_records[3]])
+
+
+def test_labels_are_fitted_on_one_copy_of_the_features(monkeypatch):
+    """However many labels are fitted at once: 35 copies are 15 GB."""
+    rng, seen, fit_label = np.random.default_rng(4), [], probe_ptbxl.fit_label
+    monkeypatch.setattr(probe_ptbxl, "fit_label", lambda x, y, x_new: seen.append((x, x_new)) or fit_label(x, y, x_new))
+    probe_ptbxl.fit_labels(rng.normal(size=(50, 3)).astype(np.float32), rng.random((40, 9)) < 0.5, np.arange(40) < 30)
+    assert len(seen) == 9 and all(x is seen[0][0] and x_new is seen[0][1] for x, x_new in seen)
+    assert seen[0][0].shape == (30, 3) and seen[0][1].shape == (20, 3)
 
 
 def test_labels_without_both_classes_are_not_fitted_and_further_rows_follow():
@@ -126,33 +121,95 @@ def test_rr_features_are_their_definition():
     assert np.isfinite(x).all() and x[0, 0] == pytest.approx(usual) and x[-1, 1] == pytest.approx(usual)
 
 
+def test_a_record_with_one_beat_or_none_has_as_many_rr_features():
+    for n in (0, 1):
+        assert probe_mitbih.rr_features(np.arange(n) + 1.0).shape == (n, 8)
+
+
 def test_a_beat_is_described_by_the_tokens_around_its_r(encoder_path):
     """Each beat's features are those of a window with R in the middle, made here one by one."""
-    encoder = probe_mitbih.load_encoders(str(encoder_path), "cpu")[0][0]
+    encoder = load_encoders(str(encoder_path), "cpu")[0]
     signal = np.random.default_rng(4).normal(0, 0.3, (2, 20 * FS)).astype(np.float32)
     beats_s = np.array([0.1, 5.0, 7.123, 19.9])
-    r_token, both = probe_mitbih.token_features(encoder, signal, FS, ["II", "V1"], beats_s)
+    signal_mv, ids = preprocess(signal, FS, ["II", "V1"])
+    r_token, both = probe_mitbih.token_features(encoder, signal_mv, ids, beats_s)
     assert r_token.shape == (4, WIDTH) and both.shape == (4, 2 * WIDTH)
     np.testing.assert_array_equal(both[:, :WIDTH], r_token)
-    signal_mv, ids = probe_mitbih.preprocess(signal, FS, ["II", "V1"])
     for k, start in ((1, 1250 - 2 * PATCH - 25), (2, 1781 - 2 * PATCH - 25)):
         with torch.inference_mode():
-            tokens = encoder(torch.from_numpy(signal_mv[None, :, start:start + WINDOW * PATCH]), torch.from_numpy(ids)[None]).patches[0].mean(0)
+            window = torch.from_numpy(signal_mv[None, :, start:start + WINDOW * PATCH])
+            tokens = encoder(window, torch.from_numpy(ids)[None]).patches[0].mean(0)
         np.testing.assert_allclose(r_token[k], tokens[2], atol=1e-5)
         # Centres of patches lie at -400, -200, 0, 200 and 400 ms.
         np.testing.assert_allclose(both[k, WIDTH:], tokens[1:5].mean(0), atol=1e-5)
     assert np.isfinite(both).all()                                 # beats near the ends too
 
 
+LEAD_PAIR, AROUND = ["II", "V1"], probe_mitbih.AROUND_S
+
+
+@pytest.mark.parametrize("lost", [None, np.s_[0, 1700:1790], np.s_[:, 1700:1790], np.s_[1, :]],
+                         ids=["whole", "gap in a lead", "gap in both leads", "dead lead"])
+def test_mitbih_features_are_those_of_embed(encoder_path, lost):
+    """The token of R is the mean over leads of the local features of exactly that window, without what is missing."""
+    encoder = load_encoders(str(encoder_path), "cpu")[0]
+    signal = draw_ecg(FS, 20, LEAD_PAIR, rr_s=0.9)
+    if lost is not None:
+        signal[lost] = np.nan
+    signal_mv, ids = preprocess(signal, FS, LEAD_PAIR)
+    beats_s = 0.5 + 0.9 * np.arange(3, 20)
+    r_token, both = probe_mitbih.token_features(encoder, signal_mv, ids, beats_s)
+    start, N = probe_mitbih.place_windows(encoder, 2, signal_mv.shape[1], beats_s)
+    assert N == WINDOW
+    for k, first in enumerate(start):
+        window = Recording(signal_mv[:, first:first + N * PATCH], FS, LEAD_PAIR)
+        out = encoder.embed(window, window_s=N * PATCH / FS)
+        with np.errstate(invalid="ignore"):
+            tokens = np.nanmean(out.local_features, axis=0) if np.isfinite(out.local_features).any() else None
+        at = int(beats_s[k] * FS + 0.5 - first) // PATCH
+        near = [abs(t - (beats_s[k] - first / FS) - np.mean(AROUND)) <= np.ptp(AROUND) / 2 for t in out.times_s]
+        np.testing.assert_allclose(r_token[k], tokens[at], atol=1e-6)
+        np.testing.assert_allclose(both[k, WIDTH:], np.nanmean(tokens[near], axis=0), atol=1e-6)
+    unknown = np.isnan(r_token).any(axis=1)
+    assert unknown.any() == (lost == np.s_[:, 1700:1790]) and np.isfinite(both[~unknown]).all()
+    np.testing.assert_array_equal(r_token, both[:, :WIDTH])
+
+
+def test_a_recording_shorter_than_a_window_is_the_window():
+    encoder = Encoder(width=WIDTH, depth=1, heads=1, layer_scale=1.0, window_patches={1: 40}).eval()
+    signal_mv, ids = preprocess(draw_ecg(FS, 3.1, LEAD_PAIR), FS, LEAD_PAIR)
+    beats_s = np.array([0.02, 0.5, 1.33, 2.16, 3.09])
+    start, N = probe_mitbih.place_windows(encoder, 2, signal_mv.shape[1], beats_s)
+    assert N == 15 and start.min() >= 0 and (start + N * PATCH <= signal_mv.shape[1]).all()
+    r_token, both = probe_mitbih.token_features(encoder, signal_mv, ids, beats_s)
+    assert np.isfinite(both).all()
+    window = signal_mv[:, start[1]:start[1] + N * PATCH]
+    tokens = encoder.embed(window, fs=FS, leads=LEAD_PAIR).local_features.mean(axis=0)
+    np.testing.assert_allclose(r_token[1], tokens[(125 - start[1]) // PATCH], atol=1e-5)
+    r_token, both = probe_mitbih.token_features(encoder, signal_mv[:, :PATCH - 1], ids, beats_s[:1])
+    assert r_token.shape == (1, WIDTH) and both.shape == (1, 2 * WIDTH) and np.isnan(both).all()
+
+
+def test_the_window_of_a_beat_does_not_grow_with_that_of_training():
+    encoder = Encoder(width=WIDTH, depth=1, heads=1, layer_scale=1.0, window_patches={1: 3000}).eval()
+    usual = Encoder(width=WIDTH, depth=1, heads=1, layer_scale=1.0, window_patches={1: 40}).eval()
+    signal_mv, ids = preprocess(draw_ecg(FS, 60, LEAD_PAIR), FS, LEAD_PAIR)
+    beats_s = np.array([0.5, 30.38, 59.5])
+    start, N = probe_mitbih.place_windows(encoder, 2, signal_mv.shape[1], beats_s)
+    assert N * PATCH / FS == probe_mitbih.BEAT_WINDOW_S
+    np.testing.assert_array_equal(start, probe_mitbih.place_windows(usual, 2, signal_mv.shape[1], beats_s)[0])
+    for a, b in zip(*(probe_mitbih.token_features(e, signal_mv, ids, beats_s) for e in (encoder, usual))):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_record_auroc_is_that_of_sklearn():
     rng = np.random.default_rng(5)
     cls, record = rng.choice(list("NSV"), 300), rng.choice(["a", "b", "c"], 300)
     p = np.round(rng.random((300, 4)), 1)
-    counts = np.array([[1, 1, 1], [2, 0, 1], [0, 3, 0]])
-    found = probe_mitbih.resampled_auroc(p, cls, record, counts)
+    counts, number = np.array([[1, 1, 1], [2, 0, 1], [0, 3, 0]]), np.unique(record, return_inverse=True)[1]
+    found = label_auroc(probe_mitbih.one_hot(cls), p, number, counts)
     for row, weights in zip(found, counts):
-        weight = weights[np.unique(record, return_inverse=True)[1]]
-        expected = [roc_auc_score(cls == c, p[:, i], sample_weight=weight) for i, c in enumerate("NSV")]
+        expected = [roc_auc_score(cls == c, p[:, i], sample_weight=weights[number]) for i, c in enumerate("NSV")]
         np.testing.assert_allclose(row[:3], expected, rtol=1e-12)
     assert np.isnan(found[:, 3]).all()                             # no F beat
     np.testing.assert_allclose(probe_mitbih.nsv(found), found[:, :3].mean(axis=1))
@@ -188,13 +245,14 @@ def test_ptbxl_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
     result, stored = results(tmp_path / "out", "ptbxl")
     assert set(result["tasks"]) == set(probe_ptbxl.TASKS) and not result["untrained_only"]
     task = result["tasks"]["superdiagnostic"]
-    assert {"macro_auroc", "macro_auroc_min10", "ci95", "untrained", "difference", "difference_ci95", "n_labels", "n_test"} <= set(task)
+    assert {"macro_auroc", "macro_auroc_min10", "ci95", "untrained", "difference", "difference_ci95", "n_labels",
+            "n_test"} <= set(task)
     y, p, p0 = (stored[f"superdiagnostic_{k}"] for k in ("y", "p", "p_untrained"))
     assert task["macro_auroc"] == pytest.approx(roc_auc_score(y, p, average="macro"), abs=1e-6)
     assert task["untrained"] == pytest.approx(roc_auc_score(y, p0, average="macro"), abs=1e-6)
     assert task["difference"] == pytest.approx(task["macro_auroc"] - task["untrained"], abs=2e-6) != 0
     noise = task["robustness"]
-    assert len(noise["macro_auroc"]) == len(noise["snr_db"]) == len(probe_ptbxl.NOISE_DB)
+    assert len(noise["macro_auroc"]) == len(noise["snr_db"]) == len(NOISE_DB)
     assert noise["macro_auroc"][0] == pytest.approx(task["macro_auroc"], abs=0.05)   # 24 dB is hardly any noise
     assert noise["macro_auroc_kept"] == pytest.approx(np.mean(noise["macro_auroc"]) / task["macro_auroc"], abs=1e-5)
     said = capsys.readouterr().out
@@ -202,12 +260,14 @@ def test_ptbxl_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
 
 
 def test_mitbih_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
-    args = ["--encoder", str(encoder_path), "--raw", str(synth / "raw" / "mitdb"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    args = ["--encoder", str(encoder_path), "--raw", str(synth / "raw" / "mitdb"), "--out", str(tmp_path / "out"),
+            "--device", "cpu"]
     probe_mitbih.main(probe_mitbih.parse_args(args))
     result, stored = results(tmp_path / "out", "mitbih")
     for name in ("r_token", "neighbourhood"):
         entry = result["features"][name]
-        assert {"macro_nsvf", "macro_nsv", "per_class", "ci95", "untrained", "difference", "difference_ci95"} <= set(entry)
+        assert {"macro_nsvf", "macro_nsv", "per_class", "ci95", "untrained", "difference",
+                "difference_ci95"} <= set(entry)
         for key, value in ((f"p_{name}", entry["macro_nsv"]), (f"p_untrained_{name}", entry["untrained"])):
             expected = np.mean([roc_auc_score(stored["cls"] == c, stored[key][:, i]) for i, c in enumerate("NSV")])
             assert value == pytest.approx(expected, abs=1e-6)
@@ -216,21 +276,25 @@ def test_mitbih_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
 
 
 def test_the_untrained_control_can_be_had_alone(synth, tmp_path):
-    args = ["--encoder", "random:tiny:1", "--raw", str(synth / "raw" / "ptbxl"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    args = ["--encoder", "random:tiny:1", "--raw", str(synth / "raw" / "ptbxl"), "--out", str(tmp_path / "out"),
+            "--device", "cpu"]
     probe_ptbxl.main(probe_ptbxl.parse_args(args))
     result, _ = results(tmp_path / "out", "ptbxl")
-    assert result["untrained_only"] and all(t["difference"] == 0 and "robustness" not in t for t in result["tasks"].values())
+    assert result["untrained_only"]
+    assert all(t["difference"] == 0 and "robustness" not in t for t in result["tasks"].values())
 
 
-@pytest.mark.parametrize("probe, words", [(probe_ptbxl, "no ptbxl_database.csv in"), (probe_mitbih, "holds 0 of the 44 records")])
+@pytest.mark.parametrize("probe, words", [(probe_ptbxl, "no ptbxl_database.csv in"),
+                                          (probe_mitbih, "holds 0 of the 44 records")])
 def test_a_wrong_folder_is_named(probe, words, encoder_path, tmp_path):
+    args = ["--encoder", str(encoder_path), "--raw", str(tmp_path), "--out", str(tmp_path / "out")]
     with pytest.raises(ValueError, match=words):
-        probe.main(probe.parse_args(["--encoder", str(encoder_path), "--raw", str(tmp_path), "--out", str(tmp_path / "out")]))
+        probe.main(probe.parse_args(args))
     assert not (tmp_path / "out").exists()
 
 
 def test_noise_of_training_is_not_that_of_the_probe(synth):
     corpus = open_corpus(synth / "data" / "nstdb")
-    train, test = (probe_ptbxl.load_noise(corpus, split) for split in ("train", "test"))
+    train, test = (load_noise(corpus, split) for split in ("train", "test"))
     assert train.shape[-1] == 20 * 60 * FS and test.shape[-1] == 10 * 60 * FS
     assert not np.isin(test[0, 0, :100].numpy(), train[0, 0].numpy()).any()

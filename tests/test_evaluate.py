@@ -1,0 +1,371 @@
+"""What both probes share and what train.py asks about its run: against other programs, loops, or by construction."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss, roc_auc_score
+
+import evaluate
+from augment import load_noise
+from conftest import draw_ecg
+from corpus import INDEX_DTYPE, open_corpus
+from ecg import FS, LEADS, Recording
+from model import Encoder, untrained_like
+
+WIDTH, PATCH = 16, 50
+PNG = b"\x89PNG"
+
+
+def small_encoder():
+    return Encoder(width=WIDTH, depth=1, heads=1, layer_scale=1.0, window_patches={8: 15, 1: 40}).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scores, intervals, calibration
+
+def scores(seed, n=80):
+    rng = np.random.default_rng(seed)
+    y = rng.random(n) < 0.3
+    return rng, y, np.round(rng.normal(size=n) + y, 1)             # rounded: with ties
+
+
+@pytest.mark.parametrize("groups", [80, 25, 3])
+def test_resampled_auroc_is_that_of_sklearn_with_weights(groups):
+    rng, y, score = scores(0)
+    group = np.r_[np.arange(groups), rng.integers(0, groups, len(y) - groups)]
+    counts = rng.multinomial(groups, np.full(groups, 1 / groups), size=20)
+    found = evaluate.resampled_auroc(y, score, group, counts)
+    for auroc, weight in zip(found, counts[:, group]):
+        if 0 < weight[y].sum() and 0 < weight[~y].sum():
+            assert auroc == pytest.approx(roc_auc_score(y, score, sample_weight=weight), rel=1e-12)
+        else:
+            assert np.isnan(auroc)
+
+
+def test_a_resample_without_a_class_has_no_auroc():
+    rng, y, score = scores(0)
+    counts = np.ones((3, len(y)))
+    counts[1, y], counts[2, ~y] = 0, 0
+    found = evaluate.resampled_auroc(y, score, np.arange(len(y)), counts)
+    assert found[0] == pytest.approx(roc_auc_score(y, score)) and np.isnan(found[1:]).all()
+    for same in (y | True, y & False):
+        assert np.isnan(evaluate.resampled_auroc(same, score, np.arange(len(y)), counts)).all()
+
+
+def test_auroc_of_columns():
+    rng, y, score = scores(7)
+    labels, columns = np.stack((y, y & False, ~y), axis=1), np.stack((score, score, score), axis=1)
+    found = evaluate.plain_auroc(labels, columns)
+    assert found[0] == pytest.approx(roc_auc_score(y, score)) and found[2] == pytest.approx(1 - found[0])
+    assert np.isnan(found[1]) and evaluate.plain_auroc(labels[:, :0], columns[:, :0]).shape == (0,)
+    np.testing.assert_allclose(evaluate.macro(found[None]), [0.5])
+
+
+def test_groups_are_resampled_with_all_their_rows():
+    patients = np.array([7, 7, 3, 9, 3, 7])
+    number, counts = evaluate.resample(patients, seed=0)
+    assert counts.shape == (evaluate.BOOTSTRAPS, 3) and number.tolist() == [1, 1, 0, 2, 0, 1]
+    assert (counts.sum(axis=1) == 3).all()                         # as many patients as there are
+    np.testing.assert_array_equal(counts, evaluate.resample(patients, seed=0)[1])
+    assert len(evaluate.resample(patients, 0, n=7)[1]) == 7
+
+
+def test_interval_leaves_out_what_could_not_be_scored():
+    assert evaluate.interval(np.r_[np.arange(1001), np.nan]) == [25, 975]
+    assert np.isnan(evaluate.interval(np.full(3, np.nan))).all()
+
+
+def test_platt_is_that_of_sklearn():
+    _, y, score = scores(1, 200)
+    model = LogisticRegression().fit(score[:, None], y)
+    logit = model.decision_function(score[:, None])
+    expected = CalibratedClassifierCV(FrozenEstimator(model), method="sigmoid").fit(score[:100, None], y[:100])
+    np.testing.assert_allclose(evaluate.platt(logit[:100], y[:100], logit[100:]),
+                               expected.predict_proba(score[100:, None])[:, 1], atol=2e-4)
+
+
+def test_platt_keeps_raw_probabilities_where_nothing_can_be_fitted():
+    logit = np.array([-2.0, 0.0, 3.0])
+    for same in (np.zeros(3, bool), np.ones(3, bool)):
+        np.testing.assert_allclose(evaluate.platt(logit, same, logit), 1 / (1 + np.exp(-logit)))
+    assert evaluate.platt(logit, logit > 1, logit)[2] != pytest.approx(1 / (1 + np.exp(-3)))   # one positive is enough
+
+
+def test_calibration_is_its_definition():
+    rng = np.random.default_rng(2)
+    p, y = rng.random((300, 2)), rng.random((300, 2)) < 0.4
+    found, ece = evaluate.calibration(p, y), []
+    for k in range(2):
+        gap = 0.0
+        for b in range(15):
+            inside = (p[:, k] >= b / 15) & (p[:, k] < (b + 1) / 15)
+            gap += inside.mean() * abs(p[inside, k].mean() - y[inside, k].mean()) if inside.any() else 0.0
+        ece.append(gap)
+    assert found["ece"] == pytest.approx(np.mean(ece))
+    assert found["brier"] == pytest.approx(np.mean([brier_score_loss(y[:, k], p[:, k]) for k in range(2)]))
+    assert found["nll"] == pytest.approx(-np.mean(np.log(np.where(y, p, 1 - p))))
+    assert evaluate.calibration(np.tile(y.mean(0), (300, 1)), y)["ece"] == pytest.approx(0, abs=1e-12)
+
+
+def test_what_json_gets():
+    found = evaluate.to_json(dict(a=np.float32(0.5), b=[np.nan, np.int64(3), None], c=(True, "x", np.inf)))
+    assert json.loads(json.dumps(found)) == dict(a=0.5, b=[None, 3, None], c=[True, "x", None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# features
+
+def recordings(lost=False):
+    """Two recordings, and with `lost` one with a gap and one with a dead lead, at 500 Hz."""
+    made = []
+    for rr_s in (0.7, 0.9):
+        signal = draw_ecg(500, 10, LEADS[1:13], rr_s)
+        made.append(Recording(signal, 500.0, list(LEADS[1:13])))
+    if lost:
+        for where in (np.s_[:, 2000:2300], np.s_[4, :]):
+            signal = made[0].signal.copy()
+            signal[where] = np.nan
+            made.append(made[0]._replace(signal=signal))
+    return made
+
+
+def test_noise_takes_in_recordings_with_gaps(synth):
+    """Every level holds the same noise, only stronger; a gap stays a gap, and a recording that is none stays NaN."""
+    noise = load_noise(open_corpus(synth / "data" / "nstdb"), "test")
+    made = recordings(lost=True)
+    noisy = list(evaluate.add_noise_levels(made, noise, PATCH, seed=3))
+    H = len(evaluate.NOISE_DB)
+    assert len(noisy) == 4 * H and all(r.fs == FS and r.leads == list(LEADS[1:13]) for r in noisy)
+    for k, recording in enumerate(made):
+        clean, _ = evaluate.preprocess(*recording[:4])
+        levels = np.stack([r.signal for r in noisy[k * H:(k + 1) * H]])
+        np.testing.assert_array_equal(np.isnan(levels), np.broadcast_to(np.isnan(clean), levels.shape))
+        added = np.nan_to_num(levels - clean)
+        strength = np.sqrt((added ** 2).mean(axis=(1, 2)))
+        np.testing.assert_allclose(20 * np.log10(strength / strength[0]), 24 - np.array(evaluate.NOISE_DB), atol=0.02)
+        np.testing.assert_allclose(added[-1] / strength[-1], added[2] / strength[2], atol=1e-3)
+
+    encoders = [small_encoder()]
+    encoders.append(untrained_like(encoders[0]))
+    flat = Recording(np.zeros((12, 5000)), 500.0, list(LEADS[1:13]))
+    found = evaluate.noisy_features(encoders, lambda: iter([*made, flat]), noise, seed=3)
+    assert found.shape == (2, H, 5, 2 * WIDTH)
+    assert np.isfinite(found[:, :, :4]).all() and np.isnan(found[:, :, 4]).all()
+    np.testing.assert_array_equal(found[0], found[1])              # the same weights here: the same noise for both
+    one = encoders[0].embed(noisy[2 * H + 1]).global_feature
+    np.testing.assert_allclose(found[0, 1, 2], one, atol=1e-6)
+
+
+def test_global_features_are_those_of_embed():
+    encoder, made = small_encoder(), recordings(lost=True)
+    short = made[0]._replace(signal=made[0].signal[:, :40])
+    found = evaluate.global_features([encoder], lambda: iter([*made, short]))
+    assert found.shape == (1, 5, 2 * WIDTH) and np.isnan(found[0, 4]).all()
+    for feature, recording in zip(found[0], made):
+        np.testing.assert_allclose(feature, encoder.embed(recording).global_feature, atol=1e-6)
+
+
+def test_standardized_makes_a_missing_row_the_mean_one():
+    x = np.random.default_rng(0).normal(3, 2, (50, 4)).astype(np.float32)
+    x[7] = np.nan
+    before = x.copy()
+    scaled, new = evaluate.standardized(x, x[5:9])
+    np.testing.assert_array_equal(x, before)                       # which others still use
+    assert scaled.dtype == np.float64 and (scaled[7] == 0).all() and (new[2] == 0).all()
+    np.testing.assert_allclose(np.delete(scaled, 7, 0).mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(np.delete(scaled, 7, 0).std(axis=0), 1, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# is a run learning?
+
+def lead_counts(*sets):
+    return torch.tensor([[ids.count(i) for i in range(len(LEADS))] for ids in sets])
+
+
+def row(features, lead_sets, logits=None, **more):
+    torch.manual_seed(1)
+    p = (torch.randn(96, 64) if logits is None else logits).div(0.1).softmax(-1).mean(0)
+    found = evaluate.health(features, lead_sets, p)
+    assert all(v.ndim == 0 for v in found.values())
+    return {k: float(v) for k, v in found.items()} | dict(
+        ln_k=math.log(64), target_entropy=2.0, patch_target_entropy=1.0) | more
+
+
+def test_collapse_is_named():
+    torch.manual_seed(0)
+    features, same = torch.randn(32, 16), lead_counts(*[[1, 2]] * 32)
+    good = row(features, same)
+    assert evaluate.diagnose(good, warm=True) == {} and good["cls_rank"] > 10
+    alike = torch.randn(16) + torch.randn(32, 1) * torch.randn(16)                        # all along one direction
+    assert list(evaluate.diagnose(row(alike, same), True)) == ["collapse of features"]
+    few = torch.eye(64)[3:4] * 9
+    assert list(evaluate.diagnose(row(features, same, few), True)) == ["collapse of predictions"]
+    uniform, one_hot = good | dict(target_entropy=math.log(64)), good | dict(patch_target_entropy=0.3)
+    assert list(evaluate.diagnose(uniform, True)) == ["uniform targets"]
+    assert list(evaluate.diagnose(one_hot, True)) == ["one-hot patch targets"]
+    assert evaluate.diagnose(uniform | one_hot, warm=False) == {}                          # at first that is normal
+
+
+@pytest.mark.parametrize("value", [None, math.nan, "absent"])
+def test_a_number_that_is_not_there_is_no_alarm(value):
+    for name in ("cls_rank", "prediction_entropy", "target_entropy", "patch_target_entropy", "ln_k"):
+        bad = dict(cls_rank=1.0, prediction_entropy=0.1, target_entropy=4.15, patch_target_entropy=0.1, ln_k=4.158)
+        assert len(evaluate.diagnose(bad, warm=True)) == 4
+        bad[name] = value
+        if value == "absent":
+            del bad[name]
+        assert len(evaluate.diagnose(bad, warm=True)) == (1 if name == "ln_k" else 3)
+
+
+def test_rank_is_that_of_numpy_within_lead_sets():
+    torch.manual_seed(2)
+    features = torch.randn(12, 20)
+    which = [0, 0, 1, 0, 1, 2, 1, 0, 3, 1, 0, 1]                   # 2 and 3 are alone in their sets
+    sets = lead_counts(*[[[1], [2], [1, 2], [7]][w] for w in which])
+    x = features.double().numpy()
+    within = np.stack([x[i] - x[np.array(which) == which[i]].mean(0) for i in range(12)])
+    values = np.linalg.svd(within, compute_uv=False)
+    share = values / values.sum()
+    share = share[share > 1e-9]
+    assert row(features, sets)["cls_rank"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-4)
+    assert row(features, sets)["cls_std"] == pytest.approx(x.std(axis=0, ddof=1).mean(), rel=1e-5)
+
+
+def test_an_order_of_leads_is_no_other_lead_set_and_lone_sets_are_compared_with_all():
+    torch.manual_seed(3)
+    features = torch.randn(8, 16)
+    assert row(features, lead_counts([1, 2], [2, 1]).repeat(4, 1)) == row(features, lead_counts([1, 2]).repeat(8, 1))
+    alone = row(features, lead_counts(*[[i] for i in range(8)]))
+    assert alone["cls_rank"] == row(features, lead_counts(*[[1]] * 8))["cls_rank"] > 5
+    pair = row(features, lead_counts([1], *[[i] for i in range(1, 8)]))                    # one pair says nothing
+    assert evaluate.diagnose(pair, True) == {}
+
+
+def test_an_encoder_that_reads_lead_names_only_is_called_collapsed():
+    """Its features differ from lead set to lead set, and have a high rank over all recordings."""
+    encoder, rng = small_encoder(), np.random.default_rng(0)
+    sets = [[int(i)] for i in rng.integers(1, 7, 24)] + [sorted(rng.choice(4, 2, False).tolist()) for _ in range(24)]
+    signals = [torch.from_numpy(rng.normal(0, 0.3, (1, len(ids), 20 * PATCH))).float() for ids in sets]
+
+    def alarms():
+        with torch.no_grad():
+            pooled = [encoder(x, torch.tensor([ids])).pooled() for x, ids in zip(signals, sets)]
+        features = torch.cat(pooled)
+        return evaluate.diagnose(row(features, lead_counts(*sets)), True), evaluate.effective_rank(
+            (features - features.mean(0)).double())
+    found, _ = alarms()
+    assert found == {}
+    with torch.no_grad():
+        encoder.patch_embedding.weight.zero_()
+        encoder.patch_embedding.bias.zero_()
+    found, over_all = alarms()
+    assert list(found) == ["collapse of features"] and "ignores the ECG" in found["collapse of features"]
+    assert over_all > evaluate.COLLAPSED_RANK                      # which is why lead sets are kept apart
+
+
+class Labels:
+    """A corpus in memory: noise whose strength is the label."""
+
+    def __init__(self, n, seed):
+        rng = np.random.default_rng(seed)
+        self.index = np.zeros(n, INDEX_DTYPE)
+        self.index["label"] = 1 + rng.integers(0, 2, n)
+        self.index["n_leads"], self.index["length"] = 12, 10 * FS
+        self.index["leads"][:, :12] = np.arange(1, 13)
+        self.index["split"] = np.arange(n) % 2
+        self.signals = (rng.normal(size=(n, 12, 10 * FS)) * 100 * self.index["label"][:, None, None]).astype(np.int16)
+        self.signals[0, 3, 5] = evaluate.MISSING
+
+    def read(self, i, start=0, length=None):
+        return self.signals[i][:, start:start + length]
+
+    def lead_ids(self, i):
+        return self.index["leads"][i][:12]
+
+
+def test_the_online_probe_finds_what_the_features_hold():
+    corpus, encoder = Labels(90, 0), small_encoder()
+    probe = evaluate.OnlineProbe([corpus], 15 * PATCH)
+    assert probe.usable and probe.scored.tolist() == [0, 1]
+    assert [len(windows) for windows, _, _ in probe.sets] == [44, 45]          # one has a missing sample
+    signal_mv = torch.from_numpy(corpus.read(2, 0, 15 * PATCH) * np.float32(1e-3))
+    assert probe.score(encoder, torch.device("cpu")) > 0.95
+    with torch.no_grad():
+        out = encoder(signal_mv[None], torch.arange(1, 13)[None])
+    seen = []
+    encoder.forward, forward = lambda *x: seen.append(forward(*x)) or seen[-1], encoder.forward
+    probe.score(encoder, torch.device("cpu"))
+    np.testing.assert_allclose(seen[0].pooled()[0], out.pooled()[0], atol=1e-5)
+    assert not evaluate.OnlineProbe([Labels(20, 0)], 15 * PATCH).usable
+    assert not evaluate.OnlineProbe([corpus], 11 * FS).usable and not evaluate.OnlineProbe([], 500).usable
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+@pytest.mark.parametrize("rows", [
+    [],
+    [dict(step=0, loss=1.0)],
+    [dict(step=0, loss=1.0, ibot=None, ln_k=4.1, target_entropy=2.0), dict(step=1, skipped="x"),
+     dict(step=2, loss=0.9, ibot=3.0, dino_local=2.0, ln_k=4.1), dict(step=2, online_auroc=0.7)]])
+def test_curves_cope_with_any_log(tmp_path, rows):
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    evaluate.draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").read_bytes()[:4] == PNG
+    assert {p.name for p in tmp_path.iterdir()} == {"curves.png", "log.jsonl"}
+
+
+def test_fine_features_are_those_of_shifted_recordings():
+    encoder, signal = small_encoder(), draw_ecg(FS, 3, ("I", "II")).astype(np.float32)
+    features, times_s = evaluate.fine_features(encoder, signal, ["I", "II"])
+    assert features.shape == (2, len(times_s), WIDTH) and (np.diff(times_s) > 0).all()
+    np.testing.assert_allclose(np.diff(times_s)[:50], evaluate.SHIFT_SAMPLES / FS)
+    shifted = encoder.embed(signal[:, 10:], fs=FS, leads=["I", "II"])
+    at = np.abs(times_s[None] - (shifted.times_s + 10 / FS)[:, None]).argmin(axis=1)
+    np.testing.assert_allclose(features[:, at], shifted.local_features, atol=1e-5)
+
+
+def test_features_can_be_drawn(synth, tmp_path):
+    corpus = open_corpus(synth / "data" / "ptbxl")
+    evaluate.draw_features(small_encoder(), corpus, 0, tmp_path / "features.png")
+    assert (tmp_path / "features.png").read_bytes()[:4] == PNG
+    short = Labels(2, 0)                                           # a lead that is not among those that are shown
+    short.read = lambda i, start=0, length=None: short.signals[i][:1, :2 * FS]
+    short.lead_ids = lambda i: np.array([18])
+    evaluate.draw_features(small_encoder(), short, 1, tmp_path / "short.png")
+    assert (tmp_path / "short.png").read_bytes()[:4] == PNG
+
+
+def test_bars_leave_out_what_is_not_known(tmp_path):
+    figure = Figure()
+    axis = figure.subplots()
+    evaluate.draw_bars(axis, ["a", "b"], {"untrained": ([0.7, None], [[0.6, 0.8], [None, None]]),
+                                          "pre-trained": ([0.9, 0.4], [[0.8, 1.0], [0.3, 0.5]])})
+    evaluate.save_figure(figure, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[:4] == PNG and axis.get_ylim()[0] < 0.41
+    assert [t.get_text() for t in axis.texts] == ["0.700", "-", "0.900", "0.400"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command line
+
+def test_an_absent_device_and_an_absent_encoder_are_named(tmp_path):
+    with pytest.raises(ValueError, match="nosuch"):
+        evaluate.load_encoders("random:tiny", "nosuch")
+    with pytest.raises(ValueError, match="no encoder at"):
+        evaluate.load_encoders(str(tmp_path / "encoder.pt"), "cpu")
+    assert len(evaluate.load_encoders("random:tiny", "auto")) == 1
+
+
+def test_help_says_that_raw_is_the_publishers_folder(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parser_of("what it does", "raw/ptbxl").parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "such as raw/ptbxl; not the prepared corpus" in said and "cuda:1" in said
