@@ -136,6 +136,26 @@ def check_tables(dir, manifest, index, records, patients, fingerprints):
                          f"manifest says {manifest.get('recordings')}")
 
 
+def index_faults(corpus):
+    """What cannot be true of an index."""
+    index = corpus.index
+    size = index["n_leads"].astype(np.int64) * index["length"]
+    samples = np.array([n // 2 for n in corpus.manifest["shard_bytes"].values()])
+    wrong = {"reaches beyond its shard": index["offset"] + size > samples[np.minimum(index["shard"], len(samples) - 1)],
+             "is in a shard that is not there": index["shard"] >= len(samples),
+             "has no lead or no sample": size <= 0,
+             "has a lead that is not known": (index["leads"] >= len(LEADS)).any(axis=1),
+             "has a split that is not known": index["split"] >= len(SPLITS),
+             "has a patient that is not known": index["patient"] >= len(corpus.patients)}
+    for what, rows in wrong.items():
+        if rows.any():
+            yield f"{rows.sum():,} recordings, the first {corpus.records[np.argmax(rows)].decode()}: it {what}"
+    pairs = np.unique(index["patient"].astype(np.int64) * len(SPLITS) + index["split"]) // len(SPLITS)
+    overlap = len(pairs) - len(np.unique(pairs))
+    if overlap:
+        yield f"{overlap} patients are in more than one split"
+
+
 def part_of(out):
     """The folder of an unfinished corpus."""
     out = Path(out).resolve()

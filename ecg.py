@@ -103,7 +103,7 @@ def as_lead_rows(signal, fs, leads, units):
     if str(units).lower() not in MV_PER_UNIT:
         raise Refused("units", f"units is {units!r}: expected mV, uV or V; scale the signal and say units=\"mV\"")
     try:
-        x = np.asarray(np.ma.array(signal, dtype=np.float64, copy=True).filled(np.nan))
+        x = np.array(np.ma.array(signal, dtype=np.float64).filled(np.nan))
         n_leads = len(as_list(leads))
     except (ValueError, TypeError, RuntimeError) as error:
         raise Refused("shape", f"signal or leads cannot be read ({error}): expected numbers (leads, samples) and one "
@@ -132,8 +132,8 @@ def mark_missing(x, fs):
     x[np.abs(x) > MAX_MV] = np.nan
     block = max(1, int(min(FLAT_S, 2 * PAD_S) * fs) // 2)
     for lead in x:
-        # A value held for FLAT_S fills a block of half of that. Hardly any lead has such a block, and measuring all runs
-        # of a lead takes ten times as long as seeing that.
+        # A value held for FLAT_S fills a block of half of that. Hardly any lead has such a block, and measuring all its
+        # runs takes ten times as long as seeing that.
         blocks = lead[:len(lead) // block * block].reshape(-1, block)
         if 0 in (lead[0], lead[-1]) or len(lead) <= 2 * block or (blocks.max(axis=1) == blocks.min(axis=1)).any():
             edges = np.flatnonzero(np.diff(lead)) + 1  # NaN differs from NaN, so gaps are no runs

@@ -36,9 +36,10 @@ import wfdb
 from tqdm import tqdm
 
 from corpus import (EVENT_DTYPE, FINGERPRINT_BYTES, FORMAT_VERSION, INDEX_DTYPE, MAGIC, NO_EVENTS, PATIENT_DTYPE,
-                    RECORD_DTYPE, SPLITS, SUPERCLASSES, fingerprint, open_corpus, part_of, rows_to_leave_out)
+                    RECORD_DTYPE, SPLITS, SUPERCLASSES, fingerprint, index_faults, open_corpus, part_of,
+                    rows_to_leave_out)
 from ecg import (FS, LEAD_IDS, LEADS, MAX_LEADS, MISSING, PAD_S, UV_PER_MV, Recording, Refused, atomic_write,
-                 header_lines, preprocess, read_wfdb, sha256)
+                 header_lines, lock_folder, preprocess, read_wfdb, sha256)
 from synth import atomic_folder, synthesize
 
 MIN_VALID_S = 2.0                # s of signal that a lead, and so a recording, needs to be kept
@@ -490,25 +491,13 @@ def refuse_existing(out):
         raise ValueError(f"{out} already exists: delete it (rm -r {out}) to make it again, or name another folder")
 
 
-@contextlib.contextmanager
-def only_writer(part):
-    """A lock on `part` that lasts as long as this process, however it ends."""
-    import fcntl                                                   # Windows has none; all else here would work there
-    with open(part / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another prepare.py is writing {part}: wait for it, or end it") from None
-        yield
-
-
 def write_corpus(source, raw, out, args, command):
     """Prepare all recordings of `source` under `raw` into `out`, or continue with what OUT.part holds. Returns the
     manifest, None for a dry run."""
     refuse_existing(out)
     part = part_of(out)
     part.mkdir(parents=True, exist_ok=True)
-    with only_writer(part):
+    with lock_folder(part):
         begun = (part / "plan.json").exists()
         try:
             resume = begun and not args.dry_run
@@ -812,26 +801,6 @@ def check(dirs):
                       "train.py leaves them out when it is given the same corpora")
     print(f"{len(corpora)} corpora, {faults} faults")
     return faults
-
-
-def index_faults(corpus):
-    """What cannot be true of an index."""
-    index = corpus.index
-    size = index["n_leads"].astype(np.int64) * index["length"]
-    samples = np.array([n // 2 for n in corpus.manifest["shard_bytes"].values()])
-    wrong = {"reaches beyond its shard": index["offset"] + size > samples[np.minimum(index["shard"], len(samples) - 1)],
-             "is in a shard that is not there": index["shard"] >= len(samples),
-             "has no lead or no sample": size <= 0,
-             "has a lead that is not known": (index["leads"] >= len(LEADS)).any(axis=1),
-             "has a split that is not known": index["split"] >= len(SPLITS),
-             "has a patient that is not known": index["patient"] >= len(corpus.patients)}
-    for what, rows in wrong.items():
-        if rows.any():
-            yield f"{rows.sum():,} recordings, the first {corpus.records[np.argmax(rows)].decode()}: it {what}"
-    pairs = np.unique(index["patient"].astype(np.int64) * len(SPLITS) + index["split"]) // len(SPLITS)
-    overlap = len(pairs) - len(np.unique(pairs))
-    if overlap:
-        yield f"{overlap} patients are in more than one split"
 
 
 def heart_rate_bpm(lead):

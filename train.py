@@ -239,29 +239,25 @@ class Watchdog:
             time.sleep(min(1.0, HANG_S / 4))
             if self.since == math.inf:
                 return
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        stacks = "".join(f"  {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
-                         for ident, frame in sys._current_frames().items() if ident != threading.get_ident())
-        sys.stderr.write(f"error: rank {self.rank} on {socket.gethostname()} has been in {self.what} for {HANG_S} s; "
-                         f"it ends here (HANG_S in train.py is the limit). Its threads:\n{stacks}")
-        sys.stderr.flush()
+        print(f"error: rank {self.rank} on {socket.gethostname()} has been in {self.what} for {HANG_S} s; it ends here "
+              "(HANG_S in train.py is the limit). Its threads:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback()
         os._exit(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # networks: sharding, first weights, gradients
 
-def shard(network, mesh, low_precision):
-    """FSDP2. Wrapper order: checkpointing, compile, shard. The roots reshard after forward too, otherwise the EMA would
-    meet unsharded teacher parameters."""
+def shard(part, mesh, low_precision):
+    """FSDP2 of an encoder or a head. Wrapper order: checkpointing, compile, shard. The roots reshard after forward too,
+    otherwise the EMA would meet unsharded teacher parameters."""
     # Inputs keep their dtype: a bf16 signal would have lost its small waves before the encoder takes the baseline off.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if low_precision else None, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
-    for part in network.values():
-        for module in (*getattr(part, "blocks", ()), part):
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        if hasattr(part, "encode"):
-            register_fsdp_forward_method(part, "encode")
+    for module in (*getattr(part, "blocks", ()), part):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if hasattr(part, "encode"):
+        register_fsdp_forward_method(part, "encode")
 
 
 def local(tensor):
@@ -529,11 +525,11 @@ def identity(args, corpora, noise, excluded):
 
 def check_resume(meta, same, args):
     """ValueError unless the run of a checkpoint and this one are the same."""
-    def nameless(value):
-        return [text.rsplit(":", 1)[1] for text in value] if isinstance(value, list) else value
+    def nameless(key, value):
+        return [text.rsplit(":", 1)[1] for text in value or []] if key in ("data", "noise", "exclude") else value
     before = meta["same"]
     differ = [f"{k if '.' in k else '--' + k.replace('_', '-')} {shown(before.get(k))} (now {shown(same.get(k))})"
-              for k in before | same if nameless(before.get(k)) != nameless(same.get(k))]
+              for k in before | same if nameless(k, before.get(k)) != nameless(k, same.get(k))]
     if differ:
         raise ValueError(f"{args.out} was started with {', '.join(differ)}; resume with the same flags, data and "
                          "constants, or choose another --out")
@@ -543,7 +539,7 @@ def check_resume(meta, same, args):
 
 
 def shown(value):
-    return " ".join(value) or "nothing" if isinstance(value, list) else value
+    return " ".join(map(str, value)) or "nothing" if isinstance(value, list) else value
 
 
 def settle_flags(args, meta, device, rank):
@@ -568,13 +564,11 @@ def run_about(args, world_size, device, sampler, student, same):
         found = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
         return found.stdout.strip() if found.returncode == 0 else None
     return dict(command=" ".join(sys.argv), same=same,
-                adjustable={k: getattr(args, k) for k in ("lr", "steps", "precision")},
-                args={k: [str(x) for x in v] if isinstance(v, list) else str(v) if isinstance(v, Path) else v
-                      for k, v in vars(args).items()},
-                commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")),
-                torch=torch.__version__, world_size=world_size, device=str(device),
-                device_name=(torch.cuda.get_device_name() if device.type == "cuda" else
-                             f"{torch.get_num_threads()} CPU threads"),
+                adjustable={k: getattr(args, k) for k in ("lr", "steps", "precision")}, args=vars(args),
+                commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")), torch=torch.__version__,
+                world_size=world_size, device=str(device),
+                device_name=torch.cuda.get_device_name() if device.type == "cuda" else
+                f"{torch.get_num_threads()} CPU threads",
                 parameters={k: sum(p.numel() for p in part.parameters()) for k, part in student.items()},
                 groups=[dict(leads=g["shape"].leads, recordings_per_batch=g["size"],
                              patients=int(g["patients"].sum())) for g in sampler.groups],
@@ -603,15 +597,14 @@ def build(args, mesh, device, watchdog):
         encoder = build_encoder(args.size, args.seed,
                                 window_patches={g.leads: g.global_patches for g in lead_groups(args.window)})
         student, teacher = build_networks(encoder, HEAD_HIDDEN, HEAD_BOTTLENECK, args.prototypes, args.prototypes)
-    gram_teacher = copy.deepcopy(teacher["encoder"]) if args.gram_from >= 0 else None
+        gram_teacher = copy.deepcopy(teacher["encoder"]) if args.gram_from >= 0 else None
     for block in encoder.blocks:
         block.recompute = args.checkpoint_activations
-    if args.compile:
-        for block in (*encoder.blocks, *teacher["encoder"].blocks):
-            block.forward = torch.compile(block.forward, dynamic=True)
-    if mesh is not None:
-        for network in (student, teacher, *([dict(gram=gram_teacher)] if gram_teacher is not None else [])):
-            shard(network, mesh, args.precision == "bf16")
+    for block in (*encoder.blocks, *teacher["encoder"].blocks) if args.compile else ():
+        block.forward = torch.compile(block.forward, dynamic=True)
+    for part in (*student.values(), *teacher.values(), gram_teacher) if mesh is not None else ():
+        if part is not None:
+            shard(part, mesh, args.precision == "bf16")
     materialize(student, teacher, gram_teacher, device, watchdog)
     return student, teacher, gram_teacher
 

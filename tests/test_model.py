@@ -1,5 +1,5 @@
-"""model.py: the encoder against plain code, what it must not depend on, gradients, export, its files, and embed() on any
-recording, on many, and on nonsense."""
+"""model.py: the encoder against plain code, what it must not depend on, gradients, export, its files, and embed() on
+any recording, on many, and on nonsense."""
 import math
 import pickle
 import re
@@ -32,7 +32,7 @@ def randn(*shape, seed=0):
 
 
 def lively(width=32, depth=2, heads=2):
-    """A small encoder with all parameters moved far from their start, where biases and the mask token are 0 and scales all alike."""
+    """A small encoder with all parameters far from their start, where biases and the mask token are 0, scales alike."""
     encoder = Encoder(width=width, depth=depth, heads=heads, layer_scale=0.8)
     for i, p in enumerate(encoder.parameters()):
         p.data.add_(0.1 * randn(*p.shape, seed=i))
@@ -130,7 +130,8 @@ def plain_encoder(weights, heads, signal, leads):
     tokens, times_s, places = [p["cls_token"][0, 0], *p["register_tokens"][0]], [None] * (1 + REGISTERS), []
     for row, (lead, i) in enumerate(zip(signal.double(), leads)):
         for n, patch in plain_front_end(lead).items():
-            tokens.append(p["patch_embedding.weight"] @ patch + p["patch_embedding.bias"] + p["lead_embedding.weight"][i])
+            tokens.append(p["patch_embedding.weight"] @ patch + p["patch_embedding.bias"]
+                          + p["lead_embedding.weight"][i])
             times_s.append((n + 0.5) * P / FS)
             places.append((row, n))
     x = torch.stack(tokens)
@@ -170,7 +171,8 @@ def test_encoder_with_missing_samples_equals_plain_code(encoder):
     """Gaps of their own in each recording: one patch, a patch with no other near, a dead lead, all, nothing."""
     signal, leads = 0.3 * randn(5, 3, 9 * P), torch.stack([ids("I", "V2", "ECG")] * 5)
     signal += torch.linspace(0, 2, 9 * P) ** 2
-    signal = with_gaps(signal, (0, 0, 2), (0, 2, 8), (1, 1, slice(0, 8)), (2, 0, slice(None)), (3, slice(None), slice(None)))
+    signal = with_gaps(signal, (0, 0, 2), (0, 2, 8), (1, 1, slice(0, 8)), (2, 0, slice(None)),
+                       (3, slice(None), slice(None)))
     signal[0, 1, 300] = float("inf")                                    # as bad as NaN
     out = assert_equals_plain_code(encoder, signal, leads)
     assert out.valid.sum((1, 2)).tolist() == [24, 19, 18, 0, 27]
@@ -474,10 +476,11 @@ def test_weights_depend_on_the_seed_alone():
 def test_initial_statistics():
     encoder = build_encoder("tiny")
     signal = torch.tensor(draw_ecg(FS, 10, TWELVE)[None]).float()
-    assert 0.3 < encoder.tokens(signal).std() < 3                       # about 1: lead vectors (0.5) are seen and do not drown it
+    assert 0.3 < encoder.tokens(signal).std() < 3                       # about 1: lead vectors (0.5) count next to it
     for linear in (encoder.patch_embedding, encoder.blocks[0].attention.qkv, encoder.blocks[0].mlp[2]):
         std = linear.in_features ** -0.5
-        assert linear.weight.std().item() == pytest.approx(0.88 * std, rel=0.03) and linear.weight.abs().max() <= 2 * std   # cut at 2 deviations
+        assert linear.weight.std().item() == pytest.approx(0.88 * std, rel=0.03)
+        assert linear.weight.abs().max() <= 2 * std                     # cut at 2 deviations
     assert encoder.lead_embedding.weight.shape == (len(LEADS), encoder.width)
     assert encoder.lead_embedding.weight.std().item() == pytest.approx(0.5, rel=0.1)
     assert encoder.blocks[0].scale1.unique().tolist() == [SIZES["tiny"]["layer_scale"]]
@@ -492,7 +495,8 @@ def weights_as_ever(encoder, seed):
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for tokens, std in ((encoder.lead_embedding.weight, 0.5), (encoder.cls_token, 0.02), (encoder.register_tokens, 0.02)):
+    for tokens, std in ((encoder.lead_embedding.weight, 0.5), (encoder.cls_token, 0.02),
+                        (encoder.register_tokens, 0.02)):
         nn.init.normal_(tokens, std=std, generator=generator)
     nn.init.zeros_(encoder.mask_token)
     for module in encoder.modules():
@@ -504,7 +508,7 @@ def weights_as_ever(encoder, seed):
     return encoder
 
 
-@pytest.mark.parametrize("size, seed", [("tiny", 0), ("tiny", 3), ("small", 0)])
+@pytest.mark.parametrize("size, seed", [("tiny", 0), ("tiny", 3), pytest.param("small", 0, marks=pytest.mark.slow)])
 def test_first_weights_are_those_of_before(size, seed):
     found, expected = build_encoder(size, seed), weights_as_ever(lively_of(size), seed)
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
@@ -581,8 +585,8 @@ def test_files_of_before_are_still_read(tmp_path):
                     "attention.qkv.weight": (96, 32), "attention.proj.weight": (32, 32), "attention.proj.bias": (32,),
                     "norm2.weight": (32,), "norm2.bias": (32,), "mlp.0.weight": (128, 32), "mlp.0.bias": (128,),
                     "mlp.2.weight": (32, 128), "mlp.2.bias": (32,)}
-    shapes = {"cls_token": (1, 1, D), "register_tokens": (1, 4, D), "mask_token": (D,), "patch_embedding.weight": (D, 50),
-              "patch_embedding.bias": (D,), "lead_embedding.weight": (21, D),
+    shapes = {"cls_token": (1, 1, D), "register_tokens": (1, 4, D), "mask_token": (D,),
+              "patch_embedding.weight": (D, 50), "patch_embedding.bias": (D,), "lead_embedding.weight": (21, D),
               **{f"blocks.0.{name}": shape for name, shape in block.items()}, "norm.weight": (D,), "norm.bias": (D,)}
     weights = {name: 0.3 * randn(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     torch.save({"format": "ecg-dino encoder 3",
@@ -616,7 +620,8 @@ def test_weights_of_half_precision_are_loaded_as_fp32(encoder, tmp_path):
     half = {name: value.bfloat16() for name, value in encoder.state_dict().items()}
     save_encoder(encoder, tmp_path / "encoder.pt", half)
     loaded = load_encoder(tmp_path / "encoder.pt").state_dict()
-    assert all(value.dtype == torch.float32 and torch.equal(value, half[name].float()) for name, value in loaded.items())
+    assert all(value.dtype == torch.float32 for value in loaded.values())
+    assert all(torch.equal(value, half[name].float()) for name, value in loaded.items())
 
 
 def resaved(change):
@@ -626,6 +631,18 @@ def resaved(change):
         change(content)
         torch.save(content, path)
     return write
+
+
+def with_weight(**weight):
+    return resaved(lambda content: content["state_dict"].update(weight))
+
+
+def with_preprocessing(**setting):
+    return resaved(lambda content: content["preprocessing"].update(setting))
+
+
+def cut_after(size):
+    return lambda path, saved: path.write_bytes(saved.read_bytes()[:size])
 
 
 def cut_at(share):
@@ -647,32 +664,32 @@ class Foreign:
 
 
 DAMAGED, FOREIGN = "is damaged.*again", "is not an encoder.*give the encoder.pt that train.py wrote"
+COMMIT = "use the commit that wrote it"
 BAD_FILES = {                    # name: (what writes it, what the message must say)
-    "empty": (cut_at(0), DAMAGED), "cut after 10 bytes": (lambda path, saved: path.write_bytes(saved.read_bytes()[:10]), DAMAGED),
-    "cut after 2000 bytes": (lambda path, saved: path.write_bytes(saved.read_bytes()[:2000]), DAMAGED),
+    "empty": (cut_after(0), DAMAGED), "10 bytes": (cut_after(10), DAMAGED), "2000 bytes": (cut_after(2000), DAMAGED),
     "cut in the middle": (cut_at(0.5), DAMAGED), "cut at the end": (cut_at(0.9999), DAMAGED),
     "a flipped bit": (flipped, DAMAGED),
-    "a weight is absent": (resaved(lambda c: c["state_dict"].pop("mask_token")), DAMAGED + "|is damaged.*mask_token"),
-    "a weight too many": (resaved(lambda c: c["state_dict"].update(more=torch.ones(1))), "is damaged.*weights do not fit"),
-    "a weight of other shape": (resaved(lambda c: c["state_dict"].update(mask_token=torch.ones(5))), "is damaged.*do not fit"),
-    "no architecture": (resaved(lambda c: c.update(config={"width": 32})), "is damaged.*do not fit"),
+    "a weight is absent": (resaved(lambda content: content["state_dict"].pop("mask_token")), "is damaged.*do not fit"),
+    "a weight too many": (with_weight(more=torch.ones(1)), "is damaged.*do not fit"),
+    "a weight of other shape": (with_weight(mask_token=torch.ones(5)), "is damaged.*do not fit"),
+    "no architecture": (resaved(lambda content: content.update(config={"width": 32})), "is damaged.*do not fit"),
     "text": (lambda path, saved: path.write_text("not an encoder"), FOREIGN),
     "npz": (lambda path, saved: np.savez(open(path, "wb"), x=np.zeros(999)), FOREIGN),
     "another zip": (lambda path, saved: zipfile.ZipFile(path, "w").writestr("a.txt", "x" * 999), FOREIGN),
-    "a pickle": (lambda path, saved: path.write_bytes(pickle.dumps(Foreign())), FOREIGN),
+    "a pickle": (lambda path, saved: path.write_bytes(pickle.dumps(Foreign(), protocol=2)), FOREIGN),
     "another dict of PyTorch": (lambda path, saved: torch.save({"model": torch.ones(3)}, path), FOREIGN),
     "a tensor": (lambda path, saved: torch.save(torch.ones(3), path), FOREIGN),
     "a file of an old PyTorch": (lambda path, saved: torch.save(
         {"model": torch.ones(3)}, path, _use_new_zipfile_serialization=False), FOREIGN),
     "objects inside": (lambda path, saved: torch.save({"format": FORMAT, "config": Foreign()}, path), FOREIGN),
-    "no preprocessing": (resaved(lambda c: c.pop("preprocessing")), FOREIGN),
-    "other format": (resaved(lambda c: c.update(format="ecg-dino encoder 99")),
+    "no preprocessing": (resaved(lambda content: content.pop("preprocessing")), FOREIGN),
+    "other format": (resaved(lambda content: content.update(format="ecg-dino encoder 99")),
                      "expected format 'ecg-dino encoder 3'.*ecg-dino encoder 99"),
-    "other rate": (resaved(lambda c: c["preprocessing"].update(fs_hz=500)), "fs_hz 500, expected 250.*commit that wrote it"),
-    "other leads": (resaved(lambda c: c["preprocessing"].update(leads=["I"])), r"leads \['I'\], expected.*commit that wrote"),
-    "other baseline": (resaved(lambda c: c["preprocessing"].update(baseline_patches=9)), "commit that wrote it"),
-    "other compression": (resaved(lambda c: c["preprocessing"].update(compress_mv=0.2)), "commit that wrote it"),
-    "unknown compression": (resaved(lambda c: c["preprocessing"].pop("compress_mv")), "None, expected 0.1.*commit that wrote"),
+    "other rate": (with_preprocessing(fs_hz=500), f"fs_hz 500, expected 250.*{COMMIT}"),
+    "other leads": (with_preprocessing(leads=["I"]), rf"leads \['I'\], expected.*{COMMIT}"),
+    "other baseline": (with_preprocessing(baseline_patches=9), COMMIT),
+    "other compression": (with_preprocessing(compress_mv=0.2), f"0.2, expected 0.1.*{COMMIT}"),
+    "unknown compression": (resaved(lambda content: content["preprocessing"].pop("compress_mv")), f"None.*{COMMIT}"),
     "absent": (lambda path, saved: None, "no encoder at .*train.py writes.*random:tiny"),
 }
 
@@ -687,11 +704,14 @@ def test_bad_files_are_told_apart(saved, tmp_path, kind):
 
 
 def test_a_changed_byte_is_noticed_or_changes_nothing(tmp_path):
-    """Bytes all over a small file. Those between the members of the archive mean nothing."""
+    """Bytes all over a small file, and the bit that says that a member of the archive is a folder: torch.load would not
+    fill its weights. Bytes between the members mean nothing."""
     encoder = Encoder(width=8, depth=1, heads=2, layer_scale=1.0)
     save_encoder(encoder, tmp_path / "whole.pt")
     whole, noticed = (tmp_path / "whole.pt").read_bytes(), 0
-    places = range(0, len(whole), 37)
+    members = [match.start() + 38 for match in re.finditer(b"PK\x01\x02", whole)]
+    assert len(members) > 20
+    places = [*range(0, len(whole), 41), *members]
     for place in places:
         content = bytearray(whole)
         content[place] ^= 0x10
@@ -734,7 +754,8 @@ def test_unknown_names_are_refused(name):
 
 @pytest.mark.parametrize("leads, fs, seconds", [
     (TWELVE, 500, 10), (TWELVE, 100, 10), (("MLII", "V1"), 360, 65), (("II",), 128, 30), (("ECG",), 1000, 10.1),
-    (("ECG", "V1", "other"), 257.5, 12), (("ECG",), 300, 1800), (("MLII", "V1"), 360, 1800), (("I",), 1000, 1800), (("I",), 250, 0.2)])
+    (("ECG", "V1", "other"), 257.5, 12), (("ECG",), 300, 1800), (("MLII", "V1"), 360, 1800), (("I",), 1000, 1800),
+    (("I",), 250, 0.2)])
 def test_embed_any_recording(encoder, leads, fs, seconds):
     out = encoder.embed(draw_ecg(fs, seconds, leads), fs=fs, leads=leads)
     N = int(seconds / PATCH_S + 1e-9)
@@ -756,7 +777,8 @@ def test_sampling_rate_hardly_matters(encoder, fs):
 
 def test_embed_of_one_window_is_the_encoder_itself(encoder):
     signal = draw_ecg(250, 8, ("I", "V2"))
-    out, direct = encoder.embed(signal, fs=250, leads=("I", "V2")), encoder(torch.tensor(signal[None]).float(), ids("I", "V2")[None])
+    out = encoder.embed(signal, fs=250, leads=("I", "V2"))
+    direct = encoder(torch.tensor(signal[None]).float(), ids("I", "V2")[None])
     assert_close(out.cls, direct.cls[0], atol=1e-6)
     assert_close(out.global_feature, direct.pooled()[0], atol=1e-6)
     assert_close(out.local_features, direct.patches[0], atol=1e-6)
@@ -779,7 +801,8 @@ def test_layout_and_containers_do_not_matter(encoder):
 @pytest.mark.parametrize("units, scale", [("uV", 1e3), ("V", 1e-3), ("mv", 1.0)])
 def test_units(encoder, units, scale):
     signal = draw_ecg(250, 8)
-    out, expected = encoder.embed(scale * signal, fs=250, leads=["II"], units=units), encoder.embed(signal, fs=250, leads=["II"])
+    out = encoder.embed(scale * signal, fs=250, leads=["II"], units=units)
+    expected = encoder.embed(signal, fs=250, leads=["II"])
     assert_close(out.local_features, expected.local_features, atol=1e-4)
 
 
@@ -820,9 +843,10 @@ def test_patches_come_from_the_most_central_window(encoder, monkeypatch, at_once
 def test_windows_are_as_long_as_in_training():
     encoder = Encoder(width=32, depth=1, heads=2, layer_scale=1.0, window_patches={1: 20}).eval()
     signal = draw_ecg(250, 13, ("II", "V1"))
-    a, b = (encoder.embed(signal, fs=250, leads=("II", "V1"), **windows) for windows in ({}, dict(window_s=4, stride_s=2)))
+    a, b, c = (encoder.embed(signal, fs=250, leads=("II", "V1"), **windows)
+               for windows in ({}, dict(window_s=4, stride_s=2), dict(window_s=13)))
     assert np.array_equal(a.local_features, b.local_features) and np.array_equal(a.global_feature, b.global_feature)
-    assert np.abs(a.global_feature - encoder.embed(signal, fs=250, leads=("II", "V1"), window_s=13).global_feature).max() > 1e-3
+    assert np.abs(a.global_feature - c.global_feature).max() > 1e-3
 
 
 @pytest.mark.parametrize("patches, starts", [(65, (0, 10, 20, 30, 40, 45)), (20, (0,)), (12, (0,))])
@@ -855,7 +879,8 @@ MANY = {                         # name: (signal, fs, leads, units) of the two r
     "list": (PAIR, 250, LIMBS, "mV"), "tuple": (tuple(PAIR), 250, list(LIMBS), "mV"),
     "generator": ((x for x in PAIR), 250, LIMBS, "mV"),
     "turned": ([x.T for x in PAIR], 250.0, LIMBS, "mV"), "nested lists": ([x.tolist() for x in PAIR], 250, LIMBS, "mV"),
-    "tensors": ([torch.tensor(x) for x in PAIR], 250, LIMBS, "mV"), "masked": ([np.ma.array(x) for x in PAIR], 250, LIMBS, "mV"),
+    "tensors": ([torch.tensor(x) for x in PAIR], 250, LIMBS, "mV"),
+    "masked": ([np.ma.array(x) for x in PAIR], 250, LIMBS, "mV"),
     "objects": (np.array([*PAIR, None], dtype=object)[:2], 250, LIMBS, "mV"),
     "recordings": ([Recording(x, 250, LIMBS) for x in PAIR], None, None, "mV"),
     "recordings and arrays": ([Recording(1000 * PAIR[0], 250, LIMBS, "uV"), PAIR[1]], 250, LIMBS, "mV"),
@@ -894,7 +919,7 @@ def test_arrays_of_recordings(encoder):
 @pytest.mark.parametrize("arguments, text", [
     (dict(fs=[250, 250, 250]), "there are 2 recordings, but.*for 3"), (dict(leads=[LIMBS]), "2 recordings.*for 1"),
     (dict(units=["mV"]), "2 recordings.*for 1"), (dict(fs=[250], leads=[LIMBS] * 3), "2 recordings.*for 1 and 3"),
-    (dict(fs=None), "fs, the sampling rate in Hz, and leads"), (dict(leads=None), "fs, the sampling rate in Hz, and leads")])
+    (dict(fs=None), "fs, the sampling rate in Hz, and leads"), (dict(leads=None), "fs, the sampling rate in Hz")])
 @pytest.mark.parametrize("on_error", ["raise", "nan"])
 def test_arguments_that_do_not_fit_the_recordings(encoder, arguments, text, on_error):
     for signal in (PAIR, np.stack([PAIR[0]] * 2)):
@@ -911,7 +936,8 @@ def motley():
     for i in range(24):
         leads = [TWELVE, ("MLII", "V1"), ("ECG",), TWELVE[:8], ("V5", "II", "X")][i % 5]
         fs, seconds = (250, 500, 360, 128)[i % 4], (3, 10, 7.3, 25, 0.5)[i % 5 - i // 5]
-        signal = draw_ecg(fs, seconds, leads, rr_s=0.6 + 0.02 * i) + 0.01 * rng.standard_normal((len(leads), round(seconds * fs)))
+        signal = draw_ecg(fs, seconds, leads, rr_s=0.6 + 0.02 * i)
+        signal += 0.01 * rng.standard_normal(signal.shape)
         if i % 3 == 1:
             start = int(rng.integers(0, signal.shape[1] - fs // 4))
             signal[rng.integers(len(leads)), start:start + fs // 5] = np.nan
@@ -970,9 +996,9 @@ def test_vectors_of_many_recordings_take_no_memory_that_grows(encoder, monkeypat
             return tracemalloc.get_traced_memory()[1], most[0], len(found)
         finally:
             tracemalloc.stop()
-    (few, few_alive, _), (many, many_alive, found) = peak(50), peak(400)
-    assert found == 400 and few_alive <= 3 and many_alive <= 3
-    signals = 350 * 6 * 250 * 8                                         # what the other 350 recordings take, 4 MB
+    (few, few_alive, _), (many, many_alive, found) = peak(50), peak(250)
+    assert found == 250 and few_alive == many_alive <= 5
+    signals = 200 * 6 * 250 * 8                                         # what the other 200 recordings take, 2.4 MB
     assert many - few < 0.4 * signals                                   # their features, and what Python needs for each
 
 
@@ -992,8 +1018,9 @@ def test_a_recording_that_cannot_be_used(encoder):
 
 
 @pytest.mark.parametrize("arguments, text", [
-    (dict(window_s=0), "window_s is 0"), (dict(window_s=-1), "window_s is -1"), (dict(stride_s=float("nan")), "stride_s is nan"),
-    (dict(stride_s=float("inf")), "stride_s is inf"), (dict(window_s=2, stride_s=3), "stride_s 3 is longer than window_s 2"),
+    (dict(window_s=0), "window_s is 0"), (dict(window_s=-1), "window_s is -1"),
+    (dict(stride_s=float("nan")), "stride_s is nan"), (dict(stride_s=float("inf")), "stride_s is inf"),
+    (dict(window_s=2, stride_s=3), "stride_s 3 is longer than window_s 2"),
     (dict(stride_s=9), "stride_s 9 is longer than window_s 8"), (dict(on_error="skip"), "expected 'raise' or 'nan'")])
 def test_wrong_arguments_are_no_recording_that_cannot_be_used(encoder, arguments, text):
     with pytest.raises(ValueError, match=text):
@@ -1017,7 +1044,7 @@ def test_progress_is_shown_for_many(encoder, monkeypatch):
 
 
 def test_embedding_leaves_an_encoder_that_can_be_trained():
-    """Also where embed() moves it: tensors made in inference mode would know no gradient. meta: a device that is there."""
+    """Also where embed() moves it: tensors of inference mode have no gradient. meta is a device that is there."""
     encoder = lively()
     encoder.embed(PAIR[0], fs=250, leads=LIMBS, device="cpu")
     with torch.enable_grad():
@@ -1081,7 +1108,7 @@ def test_the_rest_of_a_patch_with_a_gap_has_no_influence(encoder):
     assert_close(a.global_feature, b.global_feature)
 
 
-def test_dc_offset_does_not_matter_beside_a_gap(encoder):
+def test_dc_offset_does_not_matter_next_to_a_gap(encoder):
     signal = draw_ecg(250, 8)
     signal[0, 10 * P + 3] = np.nan
     a, b = (encoder.embed(x, fs=250, leads=["II"]) for x in (signal, signal + 3))
@@ -1119,9 +1146,9 @@ NONSENSE = {                     # name: (signal, arguments that differ from a g
     "text": ("ecg.csv", {}, "expected"),
     "texts": ([["a", "b", "c"]], {}, "expected"),
     "ragged": ([[1.0, 2.0], [1.0]], dict(leads=["I", "II"]), "expected"),
-    "with a gradient": (torch.tensor(GOOD).requires_grad_(), {}, "detach"),
     "too many leads": (GOOD, dict(leads=["I", "II"]), "one name per lead"),
-    "leads is None": (GOOD, dict(leads=None), "expected"),
+    "leads is None": (GOOD, dict(leads=None), "fs, the sampling rate in Hz, and leads"),
+    "fs is None": (GOOD, dict(fs=None), "fs, the sampling rate in Hz, and leads"),
     "leads is a count": (GOOD, dict(leads=1), "expected"),
     "fs 0": (GOOD, dict(fs=0), "expected the sampling rate in Hz"),
     "fs negative": (GOOD, dict(fs=-250), "expected the sampling rate in Hz"),
@@ -1156,7 +1183,7 @@ def test_low_and_high_voltages_are_no_nonsense(encoder, scale):
 
 
 def test_impossible_widths_are_refused():
-    for width, heads in ((30, 4), (9, 1), (4, 2)):                      # the last: one pair of a head has no range of periods
+    for width, heads in ((30, 4), (9, 1), (4, 2)):                      # the last: one pair has no range of periods
         with pytest.raises(ValueError, match="width"):
             Encoder(width=width, depth=1, heads=heads, layer_scale=1.0)
 
@@ -1164,33 +1191,37 @@ def test_impossible_widths_are_refused():
 # ---------------------------------------------------------------------------------------------------------------------
 # what a person does with it
 
-@pytest.mark.parametrize("without", ["", "import sys; sys.modules['tqdm'] = None"])
-def test_two_files_are_all_that_embedding_needs(saved, tmp_path, without):
+def test_two_files_are_all_that_embedding_needs(saved, tmp_path):
+    """Copied into an empty folder, with tqdm and without."""
     for name in ("ecg.py", "model.py"):
         shutil.copy(ROOT / name, tmp_path)
     code = f"""
-{without}
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
 import numpy as np
 from model import load_encoder
 signal = np.sin(np.arange(5000) / 40) + 0.3 * np.sin(np.arange(5000) / 7)
-many = load_encoder({str(saved)!r}).embed([signal, signal[:900]], fs=500, leads=[["MLII"], ["V1"]])
-print(many[0].global_feature.shape, many[1].local_features.shape, np.isfinite(many[0].global_feature).all())
+encoder = load_encoder({str(saved)!r})
+sys.modules["wfdb"] = None
+for _ in range(2):
+    many = encoder.embed([signal, signal[:900]], fs=500, leads=[["MLII"], ["V1"]])
+    print(many[0].global_feature.shape, many[1].local_features.shape, np.isfinite(many[0].global_feature).all())
+    sys.modules["tqdm"] = None
 """
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.stdout.split("\n")[0] == "(64,) (1, 9, 32) True", done.stderr
+    assert done.stdout.splitlines() == ["(64,) (1, 9, 32) True"] * 2, done.stderr
 
 
 def test_fine_tuning_as_the_readme_says(encoder, tmp_path, monkeypatch):
     """The code of the README, but for the path and the number of steps, separates two kinds of heart."""
-    section = (ROOT / "README.md").read_text().partition("## Fine-tune it on your own labels\n")[2].partition("\n## ")[0]
-    assert section.count("\n") < 30
+    text = (ROOT / "README.md").read_text().partition("## Fine-tune it on your own labels\n")[2]
+    section = text.partition("\n## ")[0]
+    assert section.rstrip().count("\n") < 30
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     save_encoder(encoder, tmp_path / "encoder.pt")
     monkeypatch.chdir(tmp_path)
     for old, new in (("runs/real/encoder.pt", "encoder.pt"), ("range(1000)", "range(30)"),
-                     ("    loss.backward()\n", "    loss.backward()\n    losses.append(float(loss))\n")):
+                     ("    loss.backward()\n", "    loss.backward()\n    losses.append(loss.item())\n")):
         assert code.count(old) == 1
         code = code.replace(old, new)
     recordings, labels = [], torch.arange(24) % 2
@@ -1219,8 +1250,8 @@ def test_real_recordings(encoder, shared_data):
     assert record.sig_name == ["V5", "MLII"] and out.local_features.shape == (2, 9027, 32)
     assert np.isfinite(out.global_feature).all()
     path = next((shared_data / "ptbxl" / "records500").rglob("*.hea"))
-    fast, slow = (wfdb.rdrecord(str(p.with_suffix(""))) for p in (path, path.parents[2] / "records100" / path.parent.name
-                                                                  / path.name.replace("_hr", "_lr")))
+    low = path.parents[2] / "records100" / path.parent.name / path.name.replace("_hr", "_lr")
+    fast, slow = (wfdb.rdrecord(str(p.with_suffix(""))) for p in (path, low))
     a, b = (encoder.embed(r.p_signal, fs=r.fs, leads=r.sig_name) for r in (fast, slow))
     assert a.local_features.shape == b.local_features.shape == (12, 50, 32)
     spread = a.local_features.std(axis=(0, 1)).mean()

@@ -27,7 +27,7 @@ import prepare
 from conftest import (RECORDS, ROOT, TWELVE, draw_ecg, edit_header, files_of, link, names_of, noise, patient_of,
                       real_ptbxl, rows_of, run, write)
 from corpus import INDEX_DTYPE, SPLITS, open_corpus, part_of
-from ecg import FS, LEADS, MISSING, Refused, preprocess
+from ecg import FS, LEADS, MISSING, Refused, lock_folder, preprocess
 from synth import MITDB_CONDITIONS, STATEMENTS, atomic_folder, write_record
 
 DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
@@ -724,7 +724,7 @@ def test_real_code15_is_read_by_exam_id_and_trimmed(shared_data, tmp_path):
 
 
 def test_faults_of_code15_are_counted(shared_data, tmp_path):
-    """Two parts from the real exams, with a padding row, an empty exam, dead leads, an exam that the table does not know,
+    """Two parts from the real exams, with a padding row, an empty exam, dead leads, an exam that is not in the table,
     one that is in the wrong part, one that is missing, absurd amplitudes, and a scale of 1e-4 V."""
     h5py = pytest.importorskip("h5py")
     with h5py.File(shared_data / "code15" / "exams_part0.hdf5") as file:
@@ -1012,7 +1012,7 @@ def test_what_may_not_be_read(tmp_path):
 def test_two_runs_do_not_write_into_one_folder(small_raw, tmp_path):
     part = part_of(tmp_path / "out")
     part.mkdir()
-    with prepare.only_writer(part), pytest.raises(ValueError, match="another prepare.py is writing .*out.part"):
+    with lock_folder(part), pytest.raises(ValueError, match="another process writes into .*out.part"):
         run("wfdb", small_raw, tmp_path / "out")
 
 
