@@ -2,25 +2,20 @@
 shared.
 
     python bench.py [--data DIR [DIR ...]] [--noise DIR] [--size tiny] [--batch 64] [--device auto]
-    python bench.py --sizes          python bench.py --ranks 2 [--size small]
-    python bench.py --prepare        python bench.py --index 12000000
+    python bench.py --sizes | --ranks 2 [--size small] | --prepare | --index 12000000
 
-Without --data, synthetic recordings are prepared in a temporary folder. Prints one line per path, medians after a
-warm-up:
+Without --data, synthetic recordings are prepared in a temporary folder. One line per path, medians after a warm-up:
     matmul    fp32 (bf16 on a GPU) matrix multiplication of this machine, the yardstick of `step`
     step      training step: model FLOP/s (matrix products of forward and backward) as a share of the matmul rate, what
               it is made of, and the share of it that the loop waits for data
     loader    batches per second of augment.host_batch, and the share of a step that they take
     views     windows, leads, gain and noise of a batch, as a share of a step (a thread makes them during the step)
     embed     ten-second 12-lead recordings per second through a frozen encoder, FLOP/s as a share of the matmul rate
---sizes: parameters, state, activations, FLOPs and start of every size, computed without memory, next to what is
-    measured here
---ranks: state of each rank, step and checkpoint of a sharded and a replicated run, on 1 to so many processes; `alone`
-    is a rank that speaks to no other, and whose losses see only its own recordings
---prepare: recordings per second of prepare.py, from raw files to finished shards, on one core and on two, as a ratio to
-    wfdb.rdrecord (h5py for HDF5) alone reading the same files
---index: a simulated index of so many recordings: seconds to open it and to build the sampler, memory, and the choice of
-    a batch of 1,024, next to the same at a thousandth of the size
+--sizes: parameters, state, activations, FLOPs and start of every size, computed without memory
+--ranks: state of each rank, step and checkpoint of a sharded and a replicated run; `alone` is a rank that speaks to no
+    other, and whose losses see only its own recordings
+--prepare: recordings per second of prepare.py on one core and on two, as a ratio to wfdb.rdrecord alone
+--index: a simulated index of so many recordings: seconds to open it and to build the sampler, memory, choice of a batch
 """
 import argparse
 import contextlib
@@ -41,7 +36,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import wfdb
-from scipy.signal import resample_poly
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,7 +48,7 @@ from corpus import (FINGERPRINT_BYTES, FORMAT_VERSION, INDEX_DTYPE, MAGIC, PATIE
 from dino import build_networks, distributed, update_teacher
 from ecg import FS
 from model import PATCH_S, SIZES, build_encoder
-from synth import PTBXL_LEADS, synth_recording, write_record
+from synth import synthesize
 
 REPEATS = 5
 ROUNDS = 8                       # how often the raw files are prepared: two processes take half a second to start
@@ -325,7 +319,7 @@ def rank_worker(rank, world_size, port, size, batch, shard, folder, queue):
         about = dict(command="bench.py", commit=None)
         start = time.perf_counter()
         state = train.training_state(run.student, run.teacher, None, run.optimizer)
-        saved.save(1, state, about, run.teacher["encoder"])
+        saved.save(1, state, about, run.teacher["encoder"].config)
         stall = time.perf_counter() - start
         saved.wait()
         written = time.perf_counter() - start
@@ -372,62 +366,28 @@ def bench_ranks(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # prepare.py and the index
 
-def raw_folders(folder):
-    """{name: (source, folder of raw files)}, made from one synthetic ECG."""
-    rng = np.random.default_rng(0)
-    ecg = np.rint(synth_recording(rng, "SR NORM", 500, 10, PTBXL_LEADS)[0] * 1000).astype(int)
-    made = {}
-    for name, source, count, fs, leads, samples, gain in (
-            ("12 leads, 10 s, 500 Hz", "wfdb", 300, 500, PTBXL_LEADS, 5000, 1000),
-            ("2 leads, 30 min, 212", "wfdb", 20, 360, PTBXL_LEADS[:2], 360 * 1800, 200),
-            ("1 lead, 70 min, 250 Hz", "icentia11k", 20, 250, ("ecg",), 2 ** 20 + 1, 1000)):
-        made[name] = source, folder / f"raw{len(made)}"
-        made[name][1].mkdir()
-        for i in range(count):
-            adc = np.resize(np.roll(ecg[:, :len(leads)], i, axis=0), (samples, len(leads)))
-            write_record(made[name][1] / f"p00000_s{i:02d}", fs, leads, adc, gain)
-    with contextlib.suppress(ImportError):
-        import h5py
-        (folder / "code15").mkdir()
-        tracing = np.zeros((4096, 12), np.float32)
-        tracing[581:3515] = resample_poly(ecg, 4, 5)[:2934] / 1000
-        tracing += (tracing != 0) * rng.normal(0, 1e-3, tracing.shape)
-        with h5py.File(folder / "code15" / "exams_part0.hdf5", "w") as file:
-            file["exam_id"] = np.arange(1, 301)
-            data = np.stack([np.roll(tracing, i, axis=1) for i in range(300)]).astype(np.float32)
-            file.create_dataset("tracings", data=data, chunks=(1, 4096, 12), compression="gzip")
-        rows = "".join(f"{i},{i},exams_part0.hdf5\n" for i in range(1, 301))
-        (folder / "code15" / "exams.csv").write_text("exam_id,patient_id,trace_file\n" + rows)
-        made["CODE-15%, HDF5"] = "code15", folder / "code15"
-    return made
-
-
 def bench_prepare(args):
-    """From raw files to shards, next to the reading alone."""
-    quiet = contextlib.redirect_stdout(open(os.devnull, "w")), contextlib.redirect_stderr(open(os.devnull, "w"))
-    with tempfile.TemporaryDirectory() as folder:
+    """From raw files to shards, next to the reading alone; of synthetic recordings."""
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         folder = Path(folder)
-        print(f"{'':26}{'rec/s':>8} {'rec/s':>8} {'gain of':>8}  {'x reading':>10}\n"
-              f"{'':26}{'1 core':>8} {'2 cores':>8} {'2 cores':>8}  {'by wfdb':>10}")
-        for name, (source, raw) in raw_folders(folder).items():
-            flags = prepare.parse_args([source, "--raw", str(raw), "--out", str(folder / "out")])
-            with quiet[0]:
-                jobs = list(prepare.LISTERS[source](raw, flags, {}))
-            if source == "code15":
-                tracings = prepare.open_h5(prepare.import_h5py(), jobs[0].path)["tracings"]
-            read = (lambda job: tracings[job.row]) if source == "code15" else lambda job: wfdb.rdrecord(job.path)
-            alone = clock(lambda: deque(map(read, jobs), 0))            # no result is kept, as in prepare.py
+        synthesize(folder, 300, 0)
+        print(f"{'':8}{'records':>8} {'rec/s':>8} {'rec/s':>8} {'gain of':>8}  {'x reading':>10}\n"
+              f"{'':8}{'':>8} {'1 core':>8} {'2 cores':>8} {'2 cores':>8}  {'by wfdb':>10}")
+        for source in ("ptbxl", "mitdb"):
+            flags = prepare.parse_args([source, "--raw", str(folder / source), "--out", str(folder / "out")])
+            jobs = list(prepare.LISTERS[source](folder / source, flags, {}))
+            alone = clock(lambda: deque((wfdb.rdrecord(job.path) for job in jobs), 0))  # none is kept, as in prepare.py
             plan, took = {"jobs": len(jobs) * ROUNDS, "shard_jobs": max(1, len(jobs) // 20)}, []
             for workers in (1, 2):
                 part = folder / "part"
                 for sub in ("signal", "done", "events"):
                     (part / sub).mkdir(parents=True)
                 (part / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs) * ROUNDS)
-                with quiet[1]:
+                with contextlib.redirect_stderr(nowhere):
                     took.append(clock(lambda: prepare.finish_shards(source, part, plan, workers)) / ROUNDS)
                 shutil.rmtree(part)
-            print(f"{name:26}{len(jobs) / took[0]:8.1f} {len(jobs) / took[1]:8.1f} {took[0] / took[1]:8.2f}  "
-                  f"{alone / took[0]:10.2f}")
+            print(f"{source:8}{len(jobs):8} {len(jobs) / took[0]:8.1f} {len(jobs) / took[1]:8.1f} "
+                  f"{took[0] / took[1]:8.2f}  {alone / took[0]:10.2f}")
 
 
 def write_index(folder, size):

@@ -293,7 +293,8 @@ class RecordingFeatures:
         self.sum += weight * pooled
         self.weight += weight
         if local is not None:
-            distance = np.abs(np.arange(local.shape[1]) - (local.shape[1] - 1) / 2)
+            # A quarter of a patch prevents ties, in which the order of the windows would count.
+            distance = np.abs(np.arange(local.shape[1]) - (local.shape[1] - 1) / 2 - 0.25)
             nearer = np.flatnonzero(distance < self.distance[start:start + len(distance)])
             self.local[self.rows[:, None], start + nearer] = local[:, nearer]
             self.distance[start + nearer] = distance[nearer]

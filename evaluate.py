@@ -388,9 +388,10 @@ def draw_bars(axis, labels, series):
         value, ci = (np.array(x, dtype=float) for x in scores)       # None becomes NaN, which is not drawn
         at = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * width
         bars = axis.bar(at, value - 0.5, 0.94 * width, bottom=0.5, color=COLORS[name], label=name)
-        axis.bar_label(bars, ["-" if np.isnan(v) else f"{v:.3f}" for v in value], label_type="center", fontsize=8)
+        axis.bar_label(bars, [f"{v:.3f}" for v in value], label_type="center", fontsize=8)
         axis.vlines(at, *ci.T, color="#333333", linewidth=1)
     axis.set(xticks=range(len(labels)), xticklabels=labels, ylim=(min(0.5, axis.get_ylim()[0]), 1))
+    axis.tick_params(axis="x", labelsize=9)
     axis.spines[["top", "right"]].set_visible(False)
 
 

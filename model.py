@@ -92,7 +92,9 @@ def rope_table(times_s, head_width):
     shortest, longest = ROPE_PERIODS_S
     exponent = torch.arange(head_width // 2, device=times_s.device, dtype=torch.float32) / (head_width // 2 - 1)
     angle = 2 * math.pi * times_s.float()[:, None] / (shortest * (longest / shortest) ** exponent)
-    return torch.stack((angle.cos(), angle.sin()), dim=-1)
+    if torch.compiler.is_compiling():            # see rotate
+        return torch.stack((angle.cos(), angle.sin()), dim=-1)
+    return torch.view_as_real(torch.polar(torch.ones_like(angle), angle))     # the bits of all encoders so far
 
 
 def rotate(x, rope):

@@ -255,6 +255,7 @@ def draw(result, arrays):
     bars.set_title(f"PTB-XL, {result['n']['test']} test recordings; lines: 95 %, patient bootstrap", loc="left")
     bars.legend(frameon=False, loc="upper left", ncols=2)
     draw_reliability(curve, *(arrays[f"superdiagnostic_{key}"] for key in ("labels", "y", "p", "p_platt")))
+    curve.set_title("Reliability of the superclasses", loc="left")
     for axis in more:
         draw_robustness(axis, noise, {name: key for name, (key, _) in keys.items()})
     return figure
@@ -269,7 +270,6 @@ def draw_reliability(axis, labels, y, p, p_platt):
         axis.plot(said, truth, marker="o", markersize=4, label=f"{name}  ECE {raw:.3f}, calibrated {calibrated:.3f}")
     axis.plot((0, 1), (0, 1), color="#999999", linewidth=1, linestyle="--")
     axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="calibrated probability", ylabel="share with the label")
-    axis.set_title("Reliability of the superclasses", loc="left")
     axis.legend(frameon=False, fontsize=8, loc="upper left")
 
 

@@ -58,7 +58,7 @@ from dino import (STUDENT_TEMPERATURE, build_networks, distributed, gather_rows,
                   update_teacher)
 from ecg import LEADS, atomic_write, lock_folder, sha256
 from evaluate import OnlineProbe, diagnose, draw_curves, draw_features, health
-from model import SIZES, build_encoder, load_encoder, save_encoder
+from model import SIZES, Encoder, build_encoder, load_encoder, save_encoder
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")             # one process is no mistake
 
@@ -362,21 +362,16 @@ class Checkpoints:
         for path in [*self.folder.glob("step_*.tmp"), *self.folder.glob("step_*.old"), *self.out.glob("*.tmp")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def save(self, step, state, about, encoder):
+    def save(self, step, state, about, config):
         """Copy the state to the host, and write it and encoder.pt from it in a thread; collective."""
         self.wait()
         self.last_s = time.monotonic()
         part = self.folder / f"step_{step:07d}.tmp"
         self.writing = f"the checkpoint of step {step}"
-        shapes = self.shapes(encoder)
         written = dcp.async_save(state, checkpoint_id=part, process_group=self.group)
-        self.pending = self.thread.submit(self.finish, written, part, dict(about, step=step), encoder, shapes)
+        self.pending = self.thread.submit(self.finish, written, part, dict(about, step=step), config)
 
-    @staticmethod
-    def shapes(encoder):
-        return {name: tuple(p.shape) for name, p in encoder.state_dict().items()}
-
-    def finish(self, written, part, meta, encoder, shapes):
+    def finish(self, written, part, meta, config):
         try:
             written.result()
             mine = {path.name: sha256(path) for path in part.glob(f"__{self.rank}_*")}
@@ -391,7 +386,7 @@ class Checkpoints:
                 part.rename(part.with_suffix(""))
                 self.writing = f"encoder.pt of step {meta['step']}"
                 self.forget_old()
-                export_encoder(part.with_suffix(""), self.out / "encoder.pt", encoder, shapes, meta)
+                export_encoder(part.with_suffix(""), self.out / "encoder.pt", config, meta)
         except BaseException:
             if self.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
@@ -492,14 +487,15 @@ def load_checkpoint(path, student, teacher, gram_teacher, optimizer):
         set_model_state_dict(gram_teacher, state["gram_teacher"])
 
 
-def export_encoder(checkpoint, path, encoder, shapes, meta):
+def export_encoder(checkpoint, path, config, meta):
     """encoder.pt with the teacher's weights, read back from a finished checkpoint: no rank has to wait, and what was
     written has been read once."""
-    weights = {name: torch.empty(shape) for name, shape in shapes.items()}
-    state = dict(teacher={f"encoder.{name}": w for name, w in weights.items()})
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    atomic_write(path, lambda file: save_encoder(encoder, file, weights,
-                                                 **{k: meta[k] for k in ("command", "commit", "step")}))
+    with torch.device("meta"):
+        encoder = Encoder(**config)
+    encoder.to_empty(device="cpu")
+    state = dict(teacher={f"encoder.{name}": weight for name, weight in encoder.state_dict().items()})
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)                                   # into these weights
+    atomic_write(path, lambda file: save_encoder(encoder, file, **{k: meta[k] for k in ("command", "commit", "step")}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -639,7 +635,7 @@ def train(args, rank, world_size, device, stop, watchdog):
     if rank == 0:
         saved.clean()
         if path is not None and file_time(out / "encoder.pt") < file_time(path / "meta.json"):     # killed in between
-            export_encoder(path, out / "encoder.pt", encoder, saved.shapes(encoder), meta)
+            export_encoder(path, out / "encoder.pt", encoder.config, meta)
         (out / "stopped").unlink(missing_ok=True)
         trim_log(out / "log.jsonl", start)
         atomic_write(out / "run.json", json.dumps(about, indent=1, default=str))
@@ -725,7 +721,7 @@ def train(args, rank, world_size, device, stop, watchdog):
             if rank == 0:
                 log.sync()                                             # what the checkpoint stands for is on disk first
             watchdog.pat(f"the checkpoint of step {step + 1}")
-            saved.save(step + 1, training_state(student, teacher, gram_teacher, optimizer), about, encoder)
+            saved.save(step + 1, training_state(student, teacher, gram_teacher, optimizer), about, encoder.config)
         if stopped_by and not last:
             break
     else:
@@ -792,7 +788,7 @@ def prepare_demo(args, rank):
 
 
 def show_demo(args):
-    """Probe the demo's encoder beside its untrained control, draw its features, and say what was seen."""
+    """Probe the demo's encoder and its untrained control, draw its features, and print what was seen."""
     out, encoder = args.out, str(args.out / "encoder.pt")
     shutil.rmtree(out / "ptbxl", ignore_errors=True)
     shutil.rmtree(out / "mitbih", ignore_errors=True)
@@ -821,6 +817,9 @@ Next, with real ones:
   torchrun train.py --data data/ptbxl data/mitdb --noise data/nstdb --out runs/real""")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# command line
+
 def corpus_and_weight(text):
     """"DIR" or "DIR:WEIGHT" -> (Path, weight)"""
     dir, colon, weight = text.rpartition(":")
@@ -836,33 +835,19 @@ def corpus_and_weight(text):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
-    add_data_flags(p.add_argument_group("data"))
-    add_science_flags(p.add_argument_group(
-        "model and optimisation (everything else is a constant at the top of a file)"))
-    add_system_flags(p.add_argument_group("system"))
-    return p.parse_args(argv)
-
-
-def add_data_flags(group):
-    add = group.add_argument
+    add = p.add_argument_group("data").add_argument
     add("--data", nargs="+", type=corpus_and_weight, default=[], metavar="DIR[:WEIGHT]",
         help="corpora that prepare.py wrote; only their train split is used. A:0.5 is drawn from half as often as by "
-             "default, which is (patients x hours) ** 0.25. Without: synthetic recordings are made, trained on and "
-             "probed")
+             "default, which is (patients x hours) ** 0.25. Without: synthetic recordings are made, used and probed")
     add("--exclude", nargs="+", type=Path, default=[], metavar="DIR",
-        help="corpora that are kept out: what equals one of their recordings is not trained on, whatever it is called. "
-             "(Of --data, val and test are kept out in the same way)")
-    add("--noise", type=Path, metavar="DIR",
-        help="noise corpus (prepare.py nstdb); without it the student's views carry no noise")
+        help="corpora that are kept out: what equals one of their recordings is not trained on, whatever its name. (Of "
+             "--data, val and test are kept out in the same way)")
+    add("--noise", type=Path, metavar="DIR", help="noise corpus (prepare.py nstdb) for the student's views")
     add("--out", type=Path, default=Path("runs/demo"), help="folder of this run (default: %(default)s)")
     add("--resume", action="store_true",
-        help="continue from the last checkpoint in --out, exactly; starts from nothing if there is none. Data, flags "
-             "and constants must be those of the start; --lr, --steps and --precision are taken from the checkpoint, "
-             "or changed from here on where they are given")
-
-
-def add_science_flags(group):
-    add = group.add_argument
+        help="continue from the last checkpoint in --out, exactly, or start if there is none. Data, flags and "
+             "constants must be those of the start; --lr, --steps and --precision may be given again to change them")
+    add = p.add_argument_group("model and optimisation (all else is a constant at the top of a file)").add_argument
     add("--size", choices=SIZES, default="tiny",
         help="tiny trains on a laptop, the others want GPUs (default: %(default)s)")
     add("--steps", type=int, help=f"length of the schedules (default: {DEFAULT_STEPS}; without --data {DEMO_STEPS})")
@@ -870,19 +855,14 @@ def add_science_flags(group):
         help="recordings per step over all processes; never depends on their number (default: %(default)s)")
     add("--window", type=float, default=WINDOW_S, metavar="SECONDS",
         help="stretch of a recording from which its views are cut, 4 to 600: views of 1 and 2 leads grow with it, "
-             "views of 8 stay at 3 s; what is shorter is left out, or shows 8 leads (default: %(default)g)")
-    add("--lr", type=float,
-        help=f"peak learning rate; halve it if the loss rises or turns NaN (default: {DEFAULT_LR})")
+             "those of 8 stay at 3 s; what is shorter is left out, or shows 8 leads (default: %(default)g)")
+    add("--lr", type=float, help=f"peak learning rate; halve it if the loss rises or is NaN (default: {DEFAULT_LR})")
     add("--prototypes", type=int, default=512,
-        help="K of both heads; at most 16 to 32 times the batch, or targets cannot become sharp (default: %(default)s)")
+        help="K of both heads; at most 16 to 32 times the batch, or targets cannot be sharp (default: %(default)s)")
     add("--gram-from", type=int, default=-1, metavar="STEP",
-        help="anchor patch similarities to the teacher of this step; for long runs whose local features decay "
-             "(default: never)")
+        help="anchor patch similarities to the teacher of this step, if local features decay (default: never)")
     add("--seed", type=int, default=0, help="of initial weights, batches and views (default: %(default)s)")
-
-
-def add_system_flags(group):
-    add = group.add_argument
+    add = p.add_argument_group("system").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="bf16: matrix products in bf16, stored weights and losses in fp32 (sharded, what lies between the layers "
@@ -891,19 +871,16 @@ def add_system_flags(group):
         help="full: weights, gradients and moments are split over all ranks (FSDP); none: every rank holds them, for "
              "models so small that fetching them costs more (default: %(default)s)")
     add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
-        help="keep only the input of each block and compute it again in the backward pass: a third more work, a "
-             "fraction of the memory; for large sizes and long windows")
+        help="keep only the input of each block, compute it again in the backward pass: a third more work, less memory")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile each block: slow first steps, faster later on GPUs (on CPUs it gains nothing)")
     add("--log-every", type=int, default=10, metavar="STEPS", help="(default: %(default)s)")
     add("--checkpoint-every", type=int, metavar="STEPS",
-        help=f"(default: every {CHECKPOINT_S / 60:g} minutes, and less often for a large state, so that a day writes "
-             f"at most {CHECKPOINT_GB_PER_DAY:,} GB)")
+        help=f"(default: every {CHECKPOINT_S / 60:g} minutes, of a large state {CHECKPOINT_GB_PER_DAY:,} GB a day)")
     add("--keep-every", type=int, default=10_000, metavar="STEPS",
-        help=f"checkpoints of these steps are never deleted, next to the last {KEEP_LAST}; 0 for none "
-             "(default: %(default)s)")
-    add("--probe-every", type=int, default=100, metavar="STEPS",
-        help="online probe, 0 for never (default: %(default)s)")
+        help=f"keep the checkpoints of these steps next to the last {KEEP_LAST}; 0 for none (default: %(default)s)")
+    add("--probe-every", type=int, default=100, metavar="STEPS", help="online probe; 0: never (default: %(default)s)")
+    return p.parse_args(argv)
 
 
 def check_args(args):

@@ -1,18 +1,19 @@
-"""augment.py: noise that obeys the lead definitions at an exact level, views that are the recording, masks of a fixed total."""
-
+"""augment.py: noise that obeys the lead definitions at an exact level, views that are stretches of the recording,
+masks of a fixed total, and batches that are functions of (seed, step).
+"""
 import numpy as np
 import pytest
 import torch
 import wfdb
 
 import augment
-import prepare
-from augment import (ELECTRODES, GAIN, MASK_RATIO, MASK_SPAN_PATCHES, MASKED_CROPS, NOISE_TYPES, NOISY_SHARE, SNR_DB, UNKNOWN_SHARE,
-                     ViewSpec, draw_masks, draw_views, lead_electrode_matrix, load_noise, make_views, mask_counts, take_rows)
-from conftest import draw_ecg
-from prepare import FS, LEADS, lead_id
+from augment import (ELECTRODES, GAIN, MASK_RATIO, MASK_SPAN_PATCHES, MASKED_CROPS, NOISE_TYPES, NOISY_SHARE, SNR_DB,
+                     UNKNOWN_SHARE, Batches, ViewSpec, cut_views, draw_masks, draw_views, host_batch,
+                     lead_electrode_matrix, lead_groups, load_noise, make_views, mask_counts, share_of_rank)
+from conftest import TWELVE, draw_ecg, run
+from corpus import INDEX_DTYPE, Corpus, Sampler, open_corpus
+from ecg import FS, LEADS, MISSING, lead_id
 
-TWELVE = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 LIMB = TWELVE[:6]
 PATCH = 50                       # samples
 WINDOW = 6 * FS                  # samples of a recording that views are cut from
@@ -34,17 +35,17 @@ def noise():
 
 @pytest.fixture(scope="module")
 def batch():
-    """Six recordings of 12 leads: int16 uV (6, 12, WINDOW) of different size, rate and offset, and the lead ids (6, 12)."""
+    """Six recordings of 12 leads: int16 uV (6, 12, WINDOW) of different size, rate and offset; lead ids (6, 12)."""
     signal = [(0.5 + 0.2 * i) * draw_ecg(FS, WINDOW / FS, TWELVE, rr_s=0.6 + 0.1 * i) + 0.3 * i for i in range(6)]
     return torch.from_numpy((1000 * np.stack(signal)).round().astype(np.int16)), ids(*TWELVE).expand(6, -1)
 
 
 def views_of(batch, spec, noise=None, seed=0, rows=slice(None), available=None, **changed):
-    """Draws and the resulting (noisy, clean, leads, all_leads) of `rows` of a batch; `changed` replaces drawn numbers."""
+    """Draws and the resulting (noisy, clean, leads, all_leads) of `rows` of a batch; `changed` replaces draws."""
     signal, leads = batch
     draws = draw_views(np.random.default_rng(seed), spec, *leads.shape, signal.shape[2], 20 * FS, PATCH) | changed
     available = np.full(len(leads), leads.shape[1]) if available is None else available
-    draws = take_rows(draws, rows, spec, available[rows])
+    draws = share_of_rank(draws, rows, spec, available[rows])
     return draws, make_views(signal[rows], leads[rows], draws, spec, PATCH, noise)
 
 
@@ -79,8 +80,9 @@ def test_noise_obeys_the_lead_definitions(batch, noise, names):
     slots = [TWELVE.index(name) for name in names]
     spec = ViewSpec(views=3, leads=len(names), patches=10, independent=True)
     # Hidden names must not matter: the electrodes are where they are.
-    _, (noisy, clean, leads, _) = views_of((batch[0][:, slots], batch[1][:, slots]), spec, noise, snr_db=np.zeros((3, 6), np.float32),
-                                        hidden=np.ones((3, 6, len(names)), bool))
+    _, (noisy, clean, leads, _) = views_of((batch[0][:, slots], batch[1][:, slots]), spec, noise,
+                                           snr_db=np.zeros((3, 6), np.float32),
+                                           hidden=np.ones((3, 6, len(names)), bool))
     assert (leads == 0).all()
     added = dict(zip(names, (noisy - clean).double().transpose(0, 1)))
     assert min(x.std(dim=-1).min() for x in added.values()) > 0.01
@@ -116,10 +118,11 @@ def test_snr_is_exact(batch, noise, names):
 def test_flat_leads_do_not_count_for_the_snr(batch, noise):
     signal = batch[0].clone()
     signal[:, 3:8] = 120                                                # an offset is no signal
-    draws, (noisy, clean, *_) = views_of((signal, batch[1]), ViewSpec(1, 12, 25, True), noise, snr_db=np.full((1, 6), 3, np.float32))
+    spec, snr_db = ViewSpec(1, 12, 25, True), np.full((1, 6), 3, np.float32)
+    _, (noisy, clean, *_) = views_of((signal, batch[1]), spec, noise, snr_db=snr_db)
     np.testing.assert_allclose(measured_snr_db(noisy, clean), 3, atol=0.05)
     signal[:] = 120
-    _, (noisy, clean, *_) = views_of((signal, batch[1]), ViewSpec(1, 12, 25, True), noise, snr_db=np.full((1, 6), 3, np.float32))
+    _, (noisy, clean, *_) = views_of((signal, batch[1]), spec, noise, snr_db=snr_db)
     assert torch.equal(noisy, clean)                                    # nothing to relate the noise to
 
 
@@ -134,7 +137,8 @@ def test_infinite_snr_is_clean_to_the_bit(batch, noise):
 
 
 def test_noise_is_a_sum_over_electrodes_and_types(batch, noise):
-    """add_noise against loops: before scaling, each electrode has sign * amplitude * a stretch of a channel of each type."""
+    """add_noise against loops: before scaling, an electrode has sign * amplitude * a stretch of a channel of each
+    type."""
     draws, (noisy, clean, *_) = views_of(batch, ViewSpec(1, 12, 5, True), noise, snr_db=np.full((1, 6), 2, np.float32))
     d = {name: values[0].numpy() for name, values in draws.items()}
     for b in range(6):
@@ -142,7 +146,8 @@ def test_noise_is_a_sum_over_electrodes_and_types(batch, noise):
         for e in range(len(ELECTRODES)):
             for t in range(len(NOISE_TYPES)):
                 start = d["offset"][b, e, t]
-                at[e] += d["sign"][b, e, t] * d["amplitude"][b, t] * noise[t, d["channel"][b, e, t], start:start + 250].numpy()
+                stretch = noise[t, d["channel"][b, e, t], start:start + 250].numpy()
+                at[e] += d["sign"][b, e, t] * d["amplitude"][b, t] * stretch
         expected = lead_electrode_matrix()[ids(*TWELVE)].numpy() @ at
         expected -= expected.mean(axis=1, keepdims=True)
         added = (noisy - clean)[b].numpy()
@@ -161,11 +166,13 @@ def test_autocast_does_not_lower_the_precision(batch, noise):
 # ---------------------------------------------------------------------------------------------------------------------
 # windows, leads, gain
 
-@pytest.mark.parametrize("spec", [ViewSpec(2, 8, 15, True), ViewSpec(3, 3, 10, False), ViewSpec(2, 12, 30, False), ViewSpec(1, 1, 1, False)])
+@pytest.mark.parametrize("spec", [ViewSpec(2, 8, 15, True), ViewSpec(3, 3, 10, False), ViewSpec(2, 12, 30, False),
+                                  ViewSpec(1, 1, 1, False)])
 def test_views_are_stretches_of_the_recording(batch, spec):
     draws, (_, clean, leads, all_leads) = views_of(batch, spec)
     T = spec.patches * PATCH
-    assert clean.shape == (spec.views * 6, spec.leads, T) and clean.dtype == torch.float32 and leads.shape == clean.shape[:2]
+    assert clean.shape == (spec.views * 6, spec.leads, T) and clean.dtype == torch.float32
+    assert leads.shape == clean.shape[:2]
     for v in range(spec.views):
         for b in range(6):
             start, gain, slots = int(draws["start"][v, b]), float(draws["gain"][v, b]), draws["slots"][v, b]
@@ -241,11 +248,11 @@ def noise_corpus(tmp_path_factory):
         rng = np.random.default_rng(0)
         t = np.arange(60 * 360) / 360
         for name in types:
-            x = np.stack((np.sin(2 * np.pi * 0.2 * t), np.cos(2 * np.pi * 0.2 * t)), axis=1) + 0.3 * rng.normal(size=(len(t), 2)) + 0.4
-            wfdb.wrsamp(name, 360, ["mV", "mV"], ["noise1", "noise2"], x, fmt=["212", "212"], adc_gain=[200, 200], baseline=[0, 0],
-                        write_dir=str(folder))
-        prepare.main(prepare.parse_args(["nstdb", "--raw", str(folder), "--out", str(folder / "out"), "--workers", "1"]))
-        return prepare.open_corpus(folder / "out")
+            slow = np.stack((np.sin(2 * np.pi * 0.2 * t), np.cos(2 * np.pi * 0.2 * t)), axis=1)
+            x = slow + 0.3 * rng.normal(size=(len(t), 2)) + 0.4
+            wfdb.wrsamp(name, 360, ["mV", "mV"], ["noise1", "noise2"], x, fmt=["212", "212"], adc_gain=[200, 200],
+                        baseline=[0, 0], write_dir=str(folder))
+        return run("nstdb", folder, folder / "out")
     return make
 
 
@@ -274,21 +281,21 @@ def test_absent_noise_is_refused(noise_corpus):
 def test_missing_samples_of_noise_are_no_noise(tmp_path):
     """A gap must come out as the mean of its channel, not as a jump to 0 uV."""
     x = np.tile(1000 + 50 * np.sin(np.arange(2500)), (2, 1)).astype(np.int16)
-    x[:, 500:600] = prepare.MISSING
-    index = np.zeros(3, prepare.INDEX_DTYPE)
+    x[:, 500:600] = MISSING
+    index = np.zeros(3, INDEX_DTYPE)
     index["length"], index["n_leads"] = 2500, 2                                     # all three lie at offset 0
     (tmp_path / "signal").mkdir()
     x.tofile(tmp_path / "signal" / "00000.i16")
-    noise = load_noise(prepare.Corpus(tmp_path, {}, index, np.array(NOISE_TYPES, "S64"), np.array([b"nobody"])))
+    noise = load_noise(Corpus(tmp_path, {}, index, np.array(NOISE_TYPES, "S64"), np.array([b"nobody"])))
     assert noise.isfinite().all() and noise[:, :, 510:590].abs().max() < 2
 
 
 def test_real_noise(shared_data, tmp_path, batch):
     """Noise of the database at its worst level, on all leads: the level is exact and the laws hold."""
-    prepare.main(prepare.parse_args(["nstdb", "--raw", str(shared_data / "nstdb"), "--out", str(tmp_path / "nstdb"), "--workers", "1"]))
-    noise = load_noise(prepare.open_corpus(tmp_path / "nstdb"))
+    noise = load_noise(run("nstdb", shared_data / "nstdb", tmp_path / "nstdb"))
     assert noise.shape == (3, 2, 20 * 60 * FS)
-    _, (noisy, clean, *_) = views_of(batch, ViewSpec(4, 12, 25, True), noise, snr_db=np.full((4, 6), SNR_DB[0], np.float32))
+    _, (noisy, clean, *_) = views_of(batch, ViewSpec(4, 12, 25, True), noise,
+                                     snr_db=np.full((4, 6), SNR_DB[0], np.float32))
     np.testing.assert_allclose(measured_snr_db(noisy, clean), SNR_DB[0], atol=0.05)
     assert_limb_laws(dict(zip(TWELVE, (noisy - clean).double().transpose(0, 1))), rtol=0, atol=1e-5)
 
@@ -300,7 +307,7 @@ CROPS, N = 64, 25
 
 
 def masks_of(monkeypatch, kind=None, crops=CROPS, leads=8, patches=N, seed=0):
-    """Masks (crops, L, N) as a NumPy array, all of one kind if `kind` is given; crops without a mask are left out then."""
+    """Masks (crops, L, N) as a NumPy array; with `kind`, all of that kind and without the crops that have no mask."""
     if kind:
         monkeypatch.setattr(augment, "MASK_KINDS", {name: float(name == kind) for name in augment.MASK_KINDS})
     masks = np.asarray(draw_masks(np.random.default_rng(seed), crops, leads, patches))
@@ -314,12 +321,16 @@ def runs(row):
     return edges[1::2] - edges[::2]
 
 
-@pytest.mark.parametrize("crops, leads, patches", [(64, 8, 25), (7, 12, 30), (10, 1, 25), (6, 2, 3), (4, 1, 1), (2, 3, 10), (1, 8, 25)])
+@pytest.mark.parametrize("crops, leads, patches", [(64, 8, 25), (7, 12, 30), (10, 1, 25), (6, 2, 3), (4, 1, 1),
+                                                   (2, 3, 10), (1, 8, 25)])
 def test_the_number_of_masked_patches_is_fixed(monkeypatch, crops, leads, patches):
     (low, high), masked = MASK_RATIO, int(crops * MASKED_CROPS)
-    ratios = [low + (high - low) * (i + 1) / masked for i in range(masked)] if masked > 1 else [(low + high) / 2] * masked
+    ratios = [low + (high - low) * (i + 1) / masked for i in range(masked)]
+    if masked == 1:
+        ratios = [(low + high) / 2]
     expected = [0] * (crops - masked) + [max(1, int(leads * patches * ratio + 1e-9)) for ratio in ratios]
-    np.testing.assert_allclose(np.sort(mask_counts(crops, leads * patches)), expected, atol=1)       # 1: rounding of the grid
+    # 1: rounding of the grid
+    np.testing.assert_allclose(np.sort(mask_counts(crops, leads * patches)), expected, atol=1)
     for seed in range(5):
         counts = masks_of(monkeypatch, None, crops, leads, patches, seed).sum(axis=(1, 2))
         assert np.sort(counts).tolist() == np.sort(mask_counts(crops, leads * patches)).tolist()
@@ -337,7 +348,7 @@ def test_time_masks_are_spans_over_all_leads(monkeypatch, leads):
     lengths, shuffled = [], []
     for mask in masks:
         whole, some = mask.all(axis=0), mask.any(axis=0)
-        cut = np.flatnonzero(some & ~whole)                             # at most one span is cut, to reach the exact count
+        cut = np.flatnonzero(some & ~whole)                     # at most one span is cut, to reach the exact count
         assert len(cut) <= MASK_SPAN_PATCHES[1] and (len(cut) < 2 or cut[-1] - cut[0] < MASK_SPAN_PATCHES[1])
         lengths.extend(runs(some))
         shuffled.extend(runs(np.random.default_rng(0).permutation(some)))
@@ -375,3 +386,80 @@ def test_shares_of_the_kinds(monkeypatch):
     assert share == pytest.approx(augment.MASK_KINDS["lead"] + augment.MASK_KINDS["mixed"], abs=0.04)
     single = masks_of(monkeypatch, crops=200, leads=1)
     assert not single.all(axis=2).any()                                 # one lead is never masked as a whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches
+
+def sampler(synth, batch=32, seed=5, names=("ptbxl", "mitdb"), window_s=augment.WINDOW_S):
+    return Sampler([open_corpus(synth / "data" / n) for n in names], batch, seed, lead_groups(window_s))
+
+
+def flat(groups):
+    return [t for g in groups
+            for t in [g["batch"], g["leads"], g["masks"], *(v for d in g["draws"] for v in d.values())]]
+
+
+def test_batch_is_a_pure_function_of_seed_and_step(synth):
+    def draw(seed, step):
+        return flat(host_batch(sampler(synth, seed=seed), step, 0, 1, 5000, PATCH))
+    assert all(torch.equal(a, b) for a, b in zip(draw(5, 7), draw(5, 7)))
+    assert not torch.equal(draw(5, 7)[0], draw(5, 8)[0])
+    assert not torch.equal(draw(5, 7)[0], draw(6, 7)[0])
+
+
+def test_ranks_share_the_batch_of_one_process(synth):
+    whole = host_batch(sampler(synth), 3, 0, 1, 5000, PATCH)
+    parts = [host_batch(sampler(synth), 3, rank, 2, 5000, PATCH) for rank in (0, 1)]
+    for g, group in enumerate(whole):
+        for rank in (0, 1):
+            part = parts[rank][g]
+            assert torch.equal(part["batch"], group["batch"][rank::2])
+            assert torch.equal(part["masks"], group["masks"].unflatten(0, (2, -1))[:, rank::2].flatten(0, 1))
+            for mine, everyone in zip(part["draws"], group["draws"]):
+                assert all(torch.equal(mine[k], everyone[k][:, rank::2]) for k in everyone)
+
+
+def test_recordings_with_many_leads_show_few_of_them_for_longer(synth):
+    groups = host_batch(sampler(synth), 0, 0, 1, 5000, PATCH)
+    assert [(g["specs"][0].leads, g["specs"][0].patches) for g in groups] == [(8, 15), (2, 40), (1, 40)]
+    assert [len(g["batch"]) for g in groups] == [16, 8, 8]
+    assert len(set(groups[2]["leads"].flatten().tolist())) > 2 and (groups[2]["leads"] > 2).any()
+
+
+def test_views_of_few_leads_grow_with_the_window(synth):
+    """Recordings of ten seconds show eight leads, and only longer ones show few."""
+    s = sampler(synth, 16, window_s=60)
+    groups = host_batch(s, 0, 0, 1, 16000, PATCH)
+    assert [(g["specs"][0].leads, g["specs"][0].patches, g["batch"].shape[2]) for g in groups] == [
+        (8, 15, 2250), (2, 267, 15000), (1, 267, 15000)]
+    assert [{m["corpus"] for m in g["members"]} for g in s.groups] == [{0}, {1}, {1}]
+    short = sampler(synth, 16, names=("ptbxl",), window_s=5)
+    assert [g["batch"].shape[2] for g in host_batch(short, 0, 0, 1, 5000, PATCH)] == [1250] * 3
+
+
+def test_masked_places_and_their_weights(synth):
+    """cut_views names each masked patch of all global views, and the weights of a masked view sum to 1."""
+    for group in host_batch(sampler(synth, 16), 0, 0, 1, 5000, PATCH):
+        cut = cut_views(group, None, PATCH, "cpu")
+        masks = group["masks"]
+        assert cut["recordings"] == len(group["batch"]) and [len(v) for v in cut["views"]] == [4] * 3
+        assert cut["place"].tolist() == [i for i, masked in enumerate(masks.flatten().tolist()) if masked]
+        view = cut["place"] // masks[0].numel()
+        sums = torch.zeros(len(masks)).index_add(0, view, cut["weights"])
+        torch.testing.assert_close(sums, masks.any(dim=(1, 2)).float())
+
+
+def test_batches_come_one_step_ahead_and_are_those_of_host_batch(synth, noise):
+    s = sampler(synth, 16)
+    batches = Batches(s, 1, 2, noise, PATCH, torch.device("cpu"))
+    batches.start(4)
+    for step in (4, 5):
+        made = batches.take()
+        batches.start(step + 1)
+        expected = [cut_views(g, noise, PATCH, "cpu")
+                    for g in host_batch(s, step, 1, 2, noise.shape[-1], PATCH)]
+        for a, b in zip(made, expected):
+            for mine, theirs in zip(a["views"], b["views"]):
+                assert all(torch.equal(x, y) for x, y in zip(mine, theirs))
+            assert torch.equal(a["place"], b["place"]) and torch.equal(a["weights"], b["weights"])

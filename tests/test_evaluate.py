@@ -350,7 +350,7 @@ def test_bars_leave_out_what_is_not_known(tmp_path):
                                           "pre-trained": ([0.9, 0.4], [[0.8, 1.0], [0.3, 0.5]])})
     evaluate.save_figure(figure, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == PNG and axis.get_ylim()[0] < 0.41
-    assert [t.get_text() for t in axis.texts] == ["0.700", "-", "0.900", "0.400"]
+    assert [t.get_text() for t in axis.texts] == ["0.700", "", "0.900", "0.400"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import nn
 
 import model
 from conftest import ROOT, draw_ecg
-from ecg import FS, LEADS, Recording, lead_id
+from ecg import FS, LEADS, Recording, RecordingFeatures, lead_id
 from model import (BASELINE_PATCHES, COMPRESS_MV, FORMAT, PATCH_S, REGISTERS, ROPE_PERIODS_S, SIZES, Attention, Encoder,
                    build_encoder, load_encoder, rope_table, rotate, save_encoder, untrained_like)
 
@@ -964,6 +964,21 @@ def test_a_list_gives_the_same_as_one_by_one(encoder, monkeypatch, at_once):
         assert three.local_features is None and three.times_s is None
 
 
+def test_the_order_of_the_windows_does_not_matter():
+    """Patch 2 lies equally near to the centres of the first two windows: the earlier one gives it."""
+    def joined(*order):
+        features = RecordingFeatures(np.array([0, 2]), (3, 7), 1, local=True)
+        for start in order:
+            features.add(start, np.full(2, start), 1 + start, np.full((2, 4, 1), start, np.float32))
+        return features.whole(0.2)
+    first = joined(0, 1, 3)
+    assert first[2][0, :, 0].tolist() == first[2][2, :, 0].tolist() == [0, 0, 0, 1, 3, 3, 3]
+    assert np.isnan(first[2][1]).all()
+    for order in ((3, 1, 0), (1, 0, 3), (1, 3, 0)):
+        for a, b in zip(joined(*order), first):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_windows_of_equal_shape_share_a_forward_pass(encoder, monkeypatch):
     passes, forward = [], Encoder.forward
 
@@ -1015,6 +1030,7 @@ def test_a_recording_that_cannot_be_used(encoder):
             assert np.isnan(out.global_feature).all() and np.isnan(out.cls).all()
             assert out.local_features is None and out.times_s is None
     assert np.isnan(encoder.embed(bad[1], fs=250, leads=LIMBS, on_error="nan").global_feature).all()
+    assert len(encoder.embed([None, PAIR[0]], fs=250, leads=LIMBS, on_error="nan")) == 2
 
 
 @pytest.mark.parametrize("arguments, text", [
