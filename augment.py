@@ -43,8 +43,7 @@ MASK_SPAN_PATCHES = (2, 5)           # length of masked spans in time
 ELECTRODES = ("RA", "LA", "LL") + tuple(name for name in LEADS if name[0] in "VXYZ") + ("other",)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# shapes of views
+# ---- shapes of views ------------------------------------------------------------------------------------------------
 
 class LeadGroup(NamedTuple):
     """A part of every batch whose views have one shape."""
@@ -84,8 +83,7 @@ def view_specs(shape, few):
             ViewSpec(LOCAL_FEW_VIEWS, min(few, shape.leads), shape.local_patches, False))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# lead definitions
+# ---- lead definitions -----------------------------------------------------------------------------------------------
 
 @functools.cache
 def lead_electrode_matrix(device="cpu"):
@@ -107,8 +105,7 @@ def lead_electrode_matrix(device="cpu"):
     return matrix.to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# windows and leads
+# ---- windows and leads ----------------------------------------------------------------------------------------------
 
 def choose_leads(order, available, leads):
     """Slots (V, B, L) of `leads` random ones among each recording's first available[b] slots; order (V, B, S) is
@@ -177,8 +174,7 @@ def make_views(batch_uv, slot_leads, draws, spec, patch_samples, noise=None):
     return noisy, clean, leads.masked_fill(draws["hidden"].flatten(0, 1), 0), leads
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# noise
+# ---- noise ----------------------------------------------------------------------------------------------------------
 
 def load_noise(corpus, split="train"):
     """Noise of one split of a prepared noise corpus: (types, 2 channels, samples) float32, each channel of unit
@@ -240,8 +236,7 @@ def add_noise(signal, leads, noise, snr_db, amplitude, sign, channel, offset):
     return signal + factor[:, None, None] * lead_noise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# masks
+# ---- masks ----------------------------------------------------------------------------------------------------------
 
 def mask_counts(crops, tokens):
     """Masked patches of each crop: a fixed share of the crops, on an even grid of ratios, the others none; the sum
@@ -279,8 +274,7 @@ def draw_masks(rng, crops, leads, patches):
     return masks.reshape(crops, leads, patches)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# batches, one step ahead
+# ---- batches, one step ahead ----------------------------------------------------------------------------------------
 
 def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
     """Everything random or read from disk in a step, for this rank: per group windows, lead ids, draws of views,

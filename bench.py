@@ -2,7 +2,7 @@
 shared.
 
     python bench.py [--data DIR [DIR ...]] [--noise DIR] [--size tiny] [--batch 64] [--device auto]
-    python bench.py --sizes | --ranks 2 [--size small] | --prepare | --index 12000000
+    python bench.py --sizes | --ranks 2 [--size small] | --index 12000000
 
 Without --data, synthetic recordings are prepared in a temporary folder. One line per path, medians after a warm-up:
     matmul    fp32 (bf16 on a GPU) matrix multiplication of this machine, the yardstick of `step`
@@ -14,7 +14,6 @@ Without --data, synthetic recordings are prepared in a temporary folder. One lin
 --sizes: parameters, state, activations, FLOPs and start of every size, computed without memory
 --ranks: state of each rank, step and checkpoint of a sharded and a replicated run; `alone` is a rank that speaks to no
     other, and whose losses see only its own recordings
---prepare: recordings per second of prepare.py on one core and on two, as a ratio to wfdb.rdrecord alone
 --index: a simulated index of so many recordings: seconds to open it and to build the sampler, memory, choice of a batch
 """
 import argparse
@@ -22,7 +21,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import shutil
 import socket
 import statistics
 import sys
@@ -35,7 +33,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-import wfdb
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,10 +45,8 @@ from corpus import (FINGERPRINT_BYTES, FORMAT_VERSION, INDEX_DTYPE, MAGIC, PATIE
 from dino import build_networks, distributed, update_teacher
 from ecg import FS
 from model import PATCH_S, SIZES, build_encoder
-from synth import synthesize
 
 REPEATS = 5
-ROUNDS = 8                       # how often the raw files are prepared: two processes take half a second to start
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 PROTOTYPES = 512
 TEMPERATURE = 0.02               # of the teacher; the time does not depend on it
@@ -101,8 +96,7 @@ def in_new_process(function, *args):
         return pool.apply(function, args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a training step
+# ---- a training step ------------------------------------------------------------------------------------------------
 
 class Run:
     """A training run that is held still: networks, optimiser and the views of one batch."""
@@ -235,8 +229,7 @@ def bench(args):
           "rate")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sizes and ranks
+# ---- sizes and ranks ------------------------------------------------------------------------------------------------
 
 def on_paper(size, batch, recompute=False):
     """A Run whose tensors have shapes and no memory."""
@@ -363,32 +356,7 @@ def bench_ranks(args):
                   + (f"{stall:21.3f} s {written:12.2f} s" if shard != "alone" else ""), flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# prepare.py and the index
-
-def bench_prepare(args):
-    """From raw files to shards, next to the reading alone; of synthetic recordings."""
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-        folder = Path(folder)
-        synthesize(folder, 300, 0)
-        print(f"{'':8}{'records':>8} {'rec/s':>8} {'rec/s':>8} {'gain of':>8}  {'x reading':>10}\n"
-              f"{'':8}{'':>8} {'1 core':>8} {'2 cores':>8} {'2 cores':>8}  {'by wfdb':>10}")
-        for source in ("ptbxl", "mitdb"):
-            flags = prepare.parse_args([source, "--raw", str(folder / source), "--out", str(folder / "out")])
-            jobs = list(prepare.LISTERS[source](folder / source, flags, {}))
-            alone = clock(lambda: deque((wfdb.rdrecord(job.path) for job in jobs), 0))  # none is kept, as in prepare.py
-            plan, took = {"jobs": len(jobs) * ROUNDS, "shard_jobs": max(1, len(jobs) // 20)}, []
-            for workers in (1, 2):
-                part = folder / "part"
-                for sub in ("signal", "done", "events"):
-                    (part / sub).mkdir(parents=True)
-                (part / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs) * ROUNDS)
-                with contextlib.redirect_stderr(nowhere):
-                    took.append(clock(lambda: prepare.finish_shards(source, part, plan, workers)) / ROUNDS)
-                shutil.rmtree(part)
-            print(f"{source:8}{len(jobs):8} {len(jobs) / took[0]:8.1f} {len(jobs) / took[1]:8.1f} "
-                  f"{took[0] / took[1]:8.2f}  {alone / took[0]:10.2f}")
-
+# ---- an index of millions -------------------------------------------------------------------------------------------
 
 def write_index(folder, size):
     """A corpus of `size` recordings of 12 leads and 10 s by a quarter as many patients, of which only the index is
@@ -432,7 +400,6 @@ def parse_args(argv=None):
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     p.add_argument("--sizes", action="store_true", help="compute what every size costs instead")
     p.add_argument("--ranks", type=int, metavar="N", help="measure sharding over 1 to N processes instead")
-    p.add_argument("--prepare", action="store_true", help="measure prepare.py instead")
     p.add_argument("--index", type=int, metavar="N", help="measure an index of N recordings instead")
     return p.parse_args(argv)
 
@@ -440,8 +407,7 @@ def parse_args(argv=None):
 def main(args):
     if bool(args.data) != bool(args.noise):
         raise ValueError("give both --data and --noise, or neither")
-    for wanted, function in ((args.sizes, bench_sizes), (args.ranks, bench_ranks), (args.prepare, bench_prepare),
-                             (args.index, bench_index)):
+    for wanted, function in ((args.sizes, bench_sizes), (args.ranks, bench_ranks), (args.index, bench_index)):
         if wanted:
             return function(args)
     if args.data:

@@ -11,6 +11,8 @@ import functools
 import hashlib
 import json
 import os
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +53,7 @@ BATCH_GRAIN = 16
 WINDOW_TRIES = 8                 # random starts before a window with missing samples is taken after all
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a corpus on disk
+# ---- a corpus on disk -----------------------------------------------------------------------------------------------
 
 class Corpus:
     """A prepared corpus, opened without reading its signals.
@@ -156,14 +157,33 @@ def index_faults(corpus):
         yield f"{overlap} patients are in more than one split"
 
 
+def lock_folder(folder, wait_s=0):
+    """A lock on a folder, for as long as the returned file is open and this process lives, however it ends; ValueError
+    if another process holds it longer than wait_s. A file system that knows no locks gives none, with a warning."""
+    import fcntl                                 # Windows has none, and only writers need it
+    file = open(Path(folder) / "lock", "w")
+    for second in range(wait_s + 1):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if second < wait_s:
+                if not second:
+                    print(f"another process writes into {folder}; waiting for up to {wait_s} s", file=sys.stderr)
+                time.sleep(1)
+        except OSError as error:
+            print(f"warning: {folder} cannot be locked ({error}); do not start a second process on it", file=sys.stderr)
+            return file
+    raise ValueError(f"another process writes into {folder}; wait for it, end it, or choose another --out")
+
+
 def part_of(out):
     """The folder of an unfinished corpus."""
     out = Path(out).resolve()
     return out.with_name(f"{out.name}.part")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# copies within and between corpora
+# ---- copies within and between corpora ------------------------------------------------------------------------------
 
 BIT_COUNT = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 # Signs from NumPy's frozen generator, and integers throughout: a fingerprint is the same on every machine.
@@ -219,8 +239,7 @@ def rows_to_leave_out(corpora, excluded=()):
             for low, high in zip(first[:-1], first[1:])]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# batches: a pure function of (seed, step)
+# ---- batches: a pure function of (seed, step) -----------------------------------------------------------------------
 
 class Sampler:
     """Draws windows of recordings from several corpora, at most one per patient in a batch.

@@ -40,8 +40,7 @@ CONTRAST_TEMPERATURE = 0.15      # of InfoNCE; no other value was tried
 LOWEST = -1e30                   # a logit this far below the best one counts for nothing; no -inf in sums and products
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# heads and teacher
+# ---- heads and teacher ----------------------------------------------------------------------------------------------
 
 class DINOHead(nn.Module):
     """Three-layer MLP to a bottleneck on the unit sphere, then bias-free prototypes, without weight norm (DINOv3).
@@ -99,8 +98,7 @@ def update_teacher(teacher, student, momentum):
     get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# collectives that are nothing on one process
+# ---- collectives that are nothing on one process --------------------------------------------------------------------
 
 def distributed():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -141,8 +139,7 @@ def gather_rows(x):
     return (GatherRows.apply(x), dist.get_rank() * len(x)) if distributed() else (x, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# targets
+# ---- targets --------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def sinkhorn_knopp(logits, temperature, iterations=3):
@@ -177,8 +174,7 @@ def log_column_sums(log_q):
     return reduce_((local - top).exp()).log() + top
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# losses
+# ---- losses ---------------------------------------------------------------------------------------------------------
 
 def full_precision(x):
     """Context without autocast, which would compute matrix products of fp32 values in bf16."""
@@ -264,8 +260,7 @@ def gram_loss(student, teacher):
         return F.mse_loss(student @ student.transpose(1, 2), teacher @ teacher.transpose(1, 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the objective on one batch
+# ---- the objective on one batch -------------------------------------------------------------------------------------
 
 def group_features(group, target, anchor, views):
     """What the losses take of a lead group: global features view-major (S, B, 2D), patches of the masked places only
@@ -297,16 +292,14 @@ def objective(student, teacher, gram_teacher, groups, temperature, gram_weight=0
     target_cls = torch.cat([f["target_cls"] for f in features], dim=1)                # (T, B, 2D)
     T = len(target_cls)
     with torch.no_grad():
-        probs = sinkhorn_knopp(teacher["dino_head"](target_cls).flatten(0, 1),
-                               temperature).unflatten(0, (T, B))
-        patch_probs = sinkhorn_knopp(teacher["ibot_head"](torch.cat([f["target_patches"] for f in features])),
-                                     temperature)
+        probs = sinkhorn_knopp(teacher["dino_head"](target_cls).flatten(0, 1), temperature).unflatten(0, (T, B))
+        target_patches = torch.cat([f["target_patches"] for f in features])
+        patch_probs = sinkhorn_knopp(teacher["ibot_head"](target_patches), temperature)
     logits, points = student["dino_head"](torch.cat((globals_, locals_)), with_bottleneck=True)    # (S, B, K)
     patch_logits = student["ibot_head"](torch.cat([f["patches"] for f in features]))
     parts = dict(dino_global=dino_loss(logits[:T], probs, ignore_diagonal=True),
                  dino_local=dino_loss(logits[T:], probs),
-                 ibot=ibot_loss(patch_logits, patch_probs, torch.cat([f["weights"] for f in features]),
-                                T * B))
+                 ibot=ibot_loss(patch_logits, patch_probs, torch.cat([f["weights"] for f in features]), T * B))
     # Neighbours only among views with the same number of leads, otherwise distances would be about the lead set.
     parts["koleo"] = sum(n / B * koleo_loss(crop) for n, f in zip(sizes, features) for crop in f["cls"][0])
     parts["contrast"] = sum(n / B * contrast_loss(x, T) for n, x in zip(sizes, points.split(sizes, dim=1)))

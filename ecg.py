@@ -11,9 +11,7 @@ import hashlib
 import itertools
 import os
 import re
-import sys
 import tempfile
-import time
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -246,8 +244,7 @@ def check_amplitude(signal_mv, units):
                                    "check the units")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a recording to windows, and their features back to the recording
+# ---- a recording to windows, and their features back to the recording -----------------------------------------------
 
 def cut_patches(recording, patch_samples):
     """A Recording preprocessed and cut into N patches of P samples at FS: patches float32 (L, N, P), whose missing
@@ -306,8 +303,7 @@ class RecordingFeatures:
         return feature, feature[:len(feature) // 2], self.local, times_s
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# reading one recording from a file
+# ---- reading one recording from a file ------------------------------------------------------------------------------
 
 # WFDB headers of the plain kind (see header(5) of the WFDB manual): one file, one format, no skew, no frames.
 RECORD_LINE = re.compile(r"[^\s/]+ +(\d+) +(\d+\.?\d*)(?:[/(]\S*)? +(\d+)(?: .*)?")
@@ -402,8 +398,7 @@ def header_lines(path):
     return [fields for fields in lines if fields and not fields[0].startswith("#")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 def atomic_write(path, content):
     """A file that appears with all of its content or not at all, even if the machine stops.
@@ -426,23 +421,3 @@ def sha256(path):
     """SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def lock_folder(folder, wait_s=0):
-    """A lock on a folder, for as long as the returned file is open and this process lives, however it ends; ValueError
-    if another process holds it longer than wait_s. A file system that knows no locks gives none, with a warning."""
-    import fcntl  # here: Windows has none, and only writers of folders need it
-    file = open(Path(folder) / "lock", "w")
-    for second in range(wait_s + 1):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if second < wait_s:
-                if not second:
-                    print(f"another process writes into {folder}; waiting for up to {wait_s} s", file=sys.stderr)
-                time.sleep(1)
-        except OSError as error:
-            print(f"warning: {folder} cannot be locked ({error}); do not start a second process on it", file=sys.stderr)
-            return file
-    raise ValueError(f"another process writes into {folder}; wait for it, end it, or choose another --out")

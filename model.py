@@ -83,8 +83,7 @@ class Embedding(NamedTuple):
     times_s: np.ndarray | None   # (N,) centre of each patch, seconds from the start of the recording
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# blocks
+# ---- blocks ---------------------------------------------------------------------------------------------------------
 
 def rope_table(times_s, head_width):
     """Rotary position at times_s (M,) seconds: cosine and sine (M, E/2, 2), from fp32 angles, because bf16 loses
@@ -151,8 +150,7 @@ class Block(nn.Module):
         return x + self.scale2 * self.mlp(self.norm2(x))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the encoder
+# ---- the encoder ----------------------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
     """ViT over (lead, time) patches.
@@ -382,8 +380,7 @@ def progress_bar(recordings, signal):
                 total=len(signal) if hasattr(signal, "__len__") else None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 def save_encoder(encoder, path, state_dict=None, **about):
     """Write a self-describing file: architecture, weights and preprocessing, with `about` (plain types) for people."""

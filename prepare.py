@@ -36,10 +36,10 @@ import wfdb
 from tqdm import tqdm
 
 from corpus import (EVENT_DTYPE, FINGERPRINT_BYTES, FORMAT_VERSION, INDEX_DTYPE, MAGIC, NO_EVENTS, PATIENT_DTYPE,
-                    RECORD_DTYPE, SPLITS, SUPERCLASSES, fingerprint, index_faults, open_corpus, part_of,
-                    rows_to_leave_out)
+                    RECORD_DTYPE, SPLITS, SUPERCLASSES, fingerprint, index_faults, lock_folder, open_corpus,
+                    part_of, rows_to_leave_out)
 from ecg import (FS, LEAD_IDS, LEADS, MAX_LEADS, MISSING, PAD_S, UV_PER_MV, Recording, Refused, atomic_write,
-                 header_lines, lock_folder, preprocess, read_wfdb, sha256)
+                 header_lines, preprocess, read_wfdb, sha256)
 from synth import atomic_folder, synthesize
 
 MIN_VALID_S = 2.0                # s of signal that a lead, and so a recording, needs to be kept

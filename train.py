@@ -53,10 +53,10 @@ import prepare
 import probe_mitbih
 import probe_ptbxl
 from augment import WINDOW_S, Batches, lead_groups, load_noise
-from corpus import SPLITS, Sampler, open_corpus
+from corpus import SPLITS, Sampler, lock_folder, open_corpus
 from dino import (STUDENT_TEMPERATURE, build_networks, distributed, gather_rows, num_ranks, objective, reduce_,
                   update_teacher)
-from ecg import LEADS, atomic_write, lock_folder, sha256
+from ecg import LEADS, atomic_write, sha256
 from evaluate import OnlineProbe, diagnose, draw_curves, draw_features, health
 from model import SIZES, Encoder, build_encoder, load_encoder, save_encoder
 
@@ -94,8 +94,7 @@ RUNNING = {"DEFAULT_LR", "DEFAULT_STEPS", "DEMO_STEPS", "KEEP_LAST", "CHECKPOINT
            "GIVE", "SIZES", "WINDOW_PATCHES", "WINDOW_S", "FINGERPRINTS_FILE", "PREPROCESSING"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# schedules: functions of the step
+# ---- schedules: functions of the step -------------------------------------------------------------------------------
 
 def cosine(start, end, share):
     """From start to end along half a cosine, share in [0, 1] of the way."""
@@ -142,8 +141,7 @@ def set_schedules(optimizer, s):
         group["weight_decay"] = s["weight_decay"] if group["decay"] else 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# processes: how they start, stop, and are watched
+# ---- processes: how they start, stop, and are watched ---------------------------------------------------------------
 
 def setup_processes(device_flag):
     """(rank, world size, device). torchrun's variables decide; a process group that cannot start is an error, never
@@ -165,13 +163,8 @@ def setup_processes(device_flag):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def barrier():
-    if distributed():
-        dist.barrier()
-
-
-def from_rank_0(value):
-    """The same Python object on all ranks."""
+def from_rank_0(value=None):
+    """The same Python object on all ranks, which wait for rank 0 here."""
     held = [value]
     if distributed():
         dist.broadcast_object_list(held)
@@ -245,8 +238,7 @@ class Watchdog:
         os._exit(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# networks: sharding, first weights, gradients
+# ---- networks: sharding, first weights, gradients -------------------------------------------------------------------
 
 def shard(part, mesh, low_precision):
     """FSDP2 of an encoder or a head. Wrapper order: checkpointing, compile, shard. The roots reshard after forward too,
@@ -313,8 +305,7 @@ def skip_if_not_finite(optimizer, loss, norms):
     return optimizer.found_inf
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 def training_state(student, teacher, gram_teacher, optimizer):
     """Everything that a checkpoint holds next to the step: all else is a function of the step."""
@@ -353,7 +344,6 @@ class Checkpoints:
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.out, LOCK_S)
-        barrier()
         if from_rank_0(not resume and (bool(checkpoints(self.folder)) or (self.out / "log.jsonl").exists())):
             raise ValueError(f"{self.out} already holds a run; continue it with --resume, or choose another --out")
 
@@ -431,8 +421,9 @@ class Checkpoints:
             if path is None:
                 return None, None
             files = sorted(meta["sha256"].items()) if meta else []
-            damaged = reduce_(torch.tensor([float(not meta or any(
-                checksum(path / name) != digest for name, digest in files[self.rank::self.world_size]))]))
+            mine = [(path / name, digest) for name, digest in files[self.rank::self.world_size]]
+            damaged = not meta or any(not file.is_file() or sha256(file) != digest for file, digest in mine)
+            damaged = reduce_(torch.tensor([float(damaged)]))
             if not damaged:
                 return path, meta
             aside.append(f"{path.name}.damaged")
@@ -441,7 +432,7 @@ class Checkpoints:
                 path.rename(self.folder / aside[-1])
                 print(f"warning: {path} is damaged (its checksums differ); it is now {aside[-1]}, and the one before "
                       "is used", file=sys.stderr)
-            barrier()
+            from_rank_0()
 
 
 def checkpoints(folder):
@@ -455,14 +446,6 @@ def read_meta(path):
         meta = json.loads((path / "meta.json").read_text())
         return meta if {"same", "sha256"} <= set(meta) and path.name == f"step_{meta['step']:07d}" else None
     except (ValueError, TypeError, KeyError):
-        return None
-
-
-def checksum(path):
-    """SHA-256 of a file, or None if it cannot be read."""
-    try:
-        return sha256(path)
-    except OSError:
         return None
 
 
@@ -498,8 +481,7 @@ def export_encoder(checkpoint, path, config, meta):
     atomic_write(path, lambda file: save_encoder(encoder, file, **{k: meta[k] for k in ("command", "commit", "step")}))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what a run is, and whether a resumed one is the same
+# ---- what a run is, and whether a resumed one is the same -----------------------------------------------------------
 
 def science_constants():
     """Constants that decide what is learned, of all files of the training."""
@@ -573,8 +555,7 @@ def run_about(args, world_size, device, sampler, student, same):
                       for c in sampler.corpora])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the run
+# ---- the run --------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def signs_of_health(groups, parts, target_cls, logits):
@@ -640,14 +621,14 @@ def train(args, rank, world_size, device, stop, watchdog):
         trim_log(out / "log.jsonl", start)
         atomic_write(out / "run.json", json.dumps(about, indent=1, default=str))
         print_header(about, args, start)
-    barrier()
+    from_rank_0()
     probe = OnlineProbe(corpora, encoder.window_length(12) * encoder.patch_samples)
     # Sharded parameters are bf16 already.
     autocast = (torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" and not sharded else
                 contextlib.nullcontext())
     between_s = seconds_between_checkpoints(student, teacher, gram_teacher)
 
-    log = RunLog(out / "log.jsonl") if rank == 0 else None
+    log = open(out / "log.jsonl", "a") if rank == 0 else None
     skipped, in_a_row, told, waited_s = {}, 0, set(), 0.0
     batches = Batches(sampler, rank, world_size, noise, encoder.patch_samples, device)
     batches.start(start)
@@ -687,7 +668,7 @@ def train(args, rank, world_size, device, stop, watchdog):
             for at, bad in zip(skipped, torch.stack(list(skipped.values())).tolist()):
                 in_a_row = in_a_row + 1 if bad else 0
                 if bad and rank == 0:
-                    log.write(step=at, skipped="loss or gradient not finite", recordings=sampler.name(at))
+                    write_row(log, step=at, skipped="loss or gradient not finite", recordings=sampler.name(at))
                     progress.write(f"step {at} was skipped: its loss or gradient is not finite (see log.jsonl)")
                 if in_a_row == MAX_SKIPPED:
                     saved.wait()
@@ -701,25 +682,25 @@ def train(args, rank, world_size, device, stop, watchdog):
                        ln_k=math.log(args.prototypes), **s, waited_s=round(waited_s, 3),
                        seconds=round(time.perf_counter() - began, 3))
             if rank == 0:
-                log.write(**row)
+                write_row(log, **row)
                 progress.set_postfix_str(f"loss {row['loss']:.3f} dino {row['dino_local']:.3f} "
                                          f"ibot {row['ibot']:.3f} targets {row['target_entropy']:.2f}"
                                          f" of {row['ln_k']:.2f} rank {row['cls_rank']:.1f}")
                 for kind, sentence in diagnose(row, warm=step > WARMUP_SHARE * args.steps).items():
                     if kind not in told:
                         progress.write(f"warning, step {step}: {sentence}")
-                        log.write(step=step, warning=kind, sentence=sentence)
+                        write_row(log, step=step, warning=kind, sentence=sentence)
                         told.add(kind)
         if probe.usable and args.probe_every and (step == 0 or last or (step + 1) % args.probe_every == 0):
             watchdog.pat(f"the online probe of step {step + 1}")
             auroc = probe.score(encoder, device)
             if rank == 0:
-                log.write(step=step, online_auroc=auroc)
+                write_row(log, step=step, online_auroc=auroc)
                 progress.write(f"step {step + 1}: online probe AUROC {auroc:.3f}")
         saved.check()
         if save:
             if rank == 0:
-                log.sync()                                             # what the checkpoint stands for is on disk first
+                os.fsync(log.fileno())                                 # what the checkpoint stands for is on disk first
             watchdog.pat(f"the checkpoint of step {step + 1}")
             saved.save(step + 1, training_state(student, teacher, gram_teacher, optimizer), about, encoder.config)
         if stopped_by and not last:
@@ -737,19 +718,11 @@ def train(args, rank, world_size, device, stop, watchdog):
     return stopped_by
 
 
-class RunLog:
-    """log.jsonl: one object a line; what is not finite is null."""
-
-    def __init__(self, path):
-        self.file = open(path, "a")
-
-    def write(self, **row):
-        self.file.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None
-                                    for k, v in row.items()}) + "\n")
-        self.file.flush()
-
-    def sync(self):
-        os.fsync(self.file.fileno())
+def write_row(log, **row):
+    """A line of log.jsonl; a value that is not finite is null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    log.write(json.dumps(finite) + "\n")
+    log.flush()
 
 
 def trim_log(path, start):
@@ -761,19 +734,17 @@ def trim_log(path, start):
 
 
 def print_header(about, args, start):
-    total = sum(about["parameters"].values())
     print(f"encoder {args.size} {about['parameters']['encoder'] / 1e6:.2f} M parameters, with heads "
-          f"{total / 1e6:.2f} M | {about['device_name']} x {about['world_size']}, "
+          f"{sum(about['parameters'].values()) / 1e6:.2f} M | {about['device_name']} x {about['world_size']}, "
           + ("bf16 with fp32 weights and losses" if args.precision == "bf16" else "fp32"))
     for g in about["groups"]:
         print(f"  {g['recordings_per_batch']} of {args.batch} recordings per batch show {g['leads']} leads "
               f"({g['patients']} patients)")
-    print(f"  left out: {', '.join(f'{n} {why}' for why, n in about['skipped'].items())}")
-    print(f"steps {start} to {args.steps}, checkpoints and log in {args.out}")
+    print(f"  left out: {', '.join(f'{n} {why}' for why, n in about['skipped'].items())}\n"
+          f"steps {start} to {args.steps}, checkpoints and log in {args.out}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# nothing prepared: the whole way on synthetic recordings
+# ---- nothing prepared: the whole way on synthetic recordings --------------------------------------------------------
 
 def prepare_demo(args, rank):
     """Write and prepare synthetic recordings under args.out (once), and point args at them."""
@@ -782,7 +753,7 @@ def prepare_demo(args, rank):
         print(f"no --data given: making synthetic recordings in {args.out}\n")
         prepare.main(prepare.parse_args(["synth", "--raw", str(args.out / "raw"), "--out", str(data),
                                          "--seed", str(args.seed)]))
-    barrier()
+    from_rank_0()
     args.data, args.noise = [(data / "ptbxl", 1.0), (data / "mitdb", 1.0)], data / "nstdb"
     args.steps = args.steps or (None if args.resume else DEMO_STEPS)
 
@@ -817,8 +788,7 @@ Next, with real ones:
   torchrun train.py --data data/ptbxl data/mitdb --noise data/nstdb --out runs/real""")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# command line
+# ---- command line ---------------------------------------------------------------------------------------------------
 
 def corpus_and_weight(text):
     """"DIR" or "DIR:WEIGHT" -> (Path, weight)"""
@@ -901,29 +871,17 @@ def check_args(args):
         raise ValueError("--device cuda, but this PyTorch sees no GPU; use --device cpu, or install a CUDA build")
 
 
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
-
-
 def main(args):
     """Train, and with no data show what came out. Returns the exit code."""
     check_args(args)
+    demo = not args.data
     with StopRequest() as stop:                                        # first: a signal while all starts counts too
         rank, world_size, device = setup_processes(args.device)
         stop.connect()
-        demo = not args.data
         if demo:
             prepare_demo(args, rank)
-        try:
-            with Watchdog(rank) as watchdog:
-                stopped_by = train(args, rank, world_size, device, stop, watchdog)
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
-                raise
-            found = str(error).splitlines()[0][:200] if str(error) else "host memory"
-            raise ValueError(
-                f"out of memory on rank {rank} ({found}); --resume with --checkpoint-activations, which saves most, "
-                "with more processes, or with --precision bf16; or start again in another --out with a smaller --batch "
-                f"(now {args.batch}) or a shorter --window (now {args.window:g} s)") from error
+        with Watchdog(rank) as watchdog:
+            stopped_by = train(args, rank, world_size, device, stop, watchdog)
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped_by:
@@ -933,22 +891,33 @@ def main(args):
     return 0
 
 
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
+
+
+def explain(error, args):
+    """What happened and what to do, in one line if a user can put it right."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+        found = (str(error).splitlines() or ["host memory"])[0][:200]
+        return (f"error: out of memory on rank {os.environ.get('RANK', 0)} ({found}); "
+                "--resume with --checkpoint-activations, which saves most, with more processes, or with --precision "
+                f"bf16; or start again in another --out with a smaller --batch (now {args.batch}) or a shorter "
+                f"--window (now {args.window:g} s)")
+    if isinstance(error, OSError):
+        return f"error: {error}; what is on disk is whole; put that right, then --resume"
+    return f"error: {error}" if isinstance(error, ValueError) else traceback.format_exc()
+
+
 def cli():
-    """main() as a program: what a user can put right is said in one line."""
+    args = parse_args()
     try:
-        sys.exit(main(parse_args()))
-    except ValueError as error:
-        said = f"error: {error}"
-    except OSError as error:
-        said = f"error: {error}; what is on disk is whole; put that right, then --resume"
-    except KeyboardInterrupt:
-        said = "interrupted"
-    except Exception:
-        said = traceback.format_exc()
-    # At once: other ranks wait in a collective, and an orderly end would wait for them, and for threads.
-    print(said, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
+        sys.exit(main(args))
+    except (Exception, KeyboardInterrupt) as error:
+        # At once: other ranks wait in a collective, and an orderly end would wait for them, and for threads.
+        print(explain(error, args), file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":

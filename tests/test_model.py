@@ -397,6 +397,10 @@ def test_missing_samples_get_no_gradient():
     assert signal.grad.isfinite().all() and (signal.grad[missing] == 0).all() and signal.grad[3].abs().sum() > 0
 
 
+# Of fp32, in features of up to 4: the real form of the rotation is not bit for bit the complex one.
+ROUNDING = 5e-6
+
+
 def exported_like(encoder, program, signal, leads, atol):
     for found, expected in zip(program(signal, leads), encoder(signal, leads)):
         if expected is None:                                            # eager: nothing is missing
@@ -410,7 +414,7 @@ def test_export_is_exact(encoder):
     whole = 0.3 * randn(4, 3, 9 * P, seed=5)
     program = torch.export.export(encoder, (whole, GAPPY_LEADS)).module()
     for signal in (whole, GAPPY):
-        exported_like(encoder, program, signal, GAPPY_LEADS, atol=1e-6)
+        exported_like(encoder, program, signal, GAPPY_LEADS, atol=ROUNDING)
 
 
 def dynamic_shapes():
@@ -425,12 +429,12 @@ MORE_LEADS = torch.arange(14).view(7, 2)
 @pytest.mark.slow
 def test_export_of_any_shape(encoder):
     program = torch.export.export(encoder, (GAPPY, GAPPY_LEADS), dynamic_shapes=dynamic_shapes()).module()
-    exported_like(encoder, program, GAPPY, GAPPY_LEADS, atol=1e-6)
-    exported_like(encoder, program, MORE, MORE_LEADS, atol=1e-6)
+    exported_like(encoder, program, GAPPY, GAPPY_LEADS, atol=ROUNDING)
+    exported_like(encoder, program, MORE, MORE_LEADS, atol=ROUNDING)
     mask = randn(4, 3, 9) > 0
     program = torch.export.export(encoder, (GAPPY, GAPPY_LEADS, mask)).module()
     for found, expected in zip(program(GAPPY, GAPPY_LEADS, mask), encoder(GAPPY, GAPPY_LEADS, mask)):
-        assert_close(found, expected, atol=1e-6)
+        assert_close(found, expected, atol=ROUNDING)
 
 
 @pytest.mark.slow

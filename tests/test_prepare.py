@@ -26,8 +26,8 @@ import wfdb
 import prepare
 from conftest import (RECORDS, ROOT, TWELVE, draw_ecg, edit_header, files_of, link, names_of, noise, patient_of,
                       real_ptbxl, rows_of, run, write)
-from corpus import INDEX_DTYPE, SPLITS, open_corpus, part_of
-from ecg import FS, LEADS, MISSING, Refused, lock_folder, preprocess
+from corpus import INDEX_DTYPE, SPLITS, lock_folder, open_corpus, part_of
+from ecg import FS, LEADS, MISSING, Refused, preprocess
 from synth import MITDB_CONDITIONS, STATEMENTS, atomic_folder, write_record
 
 DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()

@@ -1,236 +1,124 @@
-"""The training loop on small synthetic corpora: batches, exact resume, ranks, checkpoints, what users see when something is wrong.
+"""The run on small synthetic corpora: exact resume, ranks, checkpoints, Gram anchoring, and what a user sees when
+something is wrong. (What messages advise: test_messages.py.)
 
-$ECG_KILLS (3) is how often a run is killed at a random instant, $ECG_STEPS (6) how long runs that must agree are compared.
+Most runs train a small encoder in this process, so that they take seconds; the long tests (ECG_SLOW=1) train the tiny
+one. $ECG_KILLS (3) is how often a run is killed at a random instant, $ECG_STEPS (6) how many steps are compared.
 """
+import argparse
+import errno
 import fcntl
+import gc
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
-import prepare
+import dino
+import model
 import train
-from model import Encoder, load_encoder
-from prepare import SPLITS, open_corpus
+from augment import cut_views, host_batch, lead_groups
+from corpus import Sampler, open_corpus
+from dino import build_networks, objective
+from corpus import lock_folder
+from model import Encoder, build_encoder, load_encoder
 
 ROOT = Path(__file__).parents[1]
-RUN = ["--batch", "16", "--log-every", "1", "--checkpoint-every", "2", "--probe-every", "0", "--prototypes", "64", "--device", "cpu"]
+RUN = ["--batch", "16", "--log-every", "1", "--probe-every", "0", "--prototypes", "64", "--device", "cpu"]
+SMALL = dict(width=32, depth=2, heads=2, layer_scale=1.0)      # what --size tiny is in the short tests
+STEPS = 5                        # of the run `whole`
+LONG_S = 1200                    # no test waits longer; on a busy machine none needs a tenth of it
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory):
+def data(synth):
     """Synthetic corpora, prepared through the ordinary readers."""
-    folder = tmp_path_factory.mktemp("synth")
-    prepare.main(prepare.parse_args(["synth", "--raw", str(folder / "raw"), "--out", str(folder / "data"), "--records", "80", "--seed", "3"]))
-    return folder / "data"
+    return synth / "data"
 
 
-def command(data, out, steps, *extra):
-    return ["--data", str(data / "ptbxl"), str(data / "mitdb"), "--noise", str(data / "nstdb"), "--out", str(out), "--steps", str(steps), *RUN, *extra]
+def flags(data, out, steps, *extra):
+    return ["--data", str(data / "ptbxl"), str(data / "mitdb"), "--noise", str(data / "nstdb"), "--out", str(out),
+            "--steps", str(steps), "--checkpoint-every", "2", *RUN, *extra]
 
 
-def environment():
-    # One thread: sums in one order, so runs can be compared bit for bit. The other as in run.sbatch.
-    return dict(os.environ, OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+def train_here(*arguments):
+    """Train a small encoder in this process; the exit code."""
+    gc.collect()                                                       # of a run that failed: its lock on the folder
+    with mock.patch.dict(model.SIZES, tiny=SMALL):
+        return train.main(train.parse_args([str(a) for a in arguments]))
 
 
-def start(launcher, data, out, steps, *extra, script=ROOT / "train.py"):
-    return subprocess.Popen([*launcher, str(script), *command(data, out, steps, *extra)], env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def run(launcher, data, out, steps, *extra, expect=0, script=ROOT / "train.py"):
-    """Train; a process with its returncode, stdout and stderr."""
-    process = start(launcher, data, out, steps, *extra, script=script)
+def refused(*arguments):
+    """The message of a run that must not start, or not go on."""
     try:
-        process.stdout, process.stderr = process.communicate(timeout=100 + 3 * steps)
+        train_here(*arguments)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError(f"{arguments} was accepted")
+
+
+def start(launcher, script, *arguments, **environment):
+    # One thread: sums in one order, so runs can be compared bit for bit. The other variable as in run.sbatch.
+    environment = dict(os.environ, OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", **environment)
+    return subprocess.Popen([*launcher, str(script), *arguments], env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def run(launcher, script, *arguments, expect=0, **environment):
+    """Train in processes of its own; a process with its returncode, stdout and stderr."""
+    process = start(launcher, script, *arguments, **environment)
+    try:
+        process.stdout, process.stderr = process.communicate(timeout=LONG_S)
     finally:
         process.kill()
     assert process.returncode == expect, process.stderr[-3000:]
     return process
 
 
+PYTHON, TRAIN = [sys.executable], ROOT / "train.py"
+
+
 def torchrun(ranks=2):
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", "localhost:0"]
 
 
-def wait_until(condition, seconds=100):
-    deadline = time.time() + seconds
+def wait_until(condition):
+    deadline = time.monotonic() + LONG_S
     while not condition():
-        assert time.time() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
 
 
-def patched(folder, code):
+def patched(folder, code="", size=SMALL):
     """train.py with a few lines of its own, as a script."""
     script = folder / "patched.py"
-    script.write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, train\nRANK = int(os.environ.get('RANK', 0))\n{code}\n"
-                      "train.cli()\n")
+    script.write_text(f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, dino, model, train\n"
+                      f"model.SIZES['tiny'] = {size}\nRANK = int(os.environ.get('RANK', 0))\n{code}\ntrain.cli()\n")
     return script
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def losses(out, *names):
     """{step: values} of the log, without what depends on the clock."""
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return {r["step"]: {k: v for k, v in r.items() if k not in ("seconds", "waited_s") and (not names or k in names)} for r in rows}
-
-
-def sampler(data, batch=32, seed=5, names=("ptbxl", "mitdb")):
-    return train.Sampler([open_corpus(data / n) for n in names], batch, seed)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# batches
-
-def flat(groups):
-    return [t for g in groups for t in [g["batch"], g["leads"], g["masks"], *(v for d in g["draws"] for v in d.values())]]
-
-
-def test_batch_is_a_pure_function_of_seed_and_step(data):
-    draw = lambda seed, step: flat(train.host_batch(sampler(data, seed=seed), step, 0, 1, 5000, 50))
-    assert all(torch.equal(a, b) for a, b in zip(draw(5, 7), draw(5, 7)))
-    assert not torch.equal(draw(5, 7)[0], draw(5, 8)[0])
-    assert not torch.equal(draw(5, 7)[0], draw(6, 7)[0])
-
-
-def test_ranks_share_the_batch_of_one_process(data):
-    whole = train.host_batch(sampler(data), 3, 0, 1, 5000, 50)
-    parts = [train.host_batch(sampler(data), 3, rank, 2, 5000, 50) for rank in (0, 1)]
-    for g, group in enumerate(whole):
-        for rank in (0, 1):
-            part = parts[rank][g]
-            assert torch.equal(part["batch"], group["batch"][rank::2])
-            assert torch.equal(part["masks"], group["masks"].unflatten(0, (2, -1))[:, rank::2].flatten(0, 1))
-            for mine, everyone in zip(part["draws"], group["draws"]):
-                assert all(torch.equal(mine[k], everyone[k][:, rank::2]) for k in everyone)
-
-
-def test_excluded_corpora_are_not_trained_on(data):
-    corpora = [open_corpus(data / "ptbxl"), open_corpus(data / "mitdb")]
-    s = train.Sampler(corpora, 16, 0, excluded=[open_corpus(data / "mitdb")])
-    assert {member["corpus"] for group in s.groups for member in group["members"]} == {0}
-    assert s.skipped["copy of a held-out recording"] == (corpora[1].index["split"] == 0).sum()
-    assert "copy of a held-out recording" not in train.Sampler(corpora, 16, 0).skipped
-
-
-def test_weights_of_corpora(data):
-    assert train.parse_args(["--data", "a", "b:0.5", "c:d", "e:2"]).data == [
-        (Path("a"), 1.0), (Path("b"), 0.5), (Path("c:d"), 1.0), (Path("e"), 2.0)]
-    for wrong in ("a:0", "a:-1", "a:nan", "a:inf"):
-        with pytest.raises(SystemExit):
-            train.parse_args(["--data", wrong])
-    corpora = [open_corpus(data / "ptbxl"), open_corpus(data / "mitdb")]
-    shares = []
-    for weights in ([1.0, 1.0], [1.0, 4.0]):
-        s = train.Sampler(corpora, 16, 0, weights=weights)
-        group = next(g for g in s.groups if len(g["members"]) == 2)
-        drawn = [m for step in range(200) for m, _ in s.choose(step)[s.groups.index(group)]]
-        shares.append(np.mean(drawn) / (1 - np.mean(drawn)))       # odds of the second corpus
-    assert 2 < shares[1] / shares[0] < 8
-
-
-def test_batch_holds_one_window_per_patient_of_the_train_split(data):
-    s = sampler(data)
-    chosen, patients = s.choose(0), []
-    for g, group in enumerate(s.groups):
-        assert len(chosen[g]) == group["size"]
-        for m, patient in chosen[g]:
-            member = group["members"][m]
-            index = s.corpora[member["corpus"]].index
-            rows = member["rows"][member["first"][patient]:member["first"][patient] + member["count"][patient]]
-            assert len(set(index["patient"][rows])) == 1
-            patients.append(s.corpora[member["corpus"]].patients[index["patient"][rows[0]]])
-            assert set(index["split"][rows]) == {SPLITS.index("train")}
-    assert len(set(patients)) == 32                # once in a batch, though those with many leads are in every group
-
-
-def test_a_corpus_given_twice_fills_its_batches(data):
-    """Its patients count twice there; the draw must come to an end all the same."""
-    s = sampler(data, batch=64, names=("mitdb", "mitdb", "ptbxl", "ptbxl"))
-    assert [len(places) for places in s.choose(0)] == [g["size"] for g in s.groups]
-
-
-def test_recordings_with_many_leads_show_few_of_them_for_longer(data):
-    groups = train.host_batch(sampler(data), 0, 0, 1, 5000, 50)
-    assert [(g["specs"][0].leads, g["specs"][0].patches) for g in groups] == [(8, 15), (2, 40), (1, 40)]
-    assert [len(g["batch"]) for g in groups] == [16, 8, 8]
-    assert len(set(groups[2]["leads"].flatten().tolist())) > 2 and (groups[2]["leads"] > 2).any()
-
-
-def test_held_out_patients_never_reach_a_batch(data):
-    s = sampler(data)
-    trained = {(m["corpus"], p) for g in s.groups for m in g["members"] for p in s.corpora[m["corpus"]].index["patient"][m["rows"]]}
-    held = {(c, p) for c, corpus in enumerate(s.corpora) for p in corpus.index["patient"][corpus.index["split"] != SPLITS.index("train")]}
-    assert trained and held and not trained & held
-
-
-def test_independent_leads_come_first_and_windows_are_those_of_the_corpus(data):
-    s = sampler(data)
-    batch, leads, available = s.draw(0, 0, s.choose(0)[0], slice(0, 8))
-    names = [[prepare.LEADS[i] for i in row] for row in leads]
-    assert all(row[:8] == ["I", "II", "V1", "V2", "V3", "V4", "V5", "V6"] for row in names)
-    assert batch.dtype == np.int16 and batch.shape == (8, 12, s.groups[0]["window"]) and (available == 12).all()
-    limb = dict(zip(names[0], batch[0].astype(int)))
-    assert np.abs(limb["III"] - (limb["II"] - limb["I"])).max() <= 15                 # Einthoven, up to the resampled rounding
-
-
-def test_too_few_patients_and_odd_batches_are_refused(data):
-    with pytest.raises(ValueError, match="smaller --batch"):
-        sampler(data, batch=320)
-    with pytest.raises(ValueError, match="multiple of 16"):
-        sampler(data, batch=33)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# schedules and optimiser
-
-def test_schedules_move_as_stated():
-    s = [train.schedules(step, 100, 1e-3) for step in range(100)]
-    assert s[0]["lr"] == pytest.approx(1e-4) and max(x["lr"] for x in s) == pytest.approx(1e-3) and s[-1]["lr"] < 2e-5
-    assert s[0]["prototype_lr"] == 0 and s[1]["prototype_lr"] > 0
-    momentum = [x["momentum"] for x in s]
-    assert momentum[0] == train.TEACHER_MOMENTUM[0] and momentum == sorted(momentum) and momentum[-1] < 1
-
-
-def test_every_parameter_has_one_group_and_vectors_do_not_decay():
-    student = torch.nn.ModuleDict(dict(encoder=Encoder(32, 1, 2, 1.0), dino_head=train.build_networks(Encoder(32, 1, 2, 1.0), 16, 8, 16, 16)[0]["dino_head"]))
-    optimizer = train.build_optimizer(student)
-    grouped = [id(p) for g in optimizer.param_groups for p in g["params"]]
-    assert len(grouped) == len(set(grouped)) == len(list(student.parameters()))
-    plain = {id(p) for p in optimizer.param_groups[1]["params"]}
-    for name, p in student.named_parameters():
-        assert (id(p) in plain) == (p.ndim < 2 or "token" in name or "lead_embedding" in name), name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# whole runs
-
-def test_overfits_one_batch(data, monkeypatch):
-    """With the batch held still, the student learns to name the prototypes of its views."""
-    torch.manual_seed(0)
-    s = sampler(data, batch=16, names=("ptbxl",))
-    encoder = Encoder(48, 1, 2, 1.0)
-    student, teacher = train.build_networks(encoder, 64, 32, 64, 64)
-    groups = [train.cut_views(g, None, encoder.patch_samples, "cpu")
-              for g in train.host_batch(s, 0, 0, 1, 5000, encoder.patch_samples)]
-    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
-    seen = []
-    for _ in range(25):
-        loss, parts, _, _ = train.objective(student, teacher, None, groups, 0.02)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        seen.append(float(parts["dino_local"]) + float(parts["ibot"]))
-    assert seen[-1] < 0.85 * seen[0], seen
+    return {r["step"]: {k: v for k, v in r.items() if k not in ("seconds", "waited_s") and (not names or k in names)}
+            for r in rows(out) if "loss" in r}
 
 
 def last_step(out):
@@ -247,12 +135,205 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def saved_steps(out):
+    return [int(c.name[5:]) for c in train.checkpoints(out / "checkpoints")]
+
+
+def signal_at(monkeypatch, call, number=signal.SIGTERM):
+    """This process gets a signal while the objective is computed for the call-th time from now on."""
+    calls, compute = [], train.objective
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return compute(*args)
+    monkeypatch.setattr(train, "objective", signalled)
+
+
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """A run of seven steps that nothing disturbed."""
+    """A run that nothing disturbed, of the small encoder."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    run([sys.executable], data, out, 7)
+    assert train_here(*flags(data, out, STEPS)) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def whole_tiny(data, tmp_path_factory):
+    """The same of the tiny one, in seven steps, from the command line."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(PYTHON, TRAIN, *flags(data, out, 7))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# schedules and optimiser
+
+def test_schedules_move_as_stated():
+    s = [train.schedules(step, 100, 1e-3) for step in range(100)]
+    assert s[0]["lr"] == pytest.approx(1e-4) and s[-1]["lr"] < 2e-5
+    assert max(x["lr"] for x in s) == pytest.approx(1e-3)
+    assert s[0]["prototype_lr"] == 0 and s[1]["prototype_lr"] > 0
+    momentum = [x["momentum"] for x in s]
+    assert momentum[0] == train.TEACHER_MOMENTUM[0] and momentum == sorted(momentum) and momentum[-1] < 1
+
+
+def test_gram_schedule_is_that_of_dinov3():
+    """Over a stage of 200,000 steps: 1,000 of ramp, and a new anchor after 10,000, 20,000 and 30,000."""
+    first, steps = 1_000_000, 1_200_000
+    refreshed = [step - first for step in range(steps) if train.gram_schedule(step, steps, first)["gram_refresh"]]
+    assert refreshed == [0, 10_000, 20_000, 30_000]
+    weight = [train.gram_schedule(first + since, steps, first)["gram_weight"] for since in (0, 500, 1000, 5000, 199_999)]
+    assert weight == pytest.approx([0, dino.GRAM_WEIGHT / 2, *[dino.GRAM_WEIGHT] * 3])
+    off = dict(gram_weight=0.0, gram_refresh=False)
+    assert train.gram_schedule(first - 1, steps, first) == off == train.gram_schedule(5, steps, -1)
+
+
+def test_every_parameter_has_one_group_and_vectors_do_not_decay():
+    student, _ = build_networks(Encoder(32, 1, 2, 1.0), 16, 8, 16, 16)
+    optimizer = train.build_optimizer(student)
+    grouped = [id(p) for g in optimizer.param_groups for p in g["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(student.parameters()))
+    plain = {id(p) for p in optimizer.param_groups[1]["params"]}
+    for name, p in student.named_parameters():
+        assert (id(p) in plain) == (p.ndim < 2 or "token" in name or "lead_embedding" in name), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# first weights
+
+# SHA-256 of names and values of the first weights at commit 7774147.
+FIRST_WEIGHTS = {"encoder": "02e004ef1bd27a3b513f0932eb5ef2d42a47d403c94119033084afa85ad84730",
+                 "student": "bf6aa9fb27f5e407d40b4ef7388b3ece16d4ea58d0e6196dc3f04cd9adb00257"}
+
+
+def digest(network):
+    total = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        total.update(name.encode() + value.numpy().tobytes())
+    return total.hexdigest()
+
+
+def test_first_weights_are_those_of_earlier_versions():
+    assert digest(load_encoder("random:tiny")) == FIRST_WEIGHTS["encoder"]
+    student, teacher = build_networks(build_encoder("tiny"), train.HEAD_HIDDEN, train.HEAD_BOTTLENECK, 64, 64)
+    assert digest(student) == digest(teacher) == FIRST_WEIGHTS["student"]
+
+
+BUILD = ["--size", "tiny", "--prototypes", "65", "--seed", "7", "--gram-from", "3"]
+
+
+def build_rank(rank, folder):
+    """Networks as a run of two processes builds them, gathered into a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    mesh = train.init_device_mesh("cpu", (2,))
+    networks = train.build(train.parse_args(BUILD), mesh, torch.device("cpu"), mock.Mock())
+    shares = [p.to_local().numel() / p.numel() for network in networks for p in network.parameters()]
+    states = [{name: value.full_tensor() for name, value in network.state_dict().items()} for network in networks]
+    if rank == 0:
+        torch.save((states, np.mean(shares)), f"{folder}/states.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_begin_with_the_weights_of_one_process(tmp_path):
+    """Bit for bit, also where two ranks cannot divide the rows; nothing is left without a value."""
+    mp.spawn(build_rank, (str(tmp_path),), nprocs=2)
+    sharded, share = torch.load(tmp_path / "states.pt")
+    assert 0.4 < share < 0.8                                           # each rank has its part, of most parameters half
+    args = train.parse_args(BUILD)
+    alone = [n.state_dict() for n in train.build(args, None, torch.device("cpu"), mock.Mock())]
+    patches = {g.leads: g.global_patches for g in lead_groups(args.window)}
+    plain = build_networks(build_encoder("tiny", 7, window_patches=patches), train.HEAD_HIDDEN, train.HEAD_BOTTLENECK,
+                           65, 65)
+    plain = [n.state_dict() for n in (*plain, plain[1]["encoder"])]
+    assert len(sharded) == len(alone) == 3 and all(len(state) > 30 for state in sharded)
+    for two, one, expected in zip(sharded, alone, plain):
+        assert same(two, expected) and same(one, expected)
+        assert all(value.isfinite().all() for value in two.values())
+
+
+HOST_MEMORY = """
+def peak_gb():
+    return next(int(line.split()[1]) / 1e6 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+if "WORLD_SIZE" in os.environ:
+    rank, world_size, device = train.setup_processes("cpu")
+    mesh, args = train.init_device_mesh("cpu", (world_size,)), train.parse_args(["--size", "large"])
+    with train.Watchdog(rank) as watchdog:
+        networks = train.build(args, mesh, device, watchdog)
+    train.from_rank_0()
+else:
+    networks = train.build_networks(train.build_encoder("large"), train.HEAD_HIDDEN, train.HEAD_BOTTLENECK, 512, 512)
+print("peak", peak_gb(), flush=True)
+sys.exit()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_never_holds_whole_networks(tmp_path):
+    """Host memory at --size large on two ranks, against both networks in one process as before."""
+    script = patched(tmp_path, HOST_MEMORY)
+    peaks = [[float(gb) for gb in re.findall(r"peak ([\d.]+)", run(launcher, script).stdout)]
+             for launcher in (torchrun(), PYTHON)]
+    print("peak of each rank, and of one process with whole networks, GB:", peaks)
+    assert len(peaks[0]) == 2 and max(peaks[0]) < 0.6 * peaks[1][0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole runs
+
+def test_overfits_one_batch(data):
+    """With the batch held still, the student learns to name the prototypes of its views."""
+    torch.manual_seed(0)
+    sampler = Sampler([open_corpus(data / "ptbxl")], 16, 5, lead_groups())
+    encoder = Encoder(48, 1, 2, 1.0)
+    student, teacher = build_networks(encoder, 64, 32, 64, 64)
+    groups = [cut_views(g, None, encoder.patch_samples, "cpu")
+              for g in host_batch(sampler, 0, 0, 1, 5000, encoder.patch_samples)]
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    seen = []
+    for _ in range(25):
+        loss, parts, _, _ = objective(student, teacher, None, groups, 0.02)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(parts["dino_local"].item() + parts["ibot"].item())
+    assert seen[-1] < 0.85 * seen[0], seen
+
+
+def test_a_run_leaves_what_it_says(whole):
+    about = json.loads((whole / "run.json").read_text())
+    assert about["args"]["steps"] == STEPS and about["adjustable"]["lr"] == train.DEFAULT_LR
+    assert about["same"]["augment.WINDOW_S" if "augment.WINDOW_S" in about["same"] else "window"] == 9.0
+    assert [r["step"] for r in rows(whole) if "loss" in r] == list(range(STEPS)) and saved_steps(whole) == [4, 5]
+    assert load_encoder(whole / "encoder.pt").config["width"] == SMALL["width"]
+    assert (whole / "curves.png").stat().st_size > 1000 and not (whole / "stopped").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_end_a_run_with_a_checkpoint(data, whole, tmp_path, monkeypatch, capsys, number):
+    out = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        signal_at(patch, 2, number)
+        assert train_here(*flags(data, out, STEPS, "--checkpoint-every", "100")) == train.EXIT_STOPPED
+    assert "--resume" in capsys.readouterr().out and number.name in (out / "stopped").read_text()
+    assert saved_steps(out) == [last_step(out) + 1] and last_step(out) < STEPS - 1
+    assert train_here(*flags(data, out, STEPS, "--resume")) == 0
+    assert losses(out) == losses(whole) and same(weights(out), weights(whole))
+    assert not (out / "stopped").exists()
+
+
+def test_a_killed_run_resumes_bit_for_bit(data, whole, tmp_path):
+    """SIGKILL after its first checkpoint; the resumed run is that of another process."""
+    out = tmp_path / "run"
+    victim = start(PYTHON, patched(tmp_path), *flags(data, out, STEPS))
+    wait_until(lambda: victim.poll() is not None or saved_steps(out))
+    victim.kill()
+    victim.communicate()
+    assert train_here(*flags(data, out, STEPS, "--resume")) == 0
+    assert losses(out) == losses(whole) and same(weights(out), weights(whole))
+    assert not list((out / "checkpoints").glob("*.tmp"))
 
 
 @pytest.fixture
@@ -266,27 +347,30 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_killed_runs_resume_bit_for_bit(data, small_disk):
-    """SIGKILL at random instants, every other one while a checkpoint is being written, in between a full disk: every start goes on from the last good
-    checkpoint, of which there is always one once there was one, and log and weights are in the end those of a run left alone."""
+@pytest.mark.slow
+def test_runs_killed_at_random_resume_bit_for_bit(data, small_disk):
+    """SIGKILL at random instants, every other one while a checkpoint is being written, in between a full disk. Every
+    start goes on from the last good checkpoint, and none is ever lost; in the end log and weights are those of a run
+    left alone."""
     kills, out, rng = int(os.environ.get("ECG_KILLS", 3)), small_disk / "run", np.random.default_rng()
     folder, filler, steps, interval, history = out / "checkpoints", small_disk / "filler", 7 + 3 * kills, 2, []
 
     def newest():
-        return max([int(c.name[5:]) for c in train.checkpoints(folder)] or [0])
+        return max(saved_steps(out) or [0])
 
     for kill in range(kills):
         if kill % 5 == 2 and newest():                                 # less room than a checkpoint takes, or none
             filler.write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - kill % 2 * 20_000_000)))
-            done = run([sys.executable], data, out, steps, "--resume", expect=1)
-            assert ("could not be written" in done.stderr or "No space left" in done.stderr) and "Traceback" not in done.stderr, done.stderr[-2000:]
+            done = run(PYTHON, TRAIN, *flags(data, out, steps, "--resume"), expect=1)
+            assert "could not be written" in done.stderr or "No space left" in done.stderr, done.stderr[-2000:]
+            assert "Traceback" not in done.stderr, done.stderr[-2000:]
             filler.unlink()
         before = newest()
-        if (out / "run.json").exists():
-            (out / "run.json").unlink()
-        victim = start([sys.executable], data, out, steps, "--resume")
+        (out / "run.json").unlink(missing_ok=True)
+        victim = start(PYTHON, TRAIN, *flags(data, out, steps, "--resume"))
         # From then on what is there is this start's.
         wait_until(lambda: victim.poll() is not None or (out / "run.json").exists() and not list(folder.glob("*.tmp")))
+        writing = False
         if kill % 2:
             wait_until(lambda: victim.poll() is not None or list(folder.glob("*.tmp/*")))
             time.sleep(rng.uniform(0, 0.1))
@@ -294,159 +378,198 @@ def test_killed_runs_resume_bit_for_bit(data, small_disk):
         else:
             wait_until(lambda: victim.poll() is not None or last_step(out) >= before)
             time.sleep(rng.uniform(0, 3.0))
-            writing = False
         victim.kill()
         victim.communicate()
         history.append((before, newest(), last_step(out), writing))
         assert newest() >= before, "a good checkpoint was lost"
-        # The checkpoint of a step is written beside the next steps, at most an interval of them.
+        # The checkpoint of a step is written while the next steps run, at most an interval of them.
         assert last_step(out) + 1 - newest() <= 2 * interval, history
-    run([sys.executable], data, out, steps, "--resume")
-    print(f"{kills} kills, {sum(h[-1] for h in history)} of them with a checkpoint half written; (resumed, kept, reached, half written): {history}")
-    assert not list(folder.glob("*.tmp")) and len(train.checkpoints(folder)) == train.KEEP_LAST
+    run(PYTHON, TRAIN, *flags(data, out, steps, "--resume"))
+    print(f"{kills} kills, {sum(h[-1] for h in history)} of them with a checkpoint half written; "
+          f"(resumed, kept, reached, half written): {history}")
+    assert not list(folder.glob("*.tmp")) and len(saved_steps(out)) == train.KEEP_LAST
     shutil.rmtree(folder)
-    run([sys.executable], data, small_disk / "undisturbed", steps)
+    run(PYTHON, TRAIN, *flags(data, small_disk / "undisturbed", steps))
     assert losses(out) == losses(small_disk / "undisturbed") and len(losses(out)) == steps
     assert same(weights(out), weights(small_disk / "undisturbed"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signals_end_a_run_with_a_checkpoint(data, whole, tmp_path, number):
-    process = start([sys.executable], data, tmp_path / "cut", 7, "--checkpoint-every", "100")
-    wait_until(lambda: last_step(tmp_path / "cut") >= 1)
+def test_signals_from_outside_end_a_run_with_a_checkpoint(data, whole_tiny, tmp_path, number):
+    out = tmp_path / "cut"
+    process = start(PYTHON, TRAIN, *flags(data, out, 7, "--checkpoint-every", "100"))
+    wait_until(lambda: last_step(out) >= 1)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == train.EXIT_STOPPED and "--resume" in output and "Traceback" not in errors, errors[-2000:]
-    assert number.name in (tmp_path / "cut/stopped").read_text()
-    assert [int(c.name[5:]) for c in train.checkpoints(tmp_path / "cut/checkpoints")] == [last_step(tmp_path / "cut") + 1]
-    run([sys.executable], data, tmp_path / "cut", 7, "--resume")
-    assert losses(tmp_path / "cut") == losses(whole) and same(weights(tmp_path / "cut"), weights(whole))
-    assert not (tmp_path / "cut/stopped").exists()
+    output, errors = process.communicate(timeout=LONG_S)
+    if last_step(out) < 6:                                             # otherwise it was done before the signal came
+        assert process.returncode == train.EXIT_STOPPED and "--resume" in output and "Traceback" not in errors
+        assert saved_steps(out) == [last_step(out) + 1]
+        run(PYTHON, TRAIN, *flags(data, out, 7, "--resume"))
+    assert losses(out) == losses(whole_tiny) and same(weights(out), weights(whole_tiny))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_ends_all_and_a_dead_rank_is_brought_back(data, tmp_path):
     """torchrun --max-restarts after SIGKILL of one rank, then SIGUSR1 to another: as undisturbed."""
-    run(torchrun(), data, tmp_path / "one", 8)
-    ranks = lambda: [int(p.name) for p in Path("/proc").glob("[0-9]*") if f"{tmp_path}/two\0".encode() in read(p / "cmdline")
-                     and b"LOCAL_RANK=" in read(p / "environ")]
+    run(torchrun(), TRAIN, *flags(data, tmp_path / "one", 8))
 
     def read(path):
         try:
             return path.read_bytes()
         except OSError:
             return b""
-    process = start([*torchrun(), "--max-restarts", "1"], data, tmp_path / "two", 8, "--resume")
-    wait_until(lambda: last_step(tmp_path / "two") >= 2)
+
+    def ranks():
+        return [int(p.name) for p in Path("/proc").glob("[0-9]*")
+                if f"{tmp_path}/two\0".encode() in read(p / "cmdline") and b"LOCAL_RANK=" in read(p / "environ")]
+    two = tmp_path / "two"
+    process = start([*torchrun(), "--max-restarts", "1"], TRAIN, *flags(data, two, 8, "--resume"))
+    wait_until(lambda: last_step(two) >= 2)
     os.kill(ranks()[0], signal.SIGKILL)
-    wait_until(lambda: "dead" and train.checkpoints(tmp_path / "two/checkpoints") and last_step(tmp_path / "two") >= 4)
-    os.kill(ranks()[-1], signal.SIGUSR1)
-    output = process.communicate(timeout=100)
+    wait_until(lambda: saved_steps(two) and last_step(two) >= 4)
+    for pid in ranks()[-1:]:
+        os.kill(pid, signal.SIGUSR1)
+    output = process.communicate(timeout=LONG_S)
     assert process.returncode == 0, output[1][-3000:]
-    if last_step(tmp_path / "two") < 7:
-        assert "SIGUSR1" in (tmp_path / "two/stopped").read_text()
-        run(torchrun(), data, tmp_path / "two", 8, "--resume")
-    assert losses(tmp_path / "two") == losses(tmp_path / "one") and same(weights(tmp_path / "two"), weights(tmp_path / "one"))
+    if last_step(two) < 7:
+        assert "SIGUSR1" in (two / "stopped").read_text()
+        run(torchrun(), TRAIN, *flags(data, two, 8, "--resume"))
+    assert losses(two) == losses(tmp_path / "one") and same(weights(two), weights(tmp_path / "one"))
 
 
-def test_damaged_checkpoints_are_noticed(data, whole, tmp_path):
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def damage(checkpoint):
+    file = next(checkpoint.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_damaged_checkpoints_are_noticed(data, whole, tmp_path, capsys):
     """A flipped byte in the newest: the one before is used. In all: an error."""
-    shutil.copytree(whole, tmp_path / "run")
-    newest, older = reversed(train.checkpoints(tmp_path / "run/checkpoints"))
-
-    def damage(checkpoint):
-        file = next(checkpoint.glob("*.distcp"))
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-    damage(newest)
-    done = run([sys.executable], data, tmp_path / "run", 7, "--resume")
-    assert f"{newest.name} is damaged" in " ".join(done.stderr.split()) and f"steps {int(older.name[5:])} to 7" in done.stdout, done.stderr
-    assert losses(tmp_path / "run") == losses(whole) and same(weights(tmp_path / "run"), weights(whole))
-    assert (tmp_path / "run/checkpoints" / f"{newest.name}.damaged").is_dir()
-    for i, checkpoint in enumerate(train.checkpoints(tmp_path / "run/checkpoints")):
-        damage(checkpoint) if i else (checkpoint / "meta.json").write_text('{"step": 6')
-    done = run([sys.executable], data, tmp_path / "run", 7, "--resume", expect=1)
-    assert "no checkpoint" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_run_goes_on_only_as_it_began(data, whole, tmp_path):
-    """Other flags or corpora, fewer steps, another process in the folder: refused. encoder.pt is made anew where a kill came before it."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    (out / "encoder.pt").unlink()
-    run([sys.executable], data, out, 7, "--resume")
-    assert same(weights(out), weights(whole))
-    for steps, extra, text in ((7, ["--seed", "1"], "--seed 0 (now 1)"), (7, ["--data", str(data / "ptbxl")], "--data ptbxl:1 mitdb:1 (now ptbxl:1)"),
-                               (5, [], "already done 7 steps")):
-        done = run([sys.executable], data, out, steps, "--resume", *extra, expect=1)
-        assert text in done.stderr and "Traceback" not in done.stderr, done.stderr
-    with open(out / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = run([sys.executable], data, out, 7, "--resume", expect=1, script=patched(tmp_path, "train.LOCK_S = 2"))
-    assert "another process trains into" in done.stderr
-    (out / "checkpoints/step_0000007").rename(out / "checkpoints/step_0000009")
-    assert train.read_meta(out / "checkpoints/step_0000009") is None                          # it says step 7
+    older, newest = train.checkpoints(out / "checkpoints")
+    damage(newest)
+    assert train_here(*flags(data, out, STEPS, "--resume")) == 0
+    said = capsys.readouterr()
+    assert f"{newest} is damaged" in said.err and f"steps {int(older.name[5:])} to {STEPS}" in said.out
+    assert losses(out) == losses(whole) and same(weights(out), weights(whole))
+    assert (out / "checkpoints" / f"{newest.name}.damaged").is_dir()
+    for i, checkpoint in enumerate(train.checkpoints(out / "checkpoints")):
+        damage(checkpoint) if i else (checkpoint / "meta.json").write_text('{"step": 6')
+    assert "no checkpoint" in refused(*flags(data, out, STEPS, "--resume"))
+
+
+@pytest.mark.parametrize("absent", ["adjustable", "same", "sha256"])
+def test_a_checkpoint_of_an_earlier_version_is_not_taken(whole, tmp_path, absent):
+    """The last version wrote no learning rate into it, for example."""
+    checkpoint = train.checkpoints(whole / "checkpoints")[-1]
+    copy = tmp_path / checkpoint.name
+    copy.mkdir()
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    (copy / "meta.json").write_text(json.dumps(meta))
+    assert train.read_meta(copy) == meta
+    (copy / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != absent}))
+    assert train.read_meta(copy) is None
+    (copy / "meta.json").write_text(json.dumps(meta | dict(step=99)))
+    assert train.read_meta(copy) is None
 
 
 def test_old_checkpoints_go_and_milestones_stay(data, tmp_path):
-    run([sys.executable], data, tmp_path / "run", 6, "--checkpoint-every", "1", "--keep-every", "2")
-    assert [c.name for c in train.checkpoints(tmp_path / "run/checkpoints")] == [f"step_{n:07d}" for n in (2, 4, 5, 6)]
+    train_here(*flags(data, tmp_path / "run", 6, "--checkpoint-every", "1", "--keep-every", "2"))
+    assert saved_steps(tmp_path / "run") == [2, 4, 5, 6]
 
 
-# Sums over recordings, tokens or ranks are taken in another order, which is 1e-7 of a value each time; AdamW divides small gradients by their own size, so
-# that differences grow with the steps, in 100 to about 5e-6 of a loss. KoLeo is the logarithm of a small distance, and Contrast has a temperature of 0.15:
-# ten times as much.
-AGREE = dict(koleo=2e-4, contrast=2e-4)
-LOSSES = ("loss", "dino_global", "dino_local", "ibot", "koleo", "contrast", "target_entropy", "patch_target_entropy", "cls_rank", "prediction_entropy")
+def test_time_between_checkpoints_follows_from_the_size_of_the_state():
+    def interval(size, gram):
+        with torch.device("meta"):
+            student, teacher = build_networks(build_encoder(size), train.HEAD_HIDDEN, train.HEAD_BOTTLENECK, 64, 64)
+        numbers = sum(p.numel() for p in student.parameters())
+        gram_teacher = teacher["encoder"] if gram else None
+        state_gb = 4 * (4 * numbers + gram * sum(p.numel() for p in teacher["encoder"].parameters())) / 1e9
+        return train.seconds_between_checkpoints(student, teacher, gram_teacher), state_gb
+    assert interval("tiny", False)[0] == train.CHECKPOINT_S == 300
+    for gram in (False, True):
+        seconds, state_gb = interval("7b", gram)
+        assert 100 < state_gb < 200 and seconds > 2000
+        assert 86400 / seconds * state_gb == pytest.approx(5000, rel=1e-6)
 
 
-def test_ranks_sharding_compiling_and_recomputing_do_not_change_the_losses(data, tmp_path):
-    steps = int(os.environ.get("ECG_STEPS", 6))
-    run([sys.executable], data, tmp_path / "one", steps)
-    for name, launcher, flags in (("two", torchrun(), ["--checkpoint-activations"]), ("replicated", torchrun(), ["--shard", "none"]),
-                                  ("compiled", [sys.executable], ["--compile"]), ("recomputed", [sys.executable], ["--checkpoint-activations"])):
-        if name == "compiled" and not shutil.which("g++"):
-            continue
-        run(launcher, data, tmp_path / name, steps, *flags)
-        a, b = losses(tmp_path / "one", *LOSSES), losses(tmp_path / name, *LOSSES)
-        assert len(b) == steps
-        worst = {k: max(abs(a[step][k] - b[step][k]) / max(1.0, abs(a[step][k])) for step in range(steps)) for k in LOSSES}
-        print(f"{name} after {steps} steps:", *(f"{k} {v:.1e}" for k, v in worst.items()))
-        assert all(v <= AGREE.get(k, 2e-5) for k, v in worst.items()), (name, worst)
+def clock(monkeypatch, seconds, gb_per_day=1e12):
+    monkeypatch.setattr(train, "CHECKPOINT_S", seconds)
+    monkeypatch.setattr(train, "CHECKPOINT_GB_PER_DAY", gb_per_day)
+    written, save = [], train.Checkpoints.save
+
+    def noted(self, step, *args):
+        written.append(step)
+        save(self, step, *args)
+    monkeypatch.setattr(train.Checkpoints, "save", noted)
+    return written
+
+
+def without(arguments, flag):
+    at = arguments.index(flag)
+    return arguments[:at] + arguments[at + 2:]
+
+
+def test_checkpoints_by_time_resume_bit_for_bit(data, whole, tmp_path, monkeypatch):
+    """Without --checkpoint-every, at an interval of 0 s, one is written at every step."""
+    written, out = clock(monkeypatch, 0), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_at(patch, 3)
+        assert train_here(*without(flags(data, out, STEPS), "--checkpoint-every")) == train.EXIT_STOPPED
+    assert written == [1, 2, 3] and saved_steps(out) == [2, 3]
+    shutil.rmtree(train.checkpoints(out / "checkpoints")[-1])          # as if the run had been killed before it
+    assert train_here(*without(flags(data, out, STEPS, "--resume"), "--checkpoint-every")) == 0
+    assert written == [1, 2, 3, 3, 4, 5]
+    assert losses(out) == losses(whole) and same(weights(out), weights(whole))
+
+
+@pytest.mark.parametrize("seconds, every, expected", [(0, ["--checkpoint-every", "2"], [2, 3]), (1e6, [], [3])])
+def test_checkpoint_every_is_obeyed_and_a_long_interval_means_only_the_last(data, tmp_path, monkeypatch, seconds, every,
+                                                                          expected):
+    written = clock(monkeypatch, seconds)
+    train_here(*without(flags(data, tmp_path / "run", 3), "--checkpoint-every"), *every)
+    assert written == expected
 
 
 SAVE_AGAIN = """
-import torch.distributed as dist
 from pathlib import Path
 def again(args, rank, world_size, device, stop, watchdog):
-    encoder = train.build_encoder(args.size, 1)                       # other weights than those of the run
-    student, teacher = train.build_networks(encoder, train.HEAD_HIDDEN, train.HEAD_BOTTLENECK, args.prototypes, args.prototypes)
-    if world_size > 1:
-        for network in (student, teacher):
-            train.shard(network, train.init_device_mesh("cpu", (world_size,)), False)
+    args.seed, args.precision = 1, "fp32"                             # other weights than those of the run
+    mesh = train.init_device_mesh("cpu", (world_size,)) if world_size > 1 else None
+    student, teacher, gram_teacher = train.build(args, mesh, device, watchdog)
     optimizer = train.build_optimizer(student)
     path, meta = train.Checkpoints(args.out, 0, rank, world_size).newest()
-    train.load_checkpoint(path, student, teacher, None, optimizer)
+    train.load_checkpoint(path, student, teacher, gram_teacher, optimizer)
     saved = train.Checkpoints(Path(os.environ["AGAIN"]), 0, rank, world_size)
-    saved.save(meta["step"], train.training_state(student, teacher, None, optimizer), {k: meta[k] for k in ("command", "commit", "same")}, teacher["encoder"])
+    about = {k: meta[k] for k in ("command", "commit", "same", "adjustable")}
+    saved.save(meta["step"], train.training_state(student, teacher, gram_teacher, optimizer), about, teacher["encoder"])
     saved.wait()
 train.train = again
 """
 
 
-def test_a_checkpoint_of_two_ranks_is_that_of_one(data, tmp_path, monkeypatch):
-    """Saved on two ranks, loaded on one, saved there, loaded on two and saved again: every weight and moment is bit for bit the same."""
-    run(torchrun(), data, tmp_path / "two", 2)
-    script, source = patched(tmp_path, SAVE_AGAIN), "two"
-    for name, launcher in (("one", [sys.executable]), ("back", torchrun())):
-        monkeypatch.setenv("AGAIN", str(tmp_path / name))
-        run(launcher, data, tmp_path / source, 2, script=script)
+@pytest.mark.slow
+def test_a_checkpoint_of_two_ranks_is_that_of_one(data, tmp_path):
+    """Saved on two ranks, loaded on one, saved there, loaded on two and saved again: every weight and moment is bit
+    for bit the same."""
+    gram = ["--gram-from", "1"]
+    run(torchrun(), TRAIN, *flags(data, tmp_path / "two", 2, *gram))
+    script, source = patched(tmp_path, SAVE_AGAIN, model.SIZES["tiny"]), "two"
+    for name, launcher in (("one", PYTHON), ("back", torchrun())):
+        run(launcher, script, *flags(data, tmp_path / source, 2, *gram), AGAIN=str(tmp_path / name))
         source = name
 
     def tensors(name):
-        state = {}
-        train.dcp.state_dict_loader._load_state_dict(
-            state, storage_reader=train.dcp.FileSystemReader(tmp_path / name / "checkpoints/step_0000002"), planner=train.dcp.default_planner._EmptyStateDictLoadPlanner(), no_dist=True)
+        state, loader = {}, train.dcp.state_dict_loader
+        loader._load_state_dict(
+            state, storage_reader=train.dcp.FileSystemReader(tmp_path / name / "checkpoints/step_0000002"),
+            planner=train.dcp.default_planner._EmptyStateDictLoadPlanner(), no_dist=True)
         return state
     two, one, back = (dict(flat_state(tensors(name))) for name in ("two", "one", "back"))
     assert len(two) > 150 and two.keys() == one.keys() == back.keys()
@@ -455,7 +578,9 @@ def test_a_checkpoint_of_two_ranks_is_that_of_one(data, tmp_path, monkeypatch):
             assert torch.equal(two[k], one[k]) and torch.equal(two[k], back[k]), k
         else:
             assert two[k] == one[k] == back[k], k
-    assert any("exp_avg_sq" in k for k in two) and any(k.startswith("teacher") for k in two)
+    for part in ("teacher", "gram_teacher"):
+        assert any(k.startswith(f"{part}.") for k in two)
+    assert any("exp_avg_sq" in k for k in two)
 
 
 def flat_state(state, prefix=""):
@@ -464,6 +589,271 @@ def flat_state(state, prefix=""):
             yield from flat_state(v, f"{prefix}{k}.")
         else:
             yield prefix + str(k), v
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a resumed run must share with its beginning, and what it may change
+
+def resumed(data, out, *extra, steps=None):
+    """Flags of a resumed run that leaves the number of steps to the checkpoint."""
+    arguments = flags(data, out, steps or 0, "--resume", *extra)
+    return arguments if steps else without(arguments, "--steps")
+
+
+def test_a_run_goes_on_only_as_it_began(data, whole, tmp_path, monkeypatch):
+    """Other flags, corpora or constants, or another process in the folder: refused. encoder.pt is made again where a
+    kill came before it."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "encoder.pt").unlink()
+    assert train_here(*resumed(data, out)) == 0 and same(weights(out), weights(whole))
+    contents = [open_corpus(data / name).content() for name in ("ptbxl", "mitdb")]
+    assert "--seed 0 (now 1)" in refused(*resumed(data, out, "--seed", "1"))
+    assert "--gram-from -1 (now 2)" in refused(*resumed(data, out, "--gram-from", "2"))
+    assert "--batch 16 (now 32)" in refused(*resumed(data, out, "--batch", "32"))
+    message = refused(*resumed(data, out, "--data", data / "ptbxl"))
+    assert (f"--data ptbxl:1 with content {contents[0]} mitdb:1 with content {contents[1]} "
+            f"(now ptbxl:1 with content {contents[0]})") in message
+    assert "mitdb:0.5" in refused(*resumed(data, out, "--data", data / "ptbxl", f"{data / 'mitdb'}:0.5"))
+    assert "--exclude nothing (now mitdb:1" in refused(*resumed(data, out, "--exclude", data / "mitdb"))
+    with monkeypatch.context() as patch:
+        patch.setattr(dino, "DINO_WEIGHT", 2.0)
+        patch.setattr(train, "TEACHER_TEMPERATURE", (0.02, 0.02, 0.3))
+        message = refused(*resumed(data, out))
+        assert "dino.DINO_WEIGHT 1.0 (now 2.0)" in message
+        assert "train.TEACHER_TEMPERATURE 0.015 0.015 0.3 (now 0.02 0.02 0.3)" in message
+    for name in ("HANG_S", "KEEP_LAST", "OUT_OF_MEMORY"):              # these change nothing that is learned
+        monkeypatch.setattr(train, name, type(getattr(train, name))(getattr(train, name)) * 2)
+    monkeypatch.setattr(train, "LOCK_S", 1)
+    with open(out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process writes into" in refused(*resumed(data, out))
+    assert train_here(*resumed(data, out)) == 0
+
+
+def test_a_resumed_run_knows_its_corpora_by_their_content(data, tmp_path):
+    """Moved and renamed: accepted. Prepared again from other recordings, under the same name: refused."""
+    ptbxl, out = Path(shutil.copytree(data / "ptbxl", tmp_path / "ptbxl")), tmp_path / "run"
+    run_flags = ["--out", out, "--checkpoint-every", "1", *RUN]
+    train_here("--data", ptbxl, "--steps", "1", *run_flags)
+    before = open_corpus(ptbxl).content()
+    moved = ptbxl.rename(tmp_path / "moved")
+    assert train_here("--data", moved, "--steps", "2", "--resume", *run_flags) == 0
+    shutil.copytree(data / "mitdb", ptbxl)
+    message = refused("--data", ptbxl, "--resume", *run_flags)
+    assert f"--data moved:1 with content {before} (now ptbxl:1 with content {open_corpus(ptbxl).content()})" in message
+    assert len(losses(out)) == 2
+    assert json.loads((out / "run.json").read_text())["data"][0]["dir"] == str(moved)        # it was not overwritten
+
+
+def test_learning_rate_steps_and_precision_come_from_the_checkpoint_or_are_changed_aloud(data, tmp_path, monkeypatch,
+                                                                                       capsys):
+    out = tmp_path / "run"
+
+    def adjustable():
+        return json.loads((out / "run.json").read_text())["adjustable"]
+
+    def said():
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("--")]
+    with monkeypatch.context() as patch:
+        signal_at(patch, 1)
+        train_here(*flags(data, out, 4, "--lr", "5e-4", "--precision", "bf16"))
+    first = adjustable()
+    assert first == dict(lr=5e-4, steps=4, precision="bf16") and not said()
+    done = last_step(out) + 1
+    with monkeypatch.context() as patch:
+        signal_at(patch, 1)
+        train_here(*resumed(data, out))                                # nothing given: all as before
+    assert adjustable() == first and not said()
+    expected = [train.schedules(step, 4, 5e-4)["lr"] for step in range(4)]
+    assert last_step(out) + 1 > done and [r["lr"] for r in losses(out).values()] == expected[:last_step(out) + 1]
+    done = last_step(out) + 1
+    message = refused(*resumed(data, out, steps=1))
+    assert f"has already done {done} steps, --steps is 1; give --steps {done} or more" in message
+    train_here(*resumed(data, out, "--lr", "1e-3", "--precision", "fp32", steps=done + 1))
+    assert said() == [f"--lr is 0.001 from step {done} on; until then it was 0.0005",
+                      f"--steps is {done + 1} from step {done} on; until then it was 4",
+                      f"--precision is fp32 from step {done} on; until then it was bf16"]
+    assert adjustable() == dict(lr=1e-3, steps=done + 1, precision="fp32")
+    assert losses(out)[done]["lr"] == train.schedules(done, done + 1, 1e-3)["lr"]
+    capsys.readouterr()
+    assert train_here(*resumed(data, out, steps=done + 1)) == 0 and not said()                  # what was advised works
+
+
+def test_without_data_the_run_is_short_also_with_resume(tmp_path, monkeypatch):
+    """--resume starts from nothing if there is none; the synthetic run then has its own number of steps."""
+    seen = []
+    monkeypatch.setattr(train, "show_demo", lambda args: None)
+    monkeypatch.setattr(train, "train", lambda args, *rest: seen.append(args.steps))
+    monkeypatch.setattr(train.prepare, "main", lambda args: None)
+    for extra, steps in (([], train.DEMO_STEPS), (["--resume"], train.DEMO_STEPS), (["--steps", "7"], 7)):
+        train.main(train.parse_args(["--out", str(tmp_path), "--device", "cpu", *extra]))
+        assert seen.pop() == steps
+    (tmp_path / "checkpoints/step_0000009").mkdir(parents=True)
+    (tmp_path / "checkpoints/step_0000009/meta.json").write_text("{}")
+    train.main(train.parse_args(["--out", str(tmp_path), "--device", "cpu", "--resume"]))
+    assert seen.pop() is None                                          # the checkpoint knows
+
+
+@pytest.mark.slow
+def test_the_synthetic_run_from_nothing_to_its_table(tmp_path):
+    done = run(PYTHON, TRAIN, "--out", str(tmp_path / "demo"), "--steps", "3", "--device", "cpu")
+    assert "pre-trained   untrained" in done.stdout and "heartbeats, macro N, S, V" in done.stdout
+    for name in ("encoder.pt", "curves.png", "features.png", "ptbxl/ptbxl.json", "mitbih/mitbih.json"):
+        assert (tmp_path / "demo" / name).is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gram anchoring, and several processes
+
+GRAM_STEPS, GRAM_FROM = 16, 4
+GRAM = dict(GRAM_RAMP_SHARE=0.5, GRAM_REFRESH_SHARE=0.2)       # of 12 steps: a ramp of 6, a new anchor every 2
+GRAM_FLAGS = ["--gram-from", str(GRAM_FROM), "--checkpoint-every", "100"]
+
+
+def train_gram(data, out, weight, *extra):
+    with mock.patch.multiple(train, **GRAM), mock.patch.object(dino, "GRAM_WEIGHT", weight):
+        return train_here(*flags(data, out, GRAM_STEPS, *GRAM_FLAGS, *extra))
+
+
+@pytest.fixture(scope="module")
+def anchored(data, tmp_path_factory):
+    """(folder, anchors) of a run with ten times the weight; anchors: per step, whether the Gram teacher has changed
+    since the step before, and whether it equals the teacher."""
+    out, anchors, before, compute = tmp_path_factory.mktemp("gram") / "run", {}, [], objective
+
+    def watched(student, teacher, gram_teacher, *args):
+        if gram_teacher is not None:
+            now = [p.clone() for p in gram_teacher.parameters()]
+            changed = not before or any(not torch.equal(a, b) for a, b in zip(now, before[0]))
+            before[:] = [now]
+            equal = all(torch.equal(a, b) for a, b in zip(now, teacher["encoder"].parameters()))
+            anchors[GRAM_FROM + len(anchors)] = changed, equal
+        return compute(student, teacher, gram_teacher, *args)
+    with mock.patch.object(train, "objective", watched):
+        assert train_gram(data, out, 20.0) == 0
+    return out, anchors
+
+
+def test_gram_anchoring_begins_rises_and_refreshes_as_stated(anchored):
+    out, anchors = anchored
+    log, first = losses(out), GRAM_FROM
+    assert [step for step in log if "gram" in log[step]] == list(range(first, GRAM_STEPS)) == list(anchors)
+    weight = [log[step]["gram_weight"] for step in range(GRAM_STEPS)]
+    assert weight[:first + 1] == [0.0] * (first + 1) and weight[first + 6:] == [20.0] * (GRAM_STEPS - first - 6)
+    assert all(a < b for a, b in zip(weight[first:first + 6], weight[first + 1:first + 7]))
+    refreshed = [step for step in log if log[step]["gram_refresh"]]
+    assert refreshed == [first, first + 2, first + 4, first + 6]       # the first anchor, and three more
+    assert [step for step, (changed, _) in anchors.items() if changed] == refreshed
+    assert [step for step, (_, equal) in anchors.items() if equal] == refreshed
+
+
+def test_gram_anchoring_keeps_patches_nearer_to_the_anchor(data, anchored, tmp_path):
+    """Against a run with weight 0 from the same seed, which is the same until the weight is above 0."""
+    assert train_gram(data, tmp_path / "run", 0.0) == 0
+    without, with_ = losses(tmp_path / "run", "gram", "ibot"), losses(anchored[0], "gram", "ibot")
+    assert all(without[step] == with_[step] for step in range(GRAM_FROM + 2))
+    late = range(GRAM_STEPS - 6, GRAM_STEPS)
+    assert all(with_[step]["gram"] < without[step]["gram"] for step in late)
+    assert np.mean([with_[s]["gram"] for s in late]) < 0.95 * np.mean([without[s]["gram"] for s in late])
+
+
+def test_resume_over_gram_anchoring_is_bit_for_bit(data, anchored, tmp_path, monkeypatch):
+    """Stopped before the anchor is taken, and again between two anchors."""
+    out, stops = tmp_path / "run", []
+    for call, extra in ((2, []), (GRAM_FROM + 1, ["--resume"])):
+        with monkeypatch.context() as patch:
+            signal_at(patch, call)
+            assert train_gram(data, out, 20.0, *extra) == train.EXIT_STOPPED
+        stops.append(last_step(out))
+    assert stops[0] < GRAM_FROM < stops[1] < GRAM_STEPS - 1 and not losses(out)[stops[1] + 0].get("gram") is None
+    assert train_gram(data, out, 20.0, "--resume") == 0
+    assert losses(out) == losses(anchored[0]) and same(weights(out), weights(anchored[0]))
+
+
+# Sums over recordings, tokens or ranks are taken in another order, which is 1e-7 of a value each time. AdamW divides
+# small gradients by their own size, so differences grow with the steps, in 100 to about 5e-6 of a loss. KoLeo is the
+# logarithm of a small distance, and Contrast has a temperature of 0.15: ten times as much.
+AGREE = dict(koleo=2e-4, contrast=2e-4)
+LOSSES = ("loss", "dino_global", "dino_local", "ibot", "koleo", "contrast", "target_entropy", "patch_target_entropy",
+          "cls_rank", "prediction_entropy")
+
+
+def assert_agree(one, other, names=LOSSES):
+    """Two logs, {step: values}, of which the second may be shorter."""
+    def difference(step, name):
+        assert (name in one[step]) == (name in other[step]), (step, name)
+        return abs(one[step].get(name, 0) - other[step].get(name, 0)) / max(1.0, abs(one[step].get(name, 0)))
+    worst = {name: max(difference(step, name) for step in other) for name in names}
+    print(f"{len(other)} steps:", *(f"{k} {v:.1e}" for k, v in worst.items()))
+    assert all(v <= AGREE.get(k, 2e-5) for k, v in worst.items()), worst
+
+
+TWO_RANKS = f"""
+train.GRAM_RAMP_SHARE, train.GRAM_REFRESH_SHARE, dino.GRAM_WEIGHT = {GRAM["GRAM_RAMP_SHARE"]}, {GRAM["GRAM_REFRESH_SHARE"]}, 20.0
+objective, calls = train.objective, []
+def signalled(*args):
+    calls.append(1)
+    if RANK == 1 and len(calls) == {GRAM_FROM + 4}:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return objective(*args)
+train.objective = signalled
+"""
+
+
+def test_two_ranks_train_as_one_and_stop_together(data, anchored, tmp_path):
+    """Sharded, with Gram anchoring, under srun; a signal to the second rank ends both after the same step."""
+    out = tmp_path / "run"
+    slurm = dict(SLURM_STEP_ID="0", SLURM_NTASKS="2", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0")
+    done = run(torchrun(), patched(tmp_path, TWO_RANKS), *flags(data, out, GRAM_STEPS, *GRAM_FLAGS), **slurm)
+    log = losses(out)
+    assert GRAM_FROM + 3 <= max(log) < GRAM_STEPS - 1 and list(log) == list(range(len(log)))
+    assert "SIGUSR1" in (out / "stopped").read_text() and "--resume" in done.stdout
+    assert json.loads((out / "run.json").read_text())["world_size"] == 2
+    assert_agree(losses(anchored[0]), log, (*LOSSES, "gram", "gram_weight"))
+
+
+@pytest.mark.slow
+def test_ranks_sharding_compiling_and_recomputing_do_not_change_the_losses(data, tmp_path):
+    steps = int(os.environ.get("ECG_STEPS", 6))
+    gram = ["--gram-from", "2"]
+    run(PYTHON, TRAIN, *flags(data, tmp_path / "one", steps, *gram))
+    for name, launcher, more in (
+            ("two", torchrun(), ["--checkpoint-activations"]), ("replicated", torchrun(), ["--shard", "none"]),
+            ("compiled", PYTHON, ["--compile"]), ("recomputed", PYTHON, ["--checkpoint-activations"])):
+        if name == "compiled" and not shutil.which("g++"):
+            continue
+        run(launcher, TRAIN, *flags(data, tmp_path / name, steps, *gram, *more))
+        print(name, end=" ")
+        assert len(losses(tmp_path / name)) == steps
+        assert_agree(losses(tmp_path / "one"), losses(tmp_path / name), (*LOSSES, "gram"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# under Slurm
+
+def slurm_environment(monkeypatch, **variables):
+    for name in [*(n for n in os.environ if n.startswith("SLURM_")), "WORLD_SIZE", "RANK", "LOCAL_RANK"]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("variables", [
+    dict(SLURM_STEP_ID="0", SLURM_NTASKS="2"), dict(SLURM_STEP_ID="3", SLURM_NTASKS="1", SLURM_STEP_NUM_TASKS="8")])
+def test_srun_with_several_tasks_and_no_torchrun_says_what_to_do(monkeypatch, variables):
+    slurm_environment(monkeypatch, **variables)
+    with pytest.raises(ValueError, match="srun started [28] tasks.*torchrun.*sbatch run.sbatch"):
+        train.setup_processes("cpu")
+
+
+@pytest.mark.parametrize("variables", [
+    {}, dict(SLURM_STEP_ID="0", SLURM_NTASKS="1"), dict(SLURM_STEP_ID="0", SLURM_NTASKS="4", SLURM_STEP_NUM_TASKS="1"),
+    dict(SLURM_JOB_ID="7", SLURM_NTASKS="4")])
+def test_one_task_trains_alone(monkeypatch, variables):
+    """Nothing of Slurm, one task, an interactive step of a job of four, the script of a batch job itself."""
+    slurm_environment(monkeypatch, **variables)
+    assert train.setup_processes("cpu") == (0, 1, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -480,13 +870,44 @@ def test_a_step_that_is_not_finite_changes_nothing():
         skipped = train.skip_if_not_finite(optimizer, loss, [norm])
         optimizer.step()
         optimizer.zero_grad()
-        return float(skipped), [t.clone() for t in [*student.parameters(), *(v for s in optimizer.state.values() for v in s.values())]]
+        moments = [v for s in optimizer.state.values() for v in s.values()]
+        return float(skipped), [t.clone() for t in [*student.parameters(), *moments]]
     _, before = step(1.0)
     for factor in (math.nan, math.inf):
         skipped, after = step(factor)
         assert skipped == 1 and all(torch.equal(a, b) for a, b in zip(before, after))
     skipped, after = step(1.0)
     assert skipped == 0 and not torch.equal(before[0], after[0])
+
+
+def spoil(monkeypatch, bad):
+    """The loss of these steps is NaN."""
+    calls, compute = [], train.objective
+
+    def spoiled(*args):
+        loss, *rest = compute(*args)
+        calls.append(1)
+        return loss * (math.nan if len(calls) - 1 in bad else 1.0), *rest
+    monkeypatch.setattr(train, "objective", spoiled)
+
+
+def assert_skips(out, said):
+    skipped = [row for row in rows(out) if "skipped" in row]
+    assert [row["step"] for row in skipped] == [1, 3] and all(len(row["recordings"]) == 16 for row in skipped)
+    assert skipped[0]["recordings"][0].split("/")[0] == "ptbxl" and "step 1 was skipped" in said
+    assert all(torch.isfinite(w).all() for w in weights(out).values())
+
+
+def test_steps_that_are_not_finite_are_skipped_and_named(data, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        spoil(patch, (1, 3))
+        train_here(*flags(data, tmp_path / "run", 5, "--log-every", "4", "--checkpoint-every", "100"))
+    said = capsys.readouterr()
+    assert_skips(tmp_path / "run", said.out + said.err)
+    spoil(monkeypatch, range(2, 99))
+    message = refused(*flags(data, tmp_path / "bad", 20))
+    assert message.startswith("5 steps in a row, up to step 6") and "smaller --lr" in message
+    assert saved_steps(tmp_path / "bad") == [4, 6] or saved_steps(tmp_path / "bad") == [2, 4]
 
 
 NAN = """
@@ -499,83 +920,68 @@ train.objective = spoiled
 """
 
 
-def test_non_finite_steps_are_skipped_on_all_ranks_and_named(data, tmp_path):
+@pytest.mark.slow
+def test_steps_that_are_not_finite_on_one_rank_are_skipped_on_all(data, tmp_path):
     """NaN on one rank only: both skip the step and go on alike; five in a row end the run."""
-    done = run(torchrun(), data, tmp_path / "run", 5, "--log-every", "4", "--checkpoint-every", "100", script=patched(tmp_path, "BAD = (1, 3)" + NAN))
-    skipped = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines() if "skipped" in line]
-    assert [row["step"] for row in skipped] == [1, 3] and all(len(row["recordings"]) == 16 for row in skipped)
-    assert skipped[0]["recordings"][0].split("/")[0] == "ptbxl" and "step 1 was skipped" in done.stdout
-    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run").values())
-    done = run(torchrun(), data, tmp_path / "bad", 20, script=patched(tmp_path, "BAD = range(2, 99)" + NAN), expect=1)
+    done = run(torchrun(), patched(tmp_path, "BAD = (1, 3)" + NAN),
+               *flags(data, tmp_path / "run", 5, "--log-every", "4", "--checkpoint-every", "100"))
+    assert_skips(tmp_path / "run", done.stdout)
+    done = run(torchrun(), patched(tmp_path, "BAD = range(2, 99)" + NAN), *flags(data, tmp_path / "bad", 20), expect=1)
     assert "error: 5 steps in a row" in done.stderr and "smaller --lr" in done.stderr
-    assert train.checkpoints(tmp_path / "bad/checkpoints")
+    assert saved_steps(tmp_path / "bad")
 
 
-def test_collapse_is_named():
-    def row(cls, logits, entropy=2.0):
-        found = train.health(cls, logits, dict(target_entropy=torch.tensor(entropy)))
-        return {k: float(v) for k, v in found.items()} | dict(ln_k=math.log(64))
-    torch.manual_seed(0)
-    cls, logits = torch.randn(2, 32, 16), torch.randn(3, 32, 64)
-    assert train.name_trouble(row(cls, logits), warm=True) == {}
-    alike = torch.randn(1, 1, 16) + torch.randn(2, 32, 1) * torch.randn(16)              # all along one direction
-    assert list(train.name_trouble(row(alike, logits), True)) == ["collapse of features"]
-    assert list(train.name_trouble(row(cls, 0 * logits + torch.eye(64)[3] * 9), True)) == ["collapse of predictions"]
-    assert list(train.name_trouble(row(cls, logits, math.log(64)), True)) == ["uniform targets"]
-    assert train.name_trouble(row(cls, logits, math.log(64)), warm=False) == {}          # at first that is normal
-
-
+@pytest.mark.slow
 def test_a_learning_rate_out_of_reason_is_named_in_the_log(data, tmp_path):
-    run([sys.executable], data, tmp_path / "run", 25, "--lr", "0.9", "--checkpoint-every", "100")
-    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert any("collapse" in row.get("warning", "") for row in rows), [(r["loss"], r["cls_rank"], r["prediction_entropy"]) for r in rows if "loss" in r]
+    run(PYTHON, TRAIN, *flags(data, tmp_path / "run", 25, "--lr", "0.9", "--checkpoint-every", "100"))
+    seen = [(r["loss"], r["cls_rank"], r["prediction_entropy"]) for r in rows(tmp_path / "run") if "loss" in r]
+    assert any("collapse" in row.get("warning", "") for row in rows(tmp_path / "run")), seen
 
 
-def test_a_rank_that_hangs_ends_the_job_and_says_where(data, tmp_path):
-    hang = """
-host_batch = train.host_batch
-def stuck(sampler, step, *args):
+HANG = """
+make, pat = train.Batches.make, train.Watchdog.pat
+def stuck(self, step):
     if step == 2 and RANK == 1:
-        time.sleep(1000)                                              # as a file system may
-    return host_batch(sampler, step, *args)
-train.host_batch, train.HANG_S = stuck, 8
+        time.sleep(100000)                                            # as a file system may
+    return make(self, step)
+def short(self, what):
+    if what == "step 2" and RANK == 1:
+        train.HANG_S = 3                                              # not before: the machine may be busy
+    pat(self, what)
+train.Batches.make, train.Watchdog.pat = stuck, short
 """
-    begun = time.time()
-    done = run(torchrun(), data, tmp_path / "run", 5, script=patched(tmp_path, hang), expect=1)
-    assert time.time() - begun < 60
-    assert "error: rank 1 on" in done.stderr and "has been in step 2 for 8 s" in done.stderr and "in stuck" in done.stderr
 
 
-def test_out_of_memory_names_the_flags(data, tmp_path):
-    limit = """
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_job_and_says_where(data, tmp_path):
+    done = run(torchrun(), patched(tmp_path, HANG), *flags(data, tmp_path / "run", 5), expect=1)
+    assert "error: rank 1 on" in done.stderr and "has been in step 2 for 3 s" in done.stderr
+    assert "in stuck" in done.stderr
+
+
+MEMORY = """
 import resource
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2_500_000_000,) * 2)
 """
-    done = run([sys.executable], data, tmp_path / "run", 3, "--size", "base", "--batch", "48", script=patched(tmp_path, limit), expect=1)
-    assert "error: out of memory on rank 0" in done.stderr and "--checkpoint-activations" in done.stderr and "--batch (now 48)" in done.stderr
 
 
-def test_views_of_few_leads_grow_with_the_window(data):
-    """Recordings of ten seconds show eight leads, and only longer ones show few."""
-    s = train.Sampler([open_corpus(data / n) for n in ("ptbxl", "mitdb")], 16, 5, window_s=60)
-    groups = train.host_batch(s, 0, 0, 1, 16000, 50)
-    assert [(g["specs"][0].leads, g["specs"][0].patches, g["batch"].shape[2]) for g in groups] == [(8, 15, 2250), (2, 267, 15000), (1, 267, 15000)]
-    assert [{m["corpus"] for m in g["members"]} for g in s.groups] == [{0}, {1}, {1}]
-    short = train.Sampler([open_corpus(data / "ptbxl")], 16, 5, window_s=5)
-    assert [g["batch"].shape[2] for g in train.host_batch(short, 0, 0, 1, 5000, 50)] == [1250] * 3
-    for seconds in ("3", "601", "nan"):
-        with pytest.raises(ValueError, match="--window"):
-            train.check_args(train.parse_args(["--window", seconds]))
+@pytest.mark.slow
+def test_out_of_memory_names_the_flags(data, tmp_path):
+    done = run(PYTHON, patched(tmp_path, MEMORY), *flags(data, tmp_path / "run", 3, "--size", "base", "--batch", "48"),
+               expect=1)
+    assert "error: out of memory on rank 0" in done.stderr and "--checkpoint-activations" in done.stderr
+    assert "--batch (now 48)" in done.stderr
 
 
-def test_a_finished_run_is_not_overwritten_and_errors_are_one_line(data, tmp_path):
-    run([sys.executable], data, tmp_path / "a", 1)
-    for extra, text in (([], "--resume"), (["--batch", "0"], "--batch 0"), (["--data", str(tmp_path)], "prepare.py")):
-        done = run([sys.executable], data, tmp_path / "a", 1, *extra, expect=1)
-        assert text in done.stderr and "Traceback" not in done.stderr, done.stderr
-    about = json.loads((tmp_path / "a/run.json").read_text())
-    assert about["args"]["steps"] == 1 and about["constants"]["WINDOW_S"] == train.WINDOW_S
+def test_errors_are_one_line_and_a_finished_run_is_not_overwritten(data, whole, tmp_path):
+    """From the command line one of them; the others in this process."""
+    before = (whole / "log.jsonl").read_bytes()
+    done = run(PYTHON, TRAIN, *flags(data, whole, STEPS), expect=1)
+    assert re.fullmatch(r"error: .*/run already holds a run; continue it with --resume, or .*\n", done.stderr)
+    assert "prepare.py" in refused(*flags(data, tmp_path / "new", 1, "--data", tmp_path))
+    assert "--batch 0 must be at least 1" in refused(*flags(data, whole, STEPS, "--batch", "0"))
+    assert (whole / "log.jsonl").read_bytes() == before
 
 
 def test_log_is_trimmed_to_the_checkpoint(tmp_path):
@@ -585,7 +991,56 @@ def test_log_is_trimmed_to_the_checkpoint(tmp_path):
     assert log.read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the lock on a folder (ecg.py)
+
+HOLD = ("import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True);"
+        " sys.stdin.read()")
+
+
+def test_a_folder_that_another_process_holds_is_refused_until_it_ends(tmp_path, capsys):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "lock"], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    for wait_s in (0, 1):
+        with pytest.raises(ValueError, match="another process writes into .*choose another --out"):
+            lock_folder(tmp_path, wait_s)
+    assert "waiting for up to 1 s" in capsys.readouterr().err
+    holder.kill()                                                      # SIGKILL: no chance to give the lock back
+    holder.communicate()
+    with lock_folder(tmp_path):
+        with pytest.raises(ValueError, match="another process"):
+            lock_folder(tmp_path)
+    lock_folder(tmp_path).close()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capsys, code):
+    """Lustre without -o flock, some NFS and FUSE."""
+    def flock(*args):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock_folder(tmp_path).close()
+    assert f"warning: {tmp_path} cannot be locked" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
 def test_flags_are_the_documented_ones():
-    """A flag is a promise; adding one is a decision (constants at the top of the file are for everything else)."""
-    assert set(vars(train.parse_args([]))) == {"data", "exclude", "noise", "out", "resume", "size", "steps", "batch", "lr", "prototypes", "gram_from", "seed", "window",
-                                               "device", "precision", "compile", "shard", "checkpoint_activations", "log_every", "checkpoint_every", "keep_every", "probe_every"}
+    """A flag is a promise; adding one is a decision (constants at the top of a file are for everything else)."""
+    assert set(vars(train.parse_args([]))) == {
+        "data", "exclude", "noise", "out", "resume", "size", "steps", "batch", "lr", "prototypes", "gram_from", "seed",
+        "window", "device", "precision", "compile", "shard", "checkpoint_activations", "log_every", "checkpoint_every",
+        "keep_every", "probe_every"}
+
+
+def test_weights_of_corpora_are_read_from_the_flag(capsys):
+    assert train.parse_args(["--data", "a", "b:0.5", "c:d", "e:2"]).data == [
+        (Path("a"), 1.0), (Path("b"), 0.5), (Path("c:d"), 1.0), (Path("e"), 2.0)]
+    for wrong in ("a:0", "a:-1", "a:nan", "a:inf"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be a number above 0"):
+            train.corpus_and_weight(wrong)
+        with pytest.raises(SystemExit):
+            train.parse_args(["--data", wrong])
+    assert "argument --data" in capsys.readouterr().err
