@@ -50,7 +50,6 @@ REPEATS = 5
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 PROTOTYPES = 512
 TEMPERATURE = 0.02               # of the teacher; the time does not depend on it
-MEASURED = ("tiny", "small")     # sizes that --sizes trains a step of
 CPU = torch.device("cpu")
 
 
@@ -85,15 +84,9 @@ def matmul_rate(device=CPU):
 
 
 def memory_mb(field):
-    """Memory of this process in MB: RssAnon is what is not mapped from files, VmHWM the most that there was of all."""
+    """Memory of this process in MB, of the kind that /proc/self/status calls `field`."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) / 1024
-
-
-def in_new_process(function, *args):
-    """function(*args) in a process of its own, whose peak of memory is its own too."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
 
 
 # ---- a training step ------------------------------------------------------------------------------------------------
@@ -260,38 +253,21 @@ def saved_bytes(run):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def measure_step(size, batch):
-    """(peak MB of a step above what the imports take, its seconds, FLOP/s of the machine) on one CPU thread."""
-    torch.set_num_threads(1)
-    before = memory_mb("VmHWM")
-    run = Run(size, CPU, random_views(batch, CPU))
-    run.step()
-    return memory_mb("VmHWM") - before, seconds(run.step, repeats=1), matmul_rate()
-
-
 def bench_sizes(args):
-    """What each size costs: computed with tensors that have no memory, and for MEASURED sizes next to a step of this
-    machine."""
+    """What each size costs, computed with tensors that have no memory."""
     drawn = build_encoder("small")
     per_number_s = clock(lambda: deque(drawn.first_weights(), 0)) / sum(p.numel() for p in drawn.parameters())
     print("state: weights, gradients and two moments of the student and weights of the teacher, 4 bytes each; with "
           "--shard full divided by the ranks.\nstart: drawing the first weights, which every rank does, one parameter "
-          "at a time; activations in fp32, without the teacher's; recomp.: with --checkpoint-activations")
-    print(f"{'':7}{'encoder':>10}{'all':>9}{'state':>10}{'start':>9}{'GFLOP per':>12}{'MB of activations':>20}"
-          f"{'':4}measured here, batch 16, one thread: MB predicted, found; step s, % of matmul rate")
-    print(f"{'':7}{'M params':>10}{'M params':>9}{'GB':>10}{'s':>9}{'recording':>12}{'per rec.':>10}{'recomp.':>10}")
+          "at a time; activations in fp32, without the teacher's; recomp.: with --checkpoint-activations\n"
+          f"{'':7}{'encoder':>10}{'all':>9}{'state':>10}{'start':>9}{'GFLOP per':>12}{'MB of activations':>20}\n"
+          f"{'':7}{'M params':>10}{'M params':>9}{'GB':>10}{'s':>9}{'recording':>12}{'per rec.':>10}{'recomp.':>10}")
     for size in SIZES:
         run = on_paper(size, 16)
         n_encoder, n_all = (sum(p.numel() for p in x.parameters()) for x in (run.student["encoder"], run.student))
         kept, kept_less = saved_bytes(run) / 16, saved_bytes(on_paper(size, 16, recompute=True)) / 16
-        work = step_flops(run) / 16
-        line = (f"{size:7}{n_encoder / 1e6:10.1f}{n_all / 1e6:9.1f}{20 * n_all / 1e9:10.2f}{n_all * per_number_s:9.1f}"
-                f"{work / 1e9:12.1f}{kept / 1e6:10.1f}{kept_less / 1e6:10.1f}")
-        if size in MEASURED:
-            mb, step, rate = in_new_process(measure_step, size, 16)
-            line += (f"{'':4}{(20 * n_all + 16 * kept) / 1e6:8.0f} {mb:8.0f}   {step:8.2f} "
-                     f"{100 * 16 * work / step / rate:6.1f} %")
-        print(line, flush=True)
+        print(f"{size:7}{n_encoder / 1e6:10.1f}{n_all / 1e6:9.1f}{20 * n_all / 1e9:10.2f}{n_all * per_number_s:9.1f}"
+              f"{step_flops(run) / 16e9:12.1f}{kept / 1e6:10.1f}{kept_less / 1e6:10.1f}", flush=True)
 
 
 def rank_worker(rank, world_size, port, size, batch, shard, folder, queue):

@@ -372,23 +372,19 @@ class Sampler:
         the first ones.
         """
         group = self.groups[g]
-        places = range(*rows.indices(group["size"]))
-        batch = np.empty((len(places), group["shape"].slots, group["window"]), np.int16)
-        leads, available = np.empty(batch.shape[:2], np.int64), np.empty(len(batch), np.int64)
-        for i, place in enumerate(places):
-            window, ids, _ = self._window(step, g, place, *chosen[place])
-            available[i] = len(ids)
-            order = np.arange(group["shape"].slots) % len(ids)
-            batch[i], leads[i] = window[order], ids[order]
-        return batch, leads, available
+        places, slots = range(*rows.indices(group["size"])), np.arange(group["shape"].slots)
+        windows, leads, _ = zip(*(self._window(step, g, place, *chosen[place]) for place in places))
+        repeated = [slots % len(ids) for ids in leads]
+        return (np.stack([window[order] for window, order in zip(windows, repeated)]),
+                np.stack([ids[order] for ids, order in zip(leads, repeated)]), np.array([len(ids) for ids in leads]))
 
     def name(self, step):
         """What the batch of `step` is made of: corpus/record@second of each window."""
         names = []
-        for g, (group, chosen) in enumerate(zip(self.groups, self.choose(step))):
+        for g, chosen in enumerate(self.choose(step)):
             for place, (m, patient) in enumerate(chosen):
-                _, _, (row, start) = self._window(step, g, place, m, patient)
-                corpus = self.corpora[group["members"][m]["corpus"]]
+                row, start = self._window(step, g, place, m, patient)[2]
+                corpus = self.corpora[self.groups[g]["members"][m]["corpus"]]
                 names.append(f"{corpus.dir.name}/{corpus.records[row].decode()}@{start / FS:g}")
         return names
 

@@ -24,13 +24,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-# DINOv3's weights, and Contrast next to them, because in a run of an hour on a CPU the teacher's targets
-# alone say more about phase and noise than about the patient. A long run can go back to 0 (LOG.md).
-DINO_WEIGHT = 1.0
-KOLEO_WEIGHT = 0.1
-IBOT_WEIGHT = 1.0
+DINO_WEIGHT, KOLEO_WEIGHT, IBOT_WEIGHT, GRAM_WEIGHT = 1.0, 0.1, 1.0, 2.0    # DINOv3's
+# Not in DINOv3: in a run of an hour on a CPU the teacher's targets alone say more about phase and noise than about the
+# patient. A long run can go back to 0 (LOG.md).
 CONTRAST_WEIGHT = 1.0
-GRAM_WEIGHT = 2.0
 STUDENT_TEMPERATURE = 0.1
 # Of a prototype at the start, not held later. DINOv3's 0.02 per weight gives 0.3 at its width: targets almost uniform
 # at first, and thousands of steps to leave them, which a short run does not have.

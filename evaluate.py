@@ -14,6 +14,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure             # no pyplot: it draws without a display
@@ -21,7 +22,6 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from augment import ViewSpec, add_noise, draw_views
@@ -54,8 +54,7 @@ SHOWN_S = 5.0                    # s of the recording in features.png
 SHIFT_SAMPLES = 5                # at FS: its local features are computed this often
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scores and intervals
+# ---- scores and intervals -------------------------------------------------------------------------------------------
 
 def resample(groups, seed, n=BOOTSTRAPS):
     """Draw groups (patients or records) with replacement, as many as there are.
@@ -102,9 +101,7 @@ def plain_auroc(y, score):
 
 def macro(auroc):
     """Mean over labels of auroc (S, C) -> (S,). A label that a resample cannot score is left out of its mean."""
-    scored = np.isfinite(auroc)
-    with np.errstate(invalid="ignore"):
-        return np.where(scored, auroc, 0).sum(axis=1) / scored.sum(axis=1)
+    return np.ma.masked_invalid(auroc).mean(axis=1).filled(np.nan)
 
 
 def interval(samples):
@@ -126,8 +123,7 @@ def standardized(x, x_new):
     return tuple(np.nan_to_num(scaler.transform(rows.astype(np.float64)), copy=False) for rows in (x, x_new))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# calibration
+# ---- calibration ----------------------------------------------------------------------------------------------------
 
 def platt(logit, y, logit_new):
     """Platt's (1999) sigmoid, fitted on logit (R,) and y (R,) bool: probabilities (R',) of logit_new (R',). Without
@@ -152,8 +148,7 @@ def calibration(p, y):
                 ece=np.mean([np.abs(gap).sum() / len(p) for gap in gaps]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# global features, clean and under noise
+# ---- global features, clean and under noise -------------------------------------------------------------------------
 
 def global_features(encoders, recordings):
     """Global features (E, R, 2D) of R recordings by encoder.embed; NaN where a recording cannot be used. recordings: a
@@ -163,10 +158,8 @@ def global_features(encoders, recordings):
 
 
 def noisy_features(encoders, recordings, noise, seed):
-    """Global features (E, H, R, 2D) of R recordings at every level of NOISE_DB; NaN where one cannot be used.
-
-    Arguments as above; noise of augment.load_noise. A recording gets the same noise at every level, only stronger.
-    """
+    """Global features (E, H, R, 2D) as above at every level of NOISE_DB, under noise of augment.load_noise: the same
+    for a recording at every level, only stronger."""
     P = encoders[0].patch_samples
     features = global_features(encoders, lambda: add_noise_levels(recordings(), noise, P, seed))
     return features.reshape(len(encoders), -1, len(NOISE_DB), features.shape[2]).swapaxes(1, 2)
@@ -174,35 +167,26 @@ def noisy_features(encoders, recordings, noise, seed):
 
 def add_noise_levels(recordings, noise, patch_samples, seed):
     """Yield each recording once for every level of NOISE_DB, at FS, in whole patches; what is missing stays missing."""
+    snr_db = torch.tensor(NOISE_DB, dtype=torch.float32)
     for number, recording in enumerate(recordings):
         try:
             signal_mv, lead_ids = preprocess(*recording[:4])
         except Refused:                          # embed says the same about it
             yield from [recording] * len(NOISE_DB)
             continue
-        signal_mv = signal_mv[:, :signal_mv.shape[1] // patch_samples * patch_samples]
-        for noisy in with_noise(np.random.default_rng([seed, number]), signal_mv, lead_ids, noise, patch_samples):
-            yield Recording(noisy, FS, [LEADS[i] for i in lead_ids])
+        L, N = len(signal_mv), signal_mv.shape[1] // patch_samples
+        T = N * patch_samples
+        clean = np.ma.masked_invalid(signal_mv[:, :T])
+        filled = np.where(clean.mask, clean.mean(axis=1, keepdims=True).filled(0), clean.data).astype(np.float32)
+        draws = draw_views(np.random.default_rng([seed, number]), ViewSpec(1, L, N, True), 1, L, T, noise.shape[-1],
+                           patch_samples)
+        arrays = filled, lead_ids, *(draws[name][0, 0] for name in ("amplitude", "sign", "channel", "offset"))
+        x, leads, *same = (torch.from_numpy(a).expand(len(NOISE_DB), *a.shape) for a in arrays)
+        for noisy in add_noise(x, leads, noise, snr_db, *same).numpy():
+            yield Recording(np.where(clean.mask, np.nan, noisy), FS, [LEADS[i] for i in lead_ids])
 
 
-def with_noise(rng, signal_mv, lead_ids, noise, patch_samples):
-    """signal_mv (L, T), NaN = missing, at every level of NOISE_DB: (H, L, T). A gap counts as its lead's mean."""
-    L, T = signal_mv.shape
-    missing = np.isnan(signal_mv)
-    mean = np.where(missing, 0, signal_mv).sum(axis=1) / (~missing).sum(axis=1).clip(1)
-    filled = np.where(missing, mean[:, None], signal_mv).astype(np.float32)
-    draws = draw_views(rng, ViewSpec(1, L, T // patch_samples, True), 1, L, T, noise.shape[-1], patch_samples)
-    levels = torch.tensor(NOISE_DB, dtype=torch.float32)
-
-    def at_every_level(x):
-        return torch.from_numpy(x).expand(len(levels), *x.shape)
-    same = {name: at_every_level(draws[name][0, 0]) for name in ("amplitude", "sign", "channel", "offset")}
-    noisy = add_noise(at_every_level(filled), at_every_level(lead_ids), noise, levels, **same)
-    return np.where(missing, np.nan, noisy.numpy())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# is a run learning?
+# ---- is a run learning? ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def health(features, lead_sets, mean_prediction):
@@ -242,25 +226,21 @@ def diagnose(row, warm):
     is absent, None or NaN gives no sentence. warm: whether the warm-up is over."""
     names = ("cls_rank", "prediction_entropy", "target_entropy", "patch_target_entropy", "ln_k")
     rank, prediction, target, patch_target, ln_k = (math.nan if row.get(n) is None else row[n] for n in names)
-    found = {}
-    if rank < COLLAPSED_RANK:
-        found["collapse of features"] = (
+    signs = {
+        "collapse of features": (rank < COLLAPSED_RANK, (
             f"the global features differ along only {rank:.1f} directions among recordings with the same leads: the "
-            "encoder ignores the ECG. Try a smaller --lr, a larger KOLEO_WEIGHT, or more patients")
-    if prediction < COLLAPSED_ENTROPY * ln_k:
-        found["collapse of predictions"] = (
+            "encoder ignores the ECG. Try a smaller --lr, a larger KOLEO_WEIGHT, or more patients")),
+        "collapse of predictions": (prediction < COLLAPSED_ENTROPY * ln_k, (
             f"the student uses only a few of the prototypes (entropy {prediction:.2f} of {ln_k:.2f}). "
-            "Try a smaller --lr, or fewer --prototypes")
-    if warm and target > UNIFORM_ENTROPY * ln_k:
-        found["uniform targets"] = (
+            "Try a smaller --lr, or fewer --prototypes")),
+        "uniform targets": (warm and target > UNIFORM_ENTROPY * ln_k, (
             f"the teacher finds all prototypes equally likely (entropy {target:.2f} of {ln_k:.2f}), which teaches "
-            "nothing. Try a lower TEACHER_TEMPERATURE, or fewer --prototypes")
-    if warm and patch_target < ONE_HOT_ENTROPY * ln_k:
-        found["one-hot patch targets"] = (
+            "nothing. Try a lower TEACHER_TEMPERATURE, or fewer --prototypes")),
+        "one-hot patch targets": (warm and patch_target < ONE_HOT_ENTROPY * ln_k, (
             f"the teacher gives each patch only one prototype (entropy {patch_target:.2f} of {ln_k:.2f}), so the "
             "targets do not say which patches are alike. Try a higher end of TEACHER_TEMPERATURE, or fewer "
-            "--prototypes")
-    return found
+            "--prototypes"))}
+    return {kind: sentence for kind, (found, sentence) in signs.items() if found}
 
 
 class OnlineProbe:
@@ -270,15 +250,16 @@ class OnlineProbe:
     corpora: list of Corpus; window: samples at FS of each recording. `usable` is False if there are too few labels.
     """
 
-    def __init__(self, corpora, window, limit=PROBE_RECORDINGS):
+    def __init__(self, corpora, window):
         self.sets, self.scored = [], []
         for split in ("train", "val"):
-            found = [(c, i) for c in corpora for i in labelled_rows(c, split, window)[:limit]]
-            found = [(c, i) for c, i in found if not (c.read(i, 0, window) == MISSING).any()]
+            found = [(c.read(i, 0, window), c.lead_ids(i), c.index["label"][i])
+                     for c in corpora for i in labelled_rows(c.index, split, window)]
+            found = [row for row in found if not (row[0] == MISSING).any()]
             if len(found) >= PROBE_AT_LEAST:
-                windows, leads = (np.stack(x) for x in zip(*((c.read(i, 0, window), c.lead_ids(i)) for c, i in found)))
-                labels = np.unpackbits(np.array([[c.index["label"][i]] for c, i in found]), axis=1, bitorder="little")
-                self.sets.append((torch.from_numpy(windows), torch.from_numpy(leads.astype(np.int64)), labels > 0))
+                windows, leads, labels = (np.stack(x) for x in zip(*found))
+                labels = np.unpackbits(labels[:, None], axis=1, bitorder="little").astype(bool)
+                self.sets.append((torch.from_numpy(windows), torch.from_numpy(leads.astype(np.int64)), labels))
         if len(self.sets) == 2:
             rarest = [np.minimum(y.sum(axis=0), (~y).sum(axis=0)) for _, _, y in self.sets]
             self.scored = np.flatnonzero(np.minimum(*rarest) >= PROBE_POSITIVES)
@@ -287,29 +268,27 @@ class OnlineProbe:
     @torch.no_grad()
     def score(self, encoder, device):
         """Macro AUROC over the superclasses that both splits have, at the best of PROBE_C."""
-        x = []
+        features, scores = [], []
         for windows, leads, _ in self.sets:
             parts = zip(windows.split(PROBE_BATCH), leads.split(PROBE_BATCH))
             pooled = [encoder(w.to(device).float() / UV_PER_MV, ids.to(device)).pooled() for w, ids in parts]
-            x.append(torch.cat(pooled).float().cpu().numpy())
+            features.append(torch.cat(pooled).float().cpu().numpy())
+        x, x_new = standardized(*features)
         y, y_new = (labels[:, self.scored] for _, _, labels in self.sets)
-        scores = []
         for c in PROBE_C:
-            probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=200))
-            logits = np.stack([probe.fit(x[0], label).decision_function(x[1]) for label in y.T], axis=1)
+            model = LogisticRegression(C=c, max_iter=200)
+            logits = np.stack([model.fit(x, label).decision_function(x_new) for label in y.T], axis=1)
             scores.append(plain_auroc(y_new, logits).mean())
         return float(max(scores))
 
 
-def labelled_rows(corpus, split, window):
-    """Index rows of a split that have a label, PROBE_LEADS leads and `window` samples."""
-    index = corpus.index
-    return np.flatnonzero((index["label"] > 0) & (index["n_leads"] == PROBE_LEADS) & (index["length"] >= window)
-                          & (index["split"] == SPLITS.index(split)))
+def labelled_rows(index, split, window):
+    """At most PROBE_RECORDINGS rows of a split in a corpus index: with label, PROBE_LEADS and `window` samples."""
+    usable = (index["label"] > 0) & (index["n_leads"] == PROBE_LEADS) & (index["length"] >= window)
+    return np.flatnonzero(usable & (index["split"] == SPLITS.index(split)))[:PROBE_RECORDINGS]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# pictures
+# ---- pictures -------------------------------------------------------------------------------------------------------
 
 def save_figure(figure, path, dpi=110):
     """Write a matplotlib Figure to a PNG file, whole or not at all."""
@@ -319,24 +298,19 @@ def save_figure(figure, path, dpi=110):
 def draw_curves(out):
     """OUT/curves.png from OUT/log.jsonl: losses, entropies next to ln K, and the online probe, against the step."""
     rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    steps, probed = [r for r in rows if "loss" in r], [r for r in rows if "online_auroc" in r]
-
-    def plot(axis, rows, name, *style):
-        axis.plot([r["step"] for r in rows], [math.nan if r.get(name) is None else r[name] for r in rows], *style,
-                  label=name)
+    panels = {"losses": ("dino_global", "dino_local", "ibot"),
+              "entropy (nats)": ("target_entropy", "patch_target_entropy", "prediction_entropy"),
+              "online probe, macro AUROC": ("online_auroc",)}
     figure = Figure(figsize=(13, 3.4), layout="constrained")
-    losses, entropies, probe = figure.subplots(1, 3)
-    for name in ("dino_global", "dino_local", "ibot"):
-        plot(losses, steps, name)
-    for name in ("target_entropy", "patch_target_entropy", "prediction_entropy"):
-        plot(entropies, steps, name)
-    for axis in (losses, entropies):
-        for r in [r for r in steps if r.get("ln_k")][:1]:
-            axis.axhline(r["ln_k"], color="0.6", linestyle=":", label="ln K")
-        axis.legend(fontsize=8)
-    plot(probe, probed, "online_auroc", "o-")
-    for axis, title in zip((losses, entropies, probe), ("losses", "entropy (nats)", "online probe, macro AUROC")):
+    for axis, (title, names) in zip(figure.subplots(1, 3), panels.items()):
+        for name in names:
+            steps, values = [r["step"] for r in rows if name in r], [r[name] for r in rows if name in r]
+            axis.plot(steps, np.array(values, dtype=float), marker="" if len(names) > 1 else "o", label=name)
         axis.set(title=title, xlabel="step")
+        if len(names) > 1:
+            for ln_k in [r["ln_k"] for r in rows if r.get("ln_k")][:1]:
+                axis.axhline(ln_k, color="0.6", linestyle=":", label="ln K")
+            axis.legend(fontsize=8)
     save_figure(figure, Path(out) / "curves.png")
 
 
@@ -395,23 +369,21 @@ def draw_bars(axis, labels, series):
     axis.spines[["top", "right"]].set_visible(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# command line and results of both probes
+# ---- command line and results of both probes ------------------------------------------------------------------------
 
 def parser_of(description, raw_example):
     """The flags that both probes share. raw_example: where a publisher's folder may be, for --help."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--encoder", required=True, default=argparse.SUPPRESS,
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--encoder", required=True,
                         help="encoder.pt of a run; random:SIZE gives the untrained control alone")
-    parser.add_argument("--raw", type=Path, required=True, default=argparse.SUPPRESS,
+    parser.add_argument("--raw", type=Path, required=True,
                         help=f"folder of the raw recordings as their publisher lays them out, such as {raw_example}; "
                              "not the prepared corpus")
-    parser.add_argument("--out", type=Path, required=True, default=argparse.SUPPRESS,
+    parser.add_argument("--out", type=Path, required=True,
                         help="folder for the results; made if absent, earlier results in it are replaced")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     parser.add_argument("--device", default="auto",
-                        help="any device of PyTorch (cpu, cuda, cuda:1, mps ...); auto: cuda if there is one, or cpu")
+                        help="any device of PyTorch (cpu, cuda, cuda:1, mps ...); default: cuda if there is one")
     return parser
 
 
@@ -424,16 +396,8 @@ def load_encoders(path, device):
 
 
 def to_json(value):
-    """Plain types for json.dumps; a number that could not be computed becomes null, because JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if not isinstance(value, float):
-        return value
-    return round(value, 6) if np.isfinite(value) else None
+    """A dict as plain types for json.dumps, numbers with 6 decimals; pandas makes null of NaN, which JSON lacks."""
+    return json.loads(pd.Series(value).to_json(double_precision=6))
 
 
 def show(value, ci):

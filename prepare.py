@@ -1,13 +1,25 @@
-"""Publishers' folders to corpora: turn raw recordings into one corpus on disk, once.
-
-    python prepare.py SOURCE --raw DIR --out DIR           (python prepare.py --help: sources, results, examples)
+"""Publishers' folders to corpora: turn raw recordings into one corpus on disk, once. Training only reads it.
 
 Every recording goes through ecg.preprocess, which the probes and encoder.embed call too. Until all is done, the files
 are in OUT.part; after an interruption the same command continues there and ends with the same bytes. A sample takes 2
 bytes on disk, 10 s of 12 leads 60 kB; an estimate of disk and time is printed before anything is written.
 
-Shapes: L leads, T samples (at FS unless said otherwise), N recordings, K annotations.
+the result, in OUT (for synth in OUT/ptbxl, OUT/mitdb and OUT/nstdb)
+  signal/        int16 at 250 Hz, 1 uV per step, -32768 = missing; for every recording one (leads, samples) block
+  events/        only for icentia11k: beats and rhythms, by sample at 250 Hz
+  index.npy      a row per recording: where it is, its leads, split, patient, label; in the same order records.npy
+                 (names) and fingerprints.npy (to find copies); patients.npy: names of patients
+  manifest.json  what this is: counts, hours, what was rejected or changed, leak rules, checksums, the command
+  rejects.csv    every recording that could not be used, and why
+
+examples
+  python prepare.py synth --raw data/raw/synth --out data/synth
+  python prepare.py ptbxl --raw data/raw/ptbxl --out data/ptbxl --download
+  python prepare.py heedb --raw /data/heedb    --out data/heedb --dry-run
+  python prepare.py wfdb  --raw my_ecgs        --out data/mine --workers 8 --patients my_patients.csv
+  python prepare.py check data/ptbxl data/mine       are they whole, what do they share; draws DIR/check.png for each
 """
+# Shapes: L leads, T samples (at FS unless said otherwise), N recordings, K annotations.
 import argparse
 import ast
 import contextlib
@@ -52,7 +64,6 @@ ROW_DTYPE = np.dtype([("index", INDEX_DTYPE), ("records", RECORD_DTYPE), ("patie
 # MIT-BIH inter-patient split: de Chazal et al., IEEE TBME 51(7), 2004. The rest of the 48 are the four paced records.
 MITDB_DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
 MITDB_DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
-MITDB_PACED = "102 104 107 217".split()
 MITDB_HELD_OUT = {*MITDB_DS2, "201"}  # 201 is the same person as 202, which is in DS2
 # A folder of loose WFDB records may hold copies of the test sets: Challenge 2021's HRn is PTB-XL's ecg_id n.
 HELD_OUT_COPY = re.compile(r"HR\d{5}|\d{5}_[lh]r|" + "|".join(sorted(MITDB_HELD_OUT)))
@@ -63,8 +74,7 @@ PHYSIONET = {                    # database, and the files of it that are needed
     "ptbxl": ("ptb-xl", r"recordsRATE/.*|[^/]*\.csv|LICENSE\.txt"),
     "mitdb": ("mitdb", r"\d{3}\.(hea|dat|atr)|RECORDS"),
     "nstdb": ("nstdb", r"[^/]*\.(hea|dat|atr)|RECORDS")}
-CODE_LEADS = ("DI", "DII", "DIII", "AVR", "AVL", "AVF", "V1", "V2", "V3", "V4", "V5", "V6")  # of code15's columns
-CODE_FS = 400
+CODE_LEADS, CODE_FS = LEADS[1:13], 400  # of code15: DI to V6, Hz
 CODE_SCALES = {"mV": 1.0, "1e-4 V": 0.1, "uV": 1e-3}  # units that code15 may be in, as factors to mV
 ANNOTATED = {"icentia11k": "atr"}  # sources whose annotations are kept
 ANNOTATION_SYMBOLS = {label.label_store: label.symbol for label in wfdb.io.annotation.ann_labels}
@@ -84,8 +94,7 @@ LEAK_NOTES = {
             "and 201"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sources: which recordings there are
+# ---- sources: which recordings there are ----------------------------------------------------------------------------
 
 class Job(NamedTuple):
     """One recording to prepare."""
@@ -113,9 +122,8 @@ def list_ptbxl(raw, args, notes):
     table = pd.read_csv(raw / "ptbxl_database.csv", index_col="ecg_id")
     statements = pd.read_csv(raw / "scp_statements.csv", index_col=0)
     superclass = statements.diagnostic_class[statements.diagnostic == 1].to_dict()
-    complete = all((raw / f"{name}.hea").is_file() for name in table.filename_hr)
-    rate = args.rate if args.rate != "auto" else "500" if complete else "100"
-    names = table.filename_hr if rate == "500" else table.filename_lr
+    complete = args.rate == "auto" and all((raw / f"{name}.hea").is_file() for name in table.filename_hr)
+    rate, names = ("500", table.filename_hr) if complete or args.rate == "500" else ("100", table.filename_lr)
     notes["rate"] = f"the {rate} Hz records were read"
     for ecg_id, row in table.iterrows():
         # A statement counts if it is present, whatever its likelihood, as in the benchmark (Strodthoff et al. 2021).
@@ -127,10 +135,9 @@ def list_ptbxl(raw, args, notes):
 
 def list_mitdb(raw, args, notes):
     """MIT-BIH Arrhythmia Database: 48 two-lead recordings of 30 min; DS2 is test (--download: 100 MB)"""
-    names = sorted(MITDB_DS1 + MITDB_DS2 + MITDB_PACED)
-    if (raw / "RECORDS").is_file():
-        names = (raw / "RECORDS").read_text().split()
-    for name in names:
+    listed = raw / "RECORDS"
+    paced = "102 104 107 217".split()
+    for name in listed.read_text().split() if listed.is_file() else sorted(MITDB_DS1 + MITDB_DS2 + paced):
         patient = f"mitdb/{'201' if name == '202' else name}"      # one person
         yield Job(str(raw / name), name, patient, "test" if name in MITDB_HELD_OUT else "train", n_channels=2)
 
@@ -219,8 +226,7 @@ def list_wfdb(raw, args, notes):
     for folder, group in itertools.groupby(find_headers(raw), key=lambda path: path.parent):
         paths, segments = list(group), set()
         for path in paths:
-            lines = header_lines(f"{path}.hea")
-            if lines and "/" in lines[0][0]:                       # NAME/SEGMENTS, then a line for each segment
+            if (lines := header_lines(f"{path}.hea")) and "/" in lines[0][0]:      # NAME/SEGMENTS, then their lines
                 segments |= {folder / fields[0] for fields in lines[1:]}
         for path in (path for path in paths if path not in segments):  # segments are read with their record
             record = path.relative_to(raw).as_posix()
@@ -237,11 +243,9 @@ LISTERS = {"ptbxl": list_ptbxl, "mitdb": list_mitdb, "nstdb": list_nstdb, "heedb
 
 
 def find_headers(folder):
-    """The WFDB records in folder and in all folders below, as paths without suffix, in sorted order. A folder that
-    cannot be read is an OSError. Links to folders are not followed."""
-    def order(entry):
-        return entry.is_dir(follow_symlinks=False), entry.name     # files come before folders
-    for entry in sorted(os.scandir(folder), key=order):
+    """The WFDB records in folder and in all folders below, as paths without suffix, in sorted order, files before
+    folders. A folder that cannot be read is an OSError. Links to folders are not followed."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: (entry.is_dir(follow_symlinks=False), entry.name)):
         if entry.is_dir(follow_symlinks=False):
             yield from find_headers(entry.path)
         elif entry.name.endswith(".hea") and entry.is_file():
@@ -272,11 +276,9 @@ def shorten(name, n_bytes):
 
 
 class Lookup:
-    """A column of a CSV table by a key, for many million rows: 16 bytes per row, keys by their 64-bit hash.
-
-    The table is in raw, or up to two folders below. Keys are compared without folder and suffix. lookup[key] is None if
-    the table is absent or lacks the key.
-    """
+    """A column of a CSV table by a key, for many million rows: 16 bytes per row, keys by their 64-bit hash. The table
+    is in raw, or up to two folders below; keys are compared without folder and suffix. lookup[key] is None if the table
+    is absent or lacks the key."""
 
     def __init__(self, raw, name, key, value):
         keys, values = [np.zeros(0, np.uint64)], [np.zeros(0, "S1")]
@@ -289,8 +291,7 @@ class Lookup:
 
     @staticmethod
     def hash(key):
-        stem = str(key).replace("\\", "/").split("/")[-1]
-        return hash64(stem.removesuffix(".hea").removesuffix(".mat").removesuffix(".dat"))
+        return hash64(re.sub(r".*[/\\]|\.(hea|mat|dat)\Z", "", key))
 
     def __len__(self):
         return len(self.keys)
@@ -361,8 +362,7 @@ def code15_unit(parts):
     return unit, peak * CODE_SCALES[unit]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one recording
+# ---- one recording --------------------------------------------------------------------------------------------------
 
 class Prepared(NamedTuple):
     """A recording as the corpus holds it."""
@@ -377,7 +377,7 @@ def prepare_recording(job, annotator=None):
     """Prepare one recording, or raise Refused."""
     if job.reject:
         raise Refused(*job.reject)
-    recording = read_job(job)
+    recording = read_wfdb(job.path) if job.row < 0 else read_exam(job)
     if job.n_channels and len(recording.leads) != job.n_channels:
         raise Refused("channel count", f"{len(recording.leads)} channels, expected {job.n_channels}")
     signal_mv, ids = preprocess(*recording[:4])
@@ -388,14 +388,12 @@ def prepare_recording(job, annotator=None):
     steps, ids, start = drop_unusable_leads(signal_mv, ids, changes)
     events = NO_EVENTS
     if annotator:
-        events = read_events(job.path, annotator, recording.fs, start, steps.shape[1], changes)
+        events = read_events(f"{job.path}.{annotator}", recording.fs, start, steps.shape[1], changes)
     return Prepared(steps, ids, recording.fs, events, changes)
 
 
-def read_job(job):
-    """The Recording of a job, from a WFDB record or from a row of an exams_part*.hdf5."""
-    if job.row < 0:
-        return read_wfdb(job.path)
+def read_exam(job):
+    """The Recording in a row of an exams_part*.hdf5."""
     try:
         tracing = open_h5(job.path)["tracings"][job.row]
     except (OSError, ValueError) as error:
@@ -405,9 +403,7 @@ def read_job(job):
 
 def drop_unusable_leads(signal_mv, ids, changes):
     """Drop leads without signal, cut ends where no lead has signal, name every lead once; count all that in `changes`.
-
-    Returns int16 (L, T) uV, lead ids (L,), and the sample at which the recording begins now.
-    """
+    Returns int16 (L, T) uV, lead ids (L,), and the sample at which the recording begins now."""
     valid = np.isfinite(signal_mv)
     keep = np.flatnonzero(valid.sum(axis=1) >= MIN_VALID_S * FS)
     if not len(keep):
@@ -431,12 +427,11 @@ def drop_unusable_leads(signal_mv, ids, changes):
     return steps, ids, int(start)
 
 
-def read_events(path, annotator, fs, start, length, changes):
-    """Annotations of a WFDB record as EVENT_DTYPE, in samples at FS from `start` of the prepared recording on: the
+def read_events(path, fs, start, length, changes):
+    """Annotations in a WFDB file as EVENT_DTYPE, in samples at FS from `start` of the prepared recording on: the
     symbols of beats, and for "+" the rhythm that it names. An absent or damaged file is counted; the signal is kept."""
     try:
-        with open(f"{path}.{annotator}", "rb") as file:
-            events = decode_annotations(file.read())
+        events = decode_annotations(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         absent = isinstance(error, FileNotFoundError)
         changes[f"recordings without annotations: the file is {'absent' if absent else 'damaged'}"] += 1
@@ -449,11 +444,9 @@ def read_events(path, annotator, fs, start, length, changes):
 
 
 def decode_annotations(data):
-    """The bytes of a .atr file -> sample (K,) at the record's rate and symbol (K,). ValueError if it is damaged.
-
-    The format is annot(5) of the WFDB manual: words of 16 bits, a code in the upper 6 and in the lower 10 the samples
-    since the last annotation. wfdb.rdann reads the same, but it never ends on some damaged files.
-    """
+    """The bytes of a .atr file -> sample (K,) at the record's rate and symbol (K,). ValueError if it is damaged. The
+    format is annot(5) of the WFDB manual: words of 16 bits, a code in the upper 6 and in the lower 10 the samples since
+    the last annotation. wfdb.rdann reads the same, but it never ends on some damaged files."""
     words, time, samples, symbols = iter(np.frombuffer(data[:len(data) // 2 * 2], "<u2").tolist()), 0, [], []
     for word in words:
         code, step = word >> 10, word & 0x3FF
@@ -477,8 +470,7 @@ def decode_annotations(data):
     return np.array(list(zip(samples, symbols)), [("sample", "<i8"), ("symbol", "S6")])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# writing a corpus
+# ---- writing a corpus -----------------------------------------------------------------------------------------------
 
 # OUT.part/ holds, while a corpus is made:
 #     jobs.jsonl, plan.json                        what there is to do, fixed when the run first started
@@ -492,22 +484,24 @@ def refuse_existing(out):
 
 
 def write_corpus(source, raw, out, args, command):
-    """Prepare all recordings of `source` under `raw` into `out`, or continue with what OUT.part holds. Returns the
-    manifest, None for a dry run."""
+    """Prepare `source` under `raw` into `out`, or go on with OUT.part. Returns the manifest, None for a dry run."""
     refuse_existing(out)
     part = part_of(out)
     part.mkdir(parents=True, exist_ok=True)
-    with lock_folder(part):
+    with lock_folder(part), contextlib.ExitStack() as undo:
         begun = (part / "plan.json").exists()
-        try:
-            resume = begun and not args.dry_run
-            plan = read_plan(part, command) if resume else make_plan(source, raw, part, args, command)
-        except BaseException:
-            if not begun:                                          # nothing was prepared yet: leave nothing behind
-                shutil.rmtree(part, ignore_errors=True)
-            raise
+        if not begun:                                              # until something is prepared, leave nothing behind
+            undo.callback(shutil.rmtree, part, ignore_errors=True)
+        if begun and not args.dry_run:
+            plan = json.loads((part / "plan.json").read_text())
+            if plan.get("command") != command or plan.get("format_version") != FORMAT_VERSION:
+                raise ValueError(f"{part} holds an unfinished run of `{plan.get('command')}`, and this is `{command}`: "
+                                 f"finish that one, or delete it (rm -r {part})")
+        else:
+            plan = make_plan(source, raw, part, args, command)
         if args.dry_run:
-            return None if begun else shutil.rmtree(part)
+            return None
+        undo.pop_all()
         if not (part / "manifest.json").exists():
             finish_shards(source, part, plan, args.workers or os.cpu_count())
             assemble(source, part, plan, command)
@@ -515,20 +509,8 @@ def write_corpus(source, raw, out, args, command):
         # The plan goes last: as long as it is there, a run continues. dry.jsonl is left of a dry run that was killed.
         for name in ("dry.jsonl", "jobs.jsonl", "lock", "plan.json"):
             (part / name).unlink(missing_ok=True)
-        if out.exists():
-            out.rmdir()                                            # it is empty: refuse_existing looked
-        part.rename(out.resolve())
+        part.rename(out.resolve())                                 # also onto an empty folder: refuse_existing looked
     return json.loads((out / "manifest.json").read_text())
-
-
-def read_plan(part, command):
-    """The plan of an interrupted run, if it was the same command."""
-    plan = json.loads((part / "plan.json").read_text())
-    if plan.get("command") != command or plan.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{part} holds an unfinished run of `{plan.get('command')}`, and this is `{command}`: finish "
-                         f"that one, or delete it (rm -r {part})")
-    print(f"{part}: continuing, {len(list((part / 'done').glob('*.npz')))} shards are finished")
-    return plan
 
 
 def make_plan(source, raw, part, args, command):
@@ -539,8 +521,13 @@ def make_plan(source, raw, part, args, command):
         for n, job in enumerate(tqdm(listed, desc="listing", unit=" records", disable=None), 1):
             file.write(json.dumps(job) + "\n")
     if not n:
-        raise ValueError(f"no {source} recordings under {raw}: expected WFDB headers (*.hea) there, or add --download")
-    n_bytes, seconds = estimate_cost(source, jobs, n)
+        raise ValueError(f"no {source} recordings under {raw}: expected WFDB headers (*.hea) there")
+    sizes, start, chosen = [], time.perf_counter(), {int(i) for i in np.linspace(0, n - 1, ESTIMATE_RECORDINGS)}
+    with open(jobs) as file:
+        for line in (line for i, line in enumerate(file) if i in chosen):
+            with contextlib.suppress(Refused):
+                sizes.append(prepare_recording(Job(*json.loads(line)), ANNOTATED.get(source)).steps.nbytes)
+    n_bytes, seconds = np.mean(sizes or [0.0]), (time.perf_counter() - start) / len(chosen)
     workers, free = args.workers or os.cpu_count(), shutil.disk_usage(part).free
     print(f"{source}: {n:,} recordings to read; about {n_bytes * n / 1e9:.3g} GB on disk ({free / 1e9:.0f} GB free) "
           f"and {seconds * n / workers / 60:,.1f} min on {workers} cores")
@@ -557,35 +544,17 @@ def make_plan(source, raw, part, args, command):
     return plan
 
 
-def estimate_cost(source, jobs, n):
-    """Mean bytes of signal and seconds of a few recordings out of n."""
-    chosen = set(np.linspace(0, n - 1, ESTIMATE_RECORDINGS).astype(int).tolist())
-    sizes, start = [], time.perf_counter()
-    with open(jobs) as file:
-        for line in (line for i, line in enumerate(file) if i in chosen):
-            with contextlib.suppress(Refused):
-                sizes.append(prepare_recording(Job(*json.loads(line)), ANNOTATED.get(source)).steps.nbytes)
-    return np.mean(sizes or [0.0]), (time.perf_counter() - start) / len(chosen)
-
-
-def shard_jobs(part, plan):
-    """(number, jobs) of every shard, in order."""
-    with open(part / "jobs.jsonl") as file:
-        for number in itertools.count():
-            jobs = [Job(*json.loads(line)) for line in itertools.islice(file, plan["shard_jobs"])]
-            if not jobs:
-                return
-            yield number, jobs
-
-
 def finish_shards(source, part, plan, workers):
     """Prepare the shards that are not finished, `workers` at a time."""
-    done = {int(path.stem) for path in (part / "done").glob("*.npz")}
-    tasks = ((source, part, k, jobs) for k, jobs in shard_jobs(part, plan) if k not in done)
-    results = run_tasks(tasks, min(workers, -(-plan["jobs"] // plan["shard_jobs"]) - len(done)))
-    totals, before = Counter(), min(plan["jobs"], len(done) * plan["shard_jobs"])
-    with (contextlib.closing(results),                             # closed at once: an interruption ends the workers
-          tqdm(total=plan["jobs"], initial=before, unit=" records", disable=None) as bar):
+    n_jobs, per_shard, totals = plan["jobs"], plan["shard_jobs"], Counter()
+    if done := {int(path.stem) for path in (part / "done").glob("*.npz")}:
+        print(f"{part}: continuing, {len(done)} shards are finished")
+    file = open(part / "jobs.jsonl")
+    shards = iter(lambda: [Job(*json.loads(line)) for line in itertools.islice(file, per_shard)], [])
+    tasks = ((source, part, number, jobs) for number, jobs in enumerate(shards) if number not in done)
+    results = run_tasks(tasks, min(workers, -(-n_jobs // per_shard) - len(done)))
+    with (file, contextlib.closing(results),                       # closed at once: an interruption ends the workers
+          tqdm(total=n_jobs, initial=min(n_jobs, len(done) * per_shard), unit=" records", disable=None) as bar):
         for result in results:
             totals.update(result)
             bar.set_postfix(hours=f"{totals['samples'] / FS / 3600:.1f}", GB=f"{totals['bytes'] / 1e9:.2f}",
@@ -641,7 +610,7 @@ def prepare_shard(source, part, number, jobs):
                     continue
                 file.write(got.steps.tobytes())
                 n_leads, length = got.steps.shape
-                leads, patient = np.pad(got.leads, (0, MAX_LEADS - n_leads)), 0  # write_tables numbers the patients
+                leads, patient = np.pad(got.leads, (0, MAX_LEADS - n_leads)), 0  # assemble numbers the patients
                 row = (number, offset, length, n_leads, leads, SPLITS.index(job.split), job.label, patient, got.fs_hz,
                        n_events, len(got.events))
                 rows.append((row, job.record.encode(), job.patient.encode(), fingerprint(got.steps, got.leads)))
@@ -666,7 +635,8 @@ def prepare_shard(source, part, number, jobs):
 
 
 def assemble(source, part, plan, command):
-    """Join the shards: write index.npy, records.npy, patients.npy, fingerprints.npy, rejects.csv, manifest.json."""
+    """Join the shards: write index.npy, records.npy, patients.npy, fingerprints.npy, rejects.csv, manifest.json. Needs
+    200 bytes of memory per recording."""
     shards = sorted((part / "done").glob("*.npz"))
     abouts = [json.loads(np.load(path)["about"].tobytes()) for path in shards]
     rejects = [row for about in abouts for row in about["rejects"]]
@@ -677,43 +647,36 @@ def assemble(source, part, plan, command):
         if len(rejects) == plan["jobs"]:
             raise ValueError(f"none of the {plan['jobs']} recordings could be used: {dict(rejected)}; the first: "
                              f"{rejects.iloc[0].tolist()}")
-        index, n_records = write_tables(part, shards)
-        manifest = make_manifest(source, index, n_records, plan["notes"], command)
+        index, records, patients, fingerprints = (
+            np.concatenate([np.load(path)["rows"][name].copy() for path in shards]) for name in ROW_DTYPE.names)
+        patients, index["patient"] = np.unique(patients, return_inverse=True)
+        manifest = make_manifest(source, index, records, plan["notes"], command)
     except ValueError:                                             # the same command would end in the same way
         shutil.rmtree(part)
         raise
     sums = {name: digest for about in abouts for name, digest in about["sha256"].items()}
-    names = ("index.npy", "records.npy", "patients.npy", "fingerprints.npy", "rejects.csv")
+    for name, table in zip(ROW_DTYPE.names, (index, records, patients, fingerprints)):
+        atomic_write(part / f"{name}.npy", functools.partial(np.save, arr=table))
+        sums[f"{name}.npy"] = sha256(part / f"{name}.npy")
+    sums["rejects.csv"] = sha256(part / "rejects.csv")
     manifest |= {"rejected": dict(sorted(rejected.items())), "changed": dict(sorted(changes.items())),
                  "shard_bytes": {f"{path.stem}.i16": about["bytes"] for path, about in zip(shards, abouts)},
-                 "sha256": sums | {name: sha256(part / name) for name in names}}
+                 "sha256": sums}
     atomic_write(part / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_tables(part, shards):
-    """Write index.npy, records.npy, patients.npy and fingerprints.npy from the rows of the shards. Returns the index
-    and the number of records (one may be several recordings in a row). Needs 200 bytes of memory per recording."""
-    index, records, patients, fingerprints = (
-        np.concatenate([np.load(path)["rows"][name].copy() for path in shards]) for name in ROW_DTYPE.names)
-    patients, index["patient"] = np.unique(patients, return_inverse=True)
-    for name, table in zip(ROW_DTYPE.names, (index, records, patients, fingerprints)):
-        atomic_write(part / f"{name}.npy", functools.partial(np.save, arr=table))
-    return index, 1 + int((records[1:] != records[:-1]).sum())
-
-
-def make_manifest(source, index, n_records, notes, command):
+def make_manifest(source, index, records, notes, command):
     """All that a reader of the corpus should know. No date is in it: the same recordings give the same bytes."""
     by_split = [index[index["split"] == i] for i in range(len(SPLITS))]
     patients = [np.unique(rows["patient"]) for rows in by_split]
     _, splits_of = np.unique(np.concatenate(patients), return_counts=True)
-    overlap = int((splits_of > 1).sum())
-    if overlap:
+    if overlap := int((splits_of > 1).sum()):
         raise ValueError(f"{overlap} patients are in more than one split, so training would see patients of the test: "
                          "check the source's table of folds")
     return {
         "magic": MAGIC, "format_version": FORMAT_VERSION, "source": source, "fs_hz": FS,
         "units": f"int16 little-endian, 1 uV per step, {MISSING} = missing", "leads": LEADS, "labels": SUPERCLASSES,
-        "recordings": len(index), "records": n_records,
+        "recordings": len(index), "records": 1 + int((records[1:] != records[:-1]).sum()),  # one may be several rows
         "recordings_per_split": dict(zip(SPLITS, map(len, by_split))),
         "hours_per_split": {name: round(float(rows["length"].sum(dtype=np.int64)) / FS / 3600, 3)
                             for name, rows in zip(SPLITS, by_split)},
@@ -722,8 +685,7 @@ def make_manifest(source, index, n_records, notes, command):
         "versions": {"numpy": np.__version__, "scipy": scipy.__version__, "wfdb": wfdb.__version__}}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# download
+# ---- download -------------------------------------------------------------------------------------------------------
 
 def damaged_files(raw, wanted=".*"):
     """Names that SHA256SUMS.txt in `raw` lists, that match `wanted` in full, and that are absent or differ here."""
@@ -744,16 +706,8 @@ def differences(folder, sums):
             yield name, found
 
 
-def verify_checksums(raw, wanted=".*"):
-    """Raise ValueError, naming the files, unless those in `raw` agree with the publisher's SHA256SUMS.txt."""
-    bad = damaged_files(Path(raw), wanted)
-    if bad:
-        raise ValueError(f"{len(bad)} files in {raw} are absent or differ from the publisher's SHA256SUMS.txt: "
-                         f"{', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}; run again with --download")
-
-
 def download(source, raw, rate):
-    """Fetch from PhysioNet what `raw` lacks, and check all of it against the publisher's checksums."""
+    """Fetch from PhysioNet what `raw` lacks. ValueError if it does not agree with the publisher's checksums then."""
     database, wanted = PHYSIONET[source]
     wanted = wanted.replace("RATE", "500" if rate == "auto" else rate)
     fetch(database, raw, ["SHA256SUMS.txt"])
@@ -762,7 +716,9 @@ def download(source, raw, rate):
         (raw / name).unlink(missing_ok=True)                       # wfdb would append to a file that is too short
     for i in tqdm(range(0, len(names), 100), desc="fetching", unit="00 files", disable=None):
         fetch(database, raw, names[i:i + 100])
-    verify_checksums(raw, wanted)
+    if bad := damaged_files(raw, wanted):
+        raise ValueError(f"{len(bad)} files in {raw} are absent or differ from the publisher's SHA256SUMS.txt: "
+                         f"{', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}; run again with --download")
 
 
 def fetch(database, raw, names):
@@ -776,11 +732,10 @@ def fetch(database, raw, names):
                          "--download out") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# check: what is in a corpus, and whether it is whole
+# ---- check: what is in a corpus, and whether it is whole ------------------------------------------------------------
 
 def check(dirs):
-    """Verify corpora, print what several of them share, draw DIR/check.png for each. Returns the number of faults."""
+    """Verify prepared corpora, print what they have in common, and draw DIR/check.png for each; count the faults."""
     corpora, faults = [open_corpus(dir) for dir in dirs], 0
     for corpus in corpora:
         print(summary(corpus.manifest, corpus.dir))
@@ -818,34 +773,31 @@ def draw_overview(corpus, path):
     index, rng = corpus.index, np.random.default_rng(0)
     figure = Figure(figsize=(11, 14), layout="constrained")
     axes = figure.subplot_mosaic("aabbcc;dddeee;ffffff;gggggg;hhhhhh;iiiiii;jjjjjj;kkkkkk",
-                                 height_ratios=[2, 2, 1, 1, 1, 1, 1, 1])
+                                 height_ratios=[2, 2, 1, 1, 1, 1, 1, 1], subplot_kw={"xmargin": 0})
     hours = pd.Series(index["length"] / FS / 3600)
     ids = np.where(np.arange(MAX_LEADS) < index["n_leads"][:, None], index["leads"], 255)
     sets, of_set = np.unique(ids, axis=0, return_inverse=True)
-    names = [" ".join(LEADS[k] for k in row if k < len(LEADS)) for row in sets]
-    names = np.array([f"{len(name.split())} leads" if len(name) > 16 else name for name in names], object)
+    names = [[LEADS[k] for k in row if k < len(LEADS)] for row in sets]
+    names = np.array([" ".join(some) if len(some) < 5 else f"{len(some)} leads" for some in names], object)
     lengths = pd.cut(index["length"] / FS, [0, 5, 9, 11, 20, 60, 600, 3600, np.inf], right=False)
     for key, what, labels in (("a", "leads", names[of_set.ravel()]), ("b", "original rate, Hz", index["fs_hz"]),
                               ("c", "length, s", lengths)):
         top = hours.groupby(labels, observed=True).sum().nlargest(6)[::-1]
         bars = axes[key].barh(top.index.astype(str), top, color="0.4")
-        axes[key].bar_label(bars, [f" {h:.3g}" for h in top], fontsize=8)
-        axes[key].set_title(f"hours by {what}", loc="left", fontsize=10)
-        axes[key].margins(x=0.2)
+        axes[key].bar_label(bars, fmt=" %.3g", fontsize=8)
+        axes[key].set(xlabel=f"hours by {what}", xmargin=0.2)
     rows = np.sort(rng.choice(len(index), min(OVERVIEW_RECORDINGS, len(index)), replace=False))
     leads = [shown_lead(corpus, i) for i in rows]
     peaks = [np.percentile(np.abs(x - np.median(x)), 99.5) for x, _ in leads]
-    rates = np.array([heart_rate_bpm(x) for x, _ in leads if len(x) > 3 * FS])
+    rates = [heart_rate_bpm(x) for x, _ in leads if len(x) > 3 * FS]
     axes["d"].hist(np.clip(peaks, 0, 4), 60, range=(0, 4), color="0.4")
-    axes["d"].set_title("lead II, 99.5th percentile, mV (last bar: 4 and more)", loc="left", fontsize=10)
-    axes["e"].hist(np.clip(rates[np.isfinite(rates)], 0, 200), 60, range=(0, 200), color="0.4")
-    axes["e"].set_title("heart rate, 1/min", loc="left", fontsize=10)
+    axes["d"].set_xlabel("lead II, 99.5th percentile, mV (last bar: 4 and more)")
+    axes["e"].hist(np.clip(rates, 0, 200), 60, range=(0, 200), color="0.4")
+    axes["e"].set_xlabel("heart rate, 1/min")
     for key, k in zip("fghijk", np.sort(rng.choice(len(rows), min(6, len(rows)), replace=False))):
         x, name = leads[k]
         axes[key].plot(np.arange(len(x[:10 * FS])) / FS, x[:10 * FS], color="k", lw=0.7)
-        axes[key].set_title(f"{corpus.records[rows[k]].decode()}, {name}, mV", loc="left", fontsize=9, pad=2)
-        axes[key].margins(x=0)
-    axes["k"].set_xlabel("s")
+        axes[key].set_title(f"{corpus.records[rows[k]].decode()}, {name}, mV over s", loc="left", fontsize=9, pad=2)
     figure.suptitle(f"{corpus.dir.name}: {corpus.manifest['source']}, {len(index):,} recordings, {hours.sum():,.1f} h")
     atomic_write(path, lambda file: figure.savefig(file, dpi=90))
 
@@ -858,41 +810,19 @@ def shown_lead(corpus, i):
     return np.where(lead == MISSING, 0, lead) / UV_PER_MV, LEADS[ids[k]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# command line
-
-HELP = """\
-sources
-SOURCES
-  synth       synthetic ECGs: written to --raw in the layouts of the first three, then prepared like these
-
-the result, in OUT (for synth in OUT/ptbxl, OUT/mitdb and OUT/nstdb)
-  signal/        int16 at 250 Hz, 1 uV per step, -32768 = missing; for every recording one (leads, samples) block
-  events/        only for icentia11k: beats and rhythms, by sample at 250 Hz
-  index.npy      a row per recording: where it is, its leads, split, patient, label; in the same order records.npy
-                 (names) and fingerprints.npy (to find copies); patients.npy: names of patients
-  manifest.json  what this is: counts, hours, what was rejected or changed, leak rules, checksums, the command
-  rejects.csv    every recording that could not be used, and why
-
-examples
-  python prepare.py synth --raw data/raw/synth --out data/synth
-  python prepare.py ptbxl --raw data/raw/ptbxl --out data/ptbxl --download
-  python prepare.py heedb --raw /data/heedb    --out data/heedb --dry-run
-  python prepare.py wfdb  --raw my_ecgs        --out data/mine --workers 8 --patients my_patients.csv
-  python prepare.py check data/ptbxl data/mine       verify checksums, index and splits, print what corpora share and
-                                                     what must not be trained on, and draw DIR/check.png for each
-"""
-
+# ---- command line ---------------------------------------------------------------------------------------------------
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every flag, and the lines of HELP as they are."""
+    """Shows the default of every flag, and the lines of the epilog as they are."""
 
 
 def parse_args(argv=None):
-    sources = "\n".join(f"  {name:12}{lister.__doc__}" for name, lister in LISTERS.items())
-    parser = argparse.ArgumentParser(
-        prog="prepare.py", description="Turn raw ECG recordings into one corpus on disk, once. Training only reads it.",
-        epilog=HELP.replace("SOURCES", sources), allow_abbrev=False, formatter_class=HelpFormatter)
+    description, _, text = __doc__.partition("\n\n")
+    sources = {name: lister.__doc__ for name, lister in LISTERS.items()} | {
+        "synth": "synthetic ECGs: written to --raw in the layouts of the first three, then prepared like these"}
+    epilog = "\n".join(["sources", *(f"  {name:12}{doc}" for name, doc in sources.items()), "", text])
+    parser = argparse.ArgumentParser(prog="prepare.py", description=description, epilog=epilog, allow_abbrev=False,
+                                     formatter_class=HelpFormatter)
     add = parser.add_argument
     add("source", choices=("synth", *LISTERS), help="what --raw holds, see below")
     add("--raw", type=Path, required=True, default=argparse.SUPPRESS,
@@ -915,12 +845,10 @@ def parse_args(argv=None):
             (args.download and source not in PHYSIONET,
              f"--download: {source} is no PhysioNet database; it works for {', '.join(PHYSIONET)}"),
             (source != "ptbxl" and args.rate != "auto", f"--rate is for ptbxl; the headers of {source} give the rate"),
-            (not is_synth and (args.records, args.seed) != (SYNTH_RECORDS, 0),
-             f"--records and --seed are for synth; of {source} every record is prepared"),
+            (not is_synth and (args.records, args.seed) != (SYNTH_RECORDS, 0), "--records and --seed are for synth"),
             (args.records < 1 or min(args.workers, args.seed, args.limit) < 0,
              "--records must be at least 1, --workers, --seed and --limit at least 0"),
-            (is_synth and (args.limit or args.dry_run),
-             "--limit and --dry-run are for recordings that exist; for synth there is --records"),
+            (is_synth and (args.limit or args.dry_run), "no --limit and --dry-run: for synth there is --records"),
             (args.patients and source != "wfdb", f"--patients is for wfdb; {source} knows its patients"),
             (args.patients and not args.patients.is_file(), f"--patients {args.patients}: there is no such file"),
             (not is_synth and not args.download and not args.raw.is_dir(), f"--raw {args.raw} is no folder")):
@@ -931,11 +859,10 @@ def parse_args(argv=None):
 
 def command_of(args):
     """The command line that makes this corpus again."""
-    extra = {"synth": ["--records", args.records, "--seed", args.seed], "ptbxl": ["--rate", args.rate]}
-    extra = extra.get(args.source, [])
-    for flag, value in (("--limit", args.limit), ("--patients", args.patients)):
-        extra += [flag, value] if value else []
-    return shlex.join(map(str, ["python", "prepare.py", args.source, "--raw", args.raw, "--out", args.out, *extra]))
+    names = ["raw", "out", *{"synth": ["records", "seed"], "ptbxl": ["rate"]}.get(args.source, [])]
+    names += [name for name in ("limit", "patients") if getattr(args, name)]
+    flags = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
+    return shlex.join(["python", "prepare.py", args.source, *flags])
 
 
 def summary(manifest, out):
@@ -970,36 +897,30 @@ def main(args):
             print(summary(manifest, args.out / name))
 
 
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM came. It is no Exception, so that no reader takes it for a damaged file."""
-
-
 def end_of_run(args, error):
     """The last line of a run that did not finish: what was wrong, and what is kept."""
     part = part_of(args.out)
-    kept = len(list((part / "done").glob("*.npz"))) if (part / "plan.json").exists() else 0
-    if kept:
+    if kept := len(list(part.glob("done/*.npz"))):
         return f"prepare.py: {error}; {kept} finished shards are kept in {part}: run the same command again to continue"
-    return f"prepare.py: {error}" + (", nothing was written" if isinstance(error, Interrupted) else "")
+    return f"prepare.py: {error}" + (", nothing was written" if isinstance(error, KeyboardInterrupt) else "")
 
 
 def run_command():
     def interrupt(number, frame):
-        raise Interrupted("interrupted" if number == os_signal.SIGINT else "terminated")
+        # No Exception, so that no reader takes it for a damaged file.
+        raise KeyboardInterrupt("interrupted" if number == os_signal.SIGINT else "terminated")
     for number in (os_signal.SIGINT, os_signal.SIGTERM):
         os_signal.signal(number, interrupt)
     checking = sys.argv[1:2] == ["check"]
     if checking:
-        parser = argparse.ArgumentParser(
-            prog="prepare.py check",
-            description="Verify prepared corpora, print what they have in common, and draw DIR/check.png for each.")
+        parser = argparse.ArgumentParser(prog="prepare.py check", description=check.__doc__)
         parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR")
         args = parser.parse_args(sys.argv[2:])
     else:
         args = parse_args()
     try:
         sys.exit(bool(check(args.dirs)) if checking else main(args))
-    except (ValueError, OSError, Interrupted) as error:            # OSError: disk full, no permission
+    except (ValueError, OSError, KeyboardInterrupt) as error:            # OSError: disk full, no permission
         sys.exit(f"prepare.py: {error}" if checking else end_of_run(args, error))
 
 

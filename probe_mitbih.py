@@ -1,16 +1,13 @@
 """What a frozen encoder knows about single heartbeats: a linear probe on MIT-BIH, next to the same network untrained.
 
     python probe_mitbih.py --encoder runs/real/encoder.pt --raw raw/mitdb --out runs/real/mitbih
-    python probe_mitbih.py --encoder random:tiny --raw raw/mitdb --out runs/random/mitbih    (untrained control alone)
 
-The protocol is the inter-patient one (de Chazal et al. 2004): the beats of DS1 train, those of DS2 are scored, and the
-four paced records are left out. Of the five AAMI classes, Q (7 beats) is neither trained nor scored. A beat lies in the
-middle of a window, as long as in training but at most BEAT_WINDOW_S. It is described by the token that holds its R,
-mean over leads, alone (r_token) or together with the mean of the tokens from -300 to +400 ms (neighbourhood). Records
-201 (DS1) and 202 (DS2) are the same person.
-
+The protocol is the inter-patient one (de Chazal et al. 2004): the beats of DS1 train, those of DS2 are scored, paced
+records and AAMI class Q (7 beats) are left out. A beat lies in the middle of a window, as long as in training but at
+most BEAT_WINDOW_S. It is described by the token that holds its R, mean over leads, alone (r_token) or together with
+the mean of the tokens from -300 to +400 ms (neighbourhood). Records 201 (DS1) and 202 (DS2) are the same person.
 Macro over N, S, V is the number to look at: F is one record against another. Two controls need no encoder: eight RR
-intervals (rr), and 0.75 s of the raw lead II (raw).
+intervals (rr), and 0.75 s of the raw lead II (raw). --encoder random:SIZE gives the untrained network alone.
 
 Writes OUT/mitbih.json, OUT/predictions.npz (beats of DS2) and OUT/mitbih.png.
 
@@ -27,6 +24,7 @@ import wfdb
 from matplotlib.figure import Figure
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import precision_recall_fscore_support
 from sklearn.model_selection import GroupKFold
 from tqdm import tqdm
 
@@ -49,16 +47,14 @@ LOCAL_BEATS = 10                 # beats whose mean RR interval a beat is compar
 BATCH = 64                       # windows, one per beat, in a forward pass
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# beats and their features
+# ---- beats and their features ---------------------------------------------------------------------------------------
 
 def read_beats(path):
     """Times (K,) s and AAMI classes (K,) of a record's beats; symbols that are no beats are left out."""
     annotation = wfdb.rdann(path, "atr")
     class_of = {symbol: name for name, symbols in AAMI.items() for symbol in symbols}
-    beats = [(sample, class_of[s]) for sample, s in zip(annotation.sample, annotation.symbol) if s in class_of]
-    samples, classes = zip(*beats) if beats else ((), ())
-    return np.array(samples) / annotation.fs, np.array(classes, dtype="U1")
+    classes = pd.Series(annotation.symbol, dtype=object).map(class_of)
+    return annotation.sample[classes.notna()] / annotation.fs, classes.dropna().to_numpy(dtype="U1")
 
 
 def place_windows(encoder, num_leads, num_samples, beats_s):
@@ -76,39 +72,34 @@ def place_windows(encoder, num_leads, num_samples, beats_s):
 def token_features(encoder, signal_mv, lead_ids, beats_s):
     """Features of K beats: r_token (K, D) and neighbourhood (K, 2D), the R token and the mean around it.
 
-    signal_mv (L, T) and lead_ids (L,) of ecg.preprocess, beats_s (K,). A patch with a missing sample has no token:
-    means over leads and over patches leave it out. What has no token at all is NaN.
+    signal_mv (L, T) and lead_ids (L,) of ecg.preprocess, beats_s (K,). Means over leads and over patches leave out
+    patches with a missing sample, which have no token. What has no token at all is NaN.
     """
     start, N = place_windows(encoder, *signal_mv.shape, beats_s)
     if N == 0:
-        return np.full((len(beats_s), encoder.width), np.nan), np.full((len(beats_s), 2 * encoder.width), np.nan)
+        return tuple(np.full((len(beats_s), width), np.nan) for width in (encoder.width, 2 * encoder.width))
     P, device, features = encoder.patch_samples, encoder.cls_token.device, []
-    r = torch.from_numpy(np.rint(beats_s * FS).astype(int) - start)                        # (K,) in its window
-    at = (r // P).clip(0, N - 1)
+    signal_mv, lead_ids, start = (torch.from_numpy(x) for x in (signal_mv, lead_ids, start))
+    r = torch.from_numpy(np.rint(beats_s * FS).astype(int)) - start                        # (K,) in its window
     from_r = (torch.arange(N) + 0.5) * P - r[:, None]                                      # (K, N) centres of patches
     around = (from_r >= AROUND_S[0] * FS) & (from_r <= AROUND_S[1] * FS)
-    place = torch.from_numpy(start)[:, None] + torch.arange(N * P)                         # (K, T) of each window
-    signal_mv, lead_ids = torch.from_numpy(signal_mv), torch.from_numpy(lead_ids)
     for k in torch.arange(len(r)).split(BATCH):
-        windows = signal_mv[:, place[k]].transpose(0, 1)                                   # (B, L, T)
+        windows = signal_mv.unfold(1, N * P, 1)[:, start[k]].transpose(0, 1)               # (B, L, T)
         with torch.inference_mode():
             patches = encoder(windows.to(device), lead_ids.expand(len(k), -1).to(device)).patches
         tokens = patches.float().cpu().nanmean(dim=1)                                      # (B, N, D)
         mean = torch.where(around[k][..., None], tokens, torch.nan).nanmean(dim=1)
-        features.append(torch.cat((tokens[torch.arange(len(k)), at[k]], mean), dim=1))
+        features.append(torch.cat((tokens[torch.arange(len(k)), (r[k] // P).clip(0, N - 1)], mean), dim=1))
     both = torch.cat(features).numpy()
     return both[:, :encoder.width], both
 
 
 def rr_features(beats_s):
     """Eight RR numbers per beat (K, 8), in s or as ratios: what is known without looking at the waveform."""
-    rr = np.diff(beats_s)
-    usual = np.median(rr) if len(rr) else np.nan
-    before, after = np.r_[usual, rr][:len(beats_s)], np.r_[rr, usual][:len(beats_s)]
-    sums = np.cumsum(np.r_[0, before])
-    k = np.arange(len(before))
-    first = np.maximum(k - LOCAL_BEATS, 0)
-    local = np.where(k > 0, (sums[k] - sums[first]) / np.maximum(k - first, 1), usual)  # mean of the RR before this one
+    rr = pd.Series(beats_s).diff()
+    usual = rr.median()
+    before, after = rr.fillna(usual), rr.shift(-1).fillna(usual)
+    local = before.rolling(LOCAL_BEATS, min_periods=1).mean().shift(fill_value=usual)  # of the beats before this one
     return np.stack((before, after, local, before / local, after / local, before / after, before / usual,
                      after / usual), axis=1)
 
@@ -126,9 +117,8 @@ def collect(raw, encoders):
     numbered by encoder. ValueError if a set is absent, or names a file that cannot be read."""
     names = [n for n in MITDB_DS1 + MITDB_DS2 if (raw / f"{n}.hea").is_file()]
     if not set(names) & set(MITDB_DS1) or not set(names) & set(MITDB_DS2):
-        raise ValueError(f"{raw} holds {len(names)} of the 44 records of DS1 and DS2 ({' '.join(names) or 'none'}), "
-                         "but both sets are needed; "
-                         "fetch them with python prepare.py mitdb --raw DIR --out DIR --download")
+        raise ValueError(f"{raw} holds {len(names)} of the 44 records of DS1 and DS2 ({' '.join(names) or 'none'}); "
+                         "fetch both sets with python prepare.py mitdb --raw DIR --out DIR --download")
     parts = []
     for name in tqdm(names, desc="records", unit="record", disable=None):
         try:
@@ -136,19 +126,20 @@ def collect(raw, encoders):
         except Refused as error:
             raise ValueError(f"{raw / name}: {error}") from None
         times_s, classes = read_beats(str(raw / name))
-        rr, used = rr_features(times_s), used_beats(name, classes)
-        times_s = times_s[used]
-        part = dict(record=np.full(len(times_s), name), beat_s=times_s, cls=classes[used], rr=rr[used],
+        used = used_beats(name, classes)
+        if not used.any():
+            continue
+        rr, times_s = rr_features(times_s)[used], times_s[used]
+        part = dict(record=np.full(len(times_s), name), beat_s=times_s, cls=classes[used], rr=rr,
                     raw=raw_features(signal_mv, lead_ids, times_s))
-        for e, encoder in enumerate(encoders if len(times_s) else []):
+        for e, encoder in enumerate(encoders):
             part[f"r_token {e}"], part[f"neighbourhood {e}"] = token_features(encoder, signal_mv, lead_ids, times_s)
-        parts += [part] if len(times_s) else []
+        parts.append(part)
     return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
 
 def used_beats(name, cls):
-    """Which beats of record `name` are trained on or scored: all of CLASSES, in DS1 at most MAX_N_TRAIN N, evenly
-    spread."""
+    """Which beats of record `name` are used: all of CLASSES, in DS1 at most MAX_N_TRAIN N, evenly spread."""
     used = np.isin(cls, CLASSES)
     if name in MITDB_DS1:
         normal = np.flatnonzero(cls == "N")
@@ -157,8 +148,7 @@ def used_beats(name, cls):
     return used
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# probe
+# ---- probe ----------------------------------------------------------------------------------------------------------
 
 def fit(x, y, x_new):
     """Probabilities (G, K', C) of a balanced multinomial logistic regression at every C of the grid; a class that y
@@ -166,8 +156,8 @@ def fit(x, y, x_new):
     x, x_new = standardized(x, x_new)
     model = LogisticRegression(class_weight="balanced", warm_start=True, max_iter=500, tol=1e-3)
     p = np.zeros((len(C_GRID), len(x_new), len(CLASSES)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the loosest C may stop early; it is rarely chosen
+    # The loosest C may stop early; it is rarely chosen.
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
         for g, c in enumerate(C_GRID):
             model.set_params(C=c).fit(x, y)
             p[g][:, [CLASSES.index(k) for k in model.classes_]] = model.predict_proba(x_new)
@@ -198,46 +188,40 @@ def nsv(auroc):
 def detection(p, cls):
     """Sensitivity, positive predictivity and F1 of S and V at the most probable class."""
     said = np.array(CLASSES)[p.argmax(axis=1)]
-    scores = {}
-    for name in ("S", "V"):
-        hits, of, called = (np.count_nonzero(x) for x in ((said == name) & (cls == name), cls == name, said == name))
-        scores[name] = dict(sensitivity=hits / of if of else np.nan,
-                            positive_predictivity=hits / called if called else np.nan,
-                            f1=2 * hits / (of + called) if of + called else np.nan)
-    return scores
+    scores = precision_recall_fscore_support(cls, said, labels=["S", "V"], zero_division=np.nan)
+    return {name: dict(sensitivity=recall, positive_predictivity=precision, f1=f1)
+            for name, precision, recall, f1, _ in zip("SV", *scores)}
 
 
-def score(p, cls, record, number, counts):
-    """Everything about one set of probabilities on DS2: JSON entry, and AUROC (S, C).
-
-    p (K, C), cls (K,), record (K,); number (K,) and counts (S, records) as in evaluate.resampled_auroc.
-    """
-    y, without = one_hot(cls), record != "232"  # which has three quarters of DS2's S beats
+def score(x, data, train, test, number, counts):
+    """The probe of features x on DS2: JSON entry, probabilities (K', C), macro N, S, V (S,)."""
+    p, c = probe(x, data, train, test)
+    cls, without = data["cls"][test], data["record"][test] != "232"  # which has three quarters of DS2's S beats
+    y = one_hot(cls)
     auroc = label_auroc(y, p, number, counts)
-    return dict(macro_nsvf=macro(auroc)[0], macro_nsv=nsv(auroc)[0], per_class=dict(zip(CLASSES, auroc[0])),
-                ci95=interval(nsv(auroc)[1:]), s_without_232=plain_auroc(y[without], p[without])[1],
-                detection=detection(p, cls), calibration=calibration(p, y)), auroc
+    macro_nsv = nsv(auroc)
+    return dict(c=c, macro_nsvf=macro(auroc)[0], macro_nsv=macro_nsv[0], per_class=dict(zip(CLASSES, auroc[0])),
+                ci95=interval(macro_nsv[1:]), s_without_232=plain_auroc(y[without], p[without])[1],
+                detection=detection(p, cls), calibration=calibration(p, y)), p, macro_nsv
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# report and picture
+# ---- report and picture ---------------------------------------------------------------------------------------------
 
 def report(result):
     """The protocol and the scores, as text."""
     n, rows = result["n"], {}
-    for group in ("features", "controls"):
-        for name, r in result[group].items():
-            rows[name] = {"C": r["c"], "N,S,V": show(r["macro_nsv"], r["ci95"]), "N,S,V,F": r["macro_nsvf"],
-                          **r["per_class"], "S without 232": r["s_without_232"],
-                          "Brier": r["calibration"]["brier"], "ECE": r["calibration"]["ece"]}
-            if group == "features":
-                rows[name] |= {"untrained": r["untrained"], "difference": show(r["difference"], r["difference_ci95"])}
-    mapping = "; ".join(f"{name}: {' '.join(symbols)}" for name, symbols in AAMI.items())
+    for name, r in (result["features"] | result["controls"]).items():
+        rows[name] = {"C": r["c"], "N,S,V": show(r["macro_nsv"], r["ci95"]), "N,S,V,F": r["macro_nsvf"],
+                      **r["per_class"], "S without 232": r["s_without_232"],
+                      "Brier": r["calibration"]["brier"], "ECE": r["calibration"]["ece"]}
+        if "untrained" in r:
+            rows[name] |= {"untrained": r["untrained"], "difference": show(r["difference"], r["difference_ci95"])}
     return "\n".join((
         f"MIT-BIH, DS1 ({n['train_records']} records, {n['train']} beats, N thinned to {MAX_N_TRAIN} a record) "
         f"to DS2 ({n['test_records']} records, {n['test']} beats: "
         + ", ".join(f"{k} {v}" for k, v in n["test_beats"].items()) + ")",
-        f"classes by symbol: {mapping}; Q is neither trained nor scored; C by {FOLDS} folds of DS1 records",
+        "classes by symbol: " + "; ".join(f"{name}: {' '.join(symbols)}" for name, symbols in AAMI.items())
+        + f"; Q is neither trained nor scored; C by {FOLDS} folds of DS1 records",
         "AUROC, one against the rest [95 %, records resampled]"
         + (f"; no beats of {', '.join(n['absent'])} in DS2: macros go over the others" if n["absent"] else ""),
         pd.DataFrame.from_dict(rows, orient="index").to_string(na_rep="-", float_format="{:.3f}".format)))
@@ -245,11 +229,9 @@ def report(result):
 
 def draw(result):
     """Figure: AUROC per class and macro, pre-trained next to untrained and the controls without an encoder."""
-    best = result["features"]["neighbourhood"]
-    scores = {"RR intervals alone": result["controls"]["rr"], "raw waveform": result["controls"]["raw"],
-              "untrained": best["untrained_scores"]}
-    if not result["untrained_only"]:
-        scores["pre-trained"] = best
+    best, controls = result["features"]["neighbourhood"], result["controls"]
+    scores = {"RR intervals alone": controls["rr"], "raw waveform": controls["raw"],
+              "untrained": best["untrained_scores"]} | ({} if result["untrained_only"] else {"pre-trained": best})
     series = {name: ([r["macro_nsv"], *r["per_class"].values()], [r["ci95"]] + [[None, None]] * len(CLASSES))
               for name, r in scores.items()}
     figure = Figure(figsize=(11, 4.4), layout="constrained")
@@ -272,29 +254,24 @@ def main(args):
     encoders = load_encoders(args.encoder, args.device)
     data = collect(args.raw, encoders)
     train, test = (np.isin(data["record"], names) for names in (MITDB_DS1, MITDB_DS2))
-    cls, record = data["cls"][test], data["record"][test]
-    number, counts = resample(record, args.seed)
+    number, counts = resample(data["record"][test], args.seed)
     counts = np.concatenate((np.ones_like(counts[:1]), counts))      # first the test set itself
 
-    stored, result = dict(record=record, beat_s=data["beat_s"][test], cls=cls), dict(features={}, controls={})
+    stored, result = {key: data[key][test] for key in ("record", "beat_s", "cls")}, dict(features={}, controls={})
     for name in ("rr", "raw"):
-        p, c = probe(data[name], data, train, test)
-        result["controls"][name] = dict(score(p, cls, record, number, counts)[0], c=c)
-        stored[f"p_{name}"] = p
+        result["controls"][name], stored[f"p_{name}"], _ = score(data[name], data, train, test, number, counts)
     for name in ("r_token", "neighbourhood"):
-        runs = [probe(data[f"{name} {e}"], data, train, test) for e in range(len(encoders))]
-        (p, c), (p0, c0) = runs[0], runs[-1]  # the control alone: both are the same
-        (entry, auroc), (control, auroc0) = (score(x, cls, record, number, counts) for x in (p, p0))
-        difference = nsv(auroc) - nsv(auroc0)
-        result["features"][name] = dict(entry, c=c, untrained=control["macro_nsv"],
-                                        untrained_scores=dict(control, c=c0),
+        runs = [score(data[f"{name} {e}"], data, train, test, number, counts) for e in range(len(encoders))]
+        (entry, p, auroc), (control, p0, auroc0) = runs[0], runs[-1]  # the control alone: both are the same
+        difference = auroc - auroc0
+        result["features"][name] = dict(entry, untrained=control["macro_nsv"], untrained_scores=control,
                                         difference=difference[0], difference_ci95=interval(difference[1:]))
         stored |= {f"p_{name}": p, f"p_untrained_{name}": p0, f"difference_{name}": difference}
 
-    n = dict(train=train.sum(), test=len(cls), train_records=len(set(data["record"][train])),
-             test_records=counts.shape[1], train_beats={c: np.sum(data["cls"][train] == c) for c in CLASSES},
-             test_beats={c: np.sum(cls == c) for c in CLASSES},
-             absent=[c for c in CLASSES if not (cls == c).any()])
+    train_beats, test_beats = (dict(zip(CLASSES, one_hot(data["cls"][rows]).sum(axis=0))) for rows in (train, test))
+    n = dict(train=train.sum(), test=test.sum(), train_records=len(set(data["record"][train])),
+             test_records=counts.shape[1], train_beats=train_beats, test_beats=test_beats,
+             absent=[name for name, beats in test_beats.items() if not beats])
     result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=len(encoders) == 1,
                           n=n, mapping=AAMI, **result))
     print(report(result))

@@ -1,22 +1,19 @@
 """What a frozen encoder knows about whole 12-lead ECGs: linear probes on PTB-XL, next to the same network untrained.
 
     python probe_ptbxl.py --encoder runs/real/encoder.pt --raw raw/ptbxl --out runs/real/ptbxl
-    python probe_ptbxl.py --encoder random:tiny --raw raw/ptbxl --out runs/random/ptbxl      (untrained control alone)
 
 The protocol is the PTB-XL benchmark's (Strodthoff et al. 2021): six label sets, in which a statement that is present
 counts, whatever its likelihood. Folds 1-8 train, fold 9 chooses the regularisation, fold 10 is scored by macro AUROC.
 Recordings without any label of a set stay in it as rows of zeros (the benchmark drops them: about 0.001 of AUROC).
-The feature is encoder.embed's global one, of 12 leads and 10 s. Untrained means the weights that the encoder started
-from. With --noise, fold 10 is also scored under real noise (minutes 20-30 of the Noise Stress Test records, which no
-encoder was trained with), by the same probes, which saw clean recordings only.
+--encoder random:SIZE gives the untrained control alone. With --noise, fold 10 is also scored under real noise (minutes
+20-30 of the Noise Stress Test records, which no encoder was trained with), by the same probes.
 
-Writes OUT/ptbxl.json (scores, intervals, calibration, robustness, every label), OUT/predictions.npz (fold 10) and
-OUT/ptbxl.png. Size tiny on one core: 3 minutes for 2,000 records, nearly all of it for the features.
+Writes OUT/ptbxl.json, OUT/predictions.npz (fold 10) and OUT/ptbxl.png, in 3 minutes for 2,000 records and size tiny on
+one core.
 
 Shapes: R recordings, F features, C labels, G values of the regularisation, E encoders, S resamples of patients (the
 first row of `counts` is the test set itself).
 """
-import argparse
 import ast
 import sys
 from pathlib import Path
@@ -43,13 +40,11 @@ TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhyth
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's own; a patient is in one fold only
 RECORD_S = 10                    # s that are read, the length of every PTB-XL recording
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, the inverse strength of the L2 penalty
-MAX_ITER = 2000                  # of L-BFGS, which takes up to 300 at the weakest penalty
 MIN_POSITIVES = 10               # positives in fold 10 below which the AUROC of a label is mostly noise
 FEW_PATIENTS = 1000              # in fold 10 (all of PTB-XL has about 1,900), below which the report warns
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# recordings, labels and features
+# ---- recordings, labels and features --------------------------------------------------------------------------------
 
 def read_tables(raw):
     """PTB-XL's recordings (with `codes` and `path`), its SCP statements, and the rate in Hz of what `path` leads to.
@@ -64,8 +59,7 @@ def read_tables(raw):
     table["codes"] = [sorted(ast.literal_eval(codes)) for codes in table.scp_codes]
     for rows, folds in zip(split_rows(table.strat_fold.to_numpy()), ("1 to 8", VAL_FOLD, TEST_FOLD)):
         if not rows.any():
-            raise ValueError(f"{raw / 'ptbxl_database.csv'} lists no recording in fold {folds}: expected folds 1-8 to "
-                             "train on, 9 to choose the regularisation and 10 to score")
+            raise ValueError(f"{raw / 'ptbxl_database.csv'} has no recording of fold {folds}: 1-8, 9 and 10 are needed")
     for rate, column in ((500, "filename_hr"), (100, "filename_lr")):
         table["path"] = [str(raw / name) for name in table[column]]
         absent = [path for path in table.path if not Path(f"{path}.hea").is_file()]
@@ -82,14 +76,12 @@ def split_rows(fold):
 
 def label_sets(codes, statements):
     """{task: (names, y (R, C) bool)} from the statements present in each of R recordings, as the benchmark does it."""
-    diagnostic = statements[statements.diagnostic == 1]
-    labels = {  # task: {statement: label}
-        "all": {code: code for code in {*statements.index}.union(*codes)},
-        "diagnostic": {code: code for code in diagnostic.index},
-        "subdiagnostic": diagnostic.diagnostic_subclass.dropna().to_dict(),
-        "superdiagnostic": diagnostic.diagnostic_class.dropna().to_dict(),
-        "form": {code: code for code in statements.index[statements.form == 1]},
-        "rhythm": {code: code for code in statements.index[statements.rhythm == 1]}}
+    every = {*statements.index}.union(*codes)
+    kinds = {kind: statements[statements[kind] == 1] for kind in ("diagnostic", "form", "rhythm")}
+    labels = {kind: dict(zip(rows.index, rows.index)) for kind, rows in kinds.items()} | {  # task: {statement: label}
+        "all": dict(zip(every, every)),
+        "subdiagnostic": kinds["diagnostic"].diagnostic_subclass.dropna().to_dict(),
+        "superdiagnostic": kinds["diagnostic"].diagnostic_class.dropna().to_dict()}
     sets = {}
     for task in TASKS:
         names = sorted(set(labels[task].values()))
@@ -118,14 +110,12 @@ def extract_features(encoders, paths):
     return features, dict(with_gaps=sum(gaps), unusable=(~usable).sum())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# probes
+# ---- probes ---------------------------------------------------------------------------------------------------------
 
 def fit_label(x, y, x_new):
     """Logits (G, R') of one label's logistic regression at every C; x (R, F), y (R,) bool, x_new (R', F)."""
-    # Along rising C every solution starts the next. At the default tolerance the macro AUROC is within 0.001 of the
-    # exact optimum's for every C up to 0.1 (measured), in a third of the time.
-    model = LogisticRegression(warm_start=True, max_iter=MAX_ITER)
+    # Each solution starts the next. The default tolerance costs at most 0.001 of macro AUROC up to C 0.1 (measured).
+    model = LogisticRegression(warm_start=True, max_iter=2000)       # it takes up to 300, at the weakest penalty
     return np.array([model.set_params(C=c).fit(x, y).decision_function(x_new) for c in C_GRID])
 
 
@@ -133,7 +123,7 @@ def fit_labels(features, y, train):
     """Logits (G, R', C) on the rows that are not in train (R,), of labels y (R, C) fitted on those that are.
 
     features (R, F), or more rows, which follow in the logits. A label without both classes in train gets NaN. Equal
-    columns (a statement is in several sets) are fitted once, in parallel threads that share one copy of the features.
+    columns are fitted once (a statement is in several sets), in threads that share one copy of the features.
     """
     columns, where = np.unique(y[train], axis=1, return_inverse=True)
     train = np.pad(train, (0, len(features) - len(train)))
@@ -164,71 +154,59 @@ def score_task(logits, y, fold, scored, patient, counts):
     z, noisy = np.split(logits[best][:, scored], [len(is_val)])
     z_val, z, y_test = z[is_val], z[~is_val], y[test][:, scored]
     calibrated = [platt(z_val[:, k], y[val, label], z[:, k]) for k, label in enumerate(scored)]
-    levels = [noisy[start:start + len(z)] for start in range(0, len(noisy), len(z))]
+    levels = noisy.reshape(len(noisy) // len(z), *z.shape)
     return dict(c=C_GRID[best], auroc=label_auroc(y_test, z, patient, counts), raw=expit(z),
                 platt=np.reshape(calibrated, z.T.shape).T,
-                noisy=[macro(label_auroc(y_test, level, patient, counts)) for level in levels])
-
-
-def robustness(runs):
-    """Macro AUROC at every level of noise, and the mean over levels as a share of the clean one."""
-    scores = dict(snr_db=list(NOISE_DB))
-    for key, run in (("macro_auroc", runs[0]), ("untrained", runs[-1])):
-        plain = [level[0] for level in run["noisy"]]
-        scores |= {key: plain, f"{key}_ci95": [interval(level[1:]) for level in run["noisy"]],
-                   f"{key}_kept": np.mean(plain) / macro(run["auroc"])[0]}
-    return scores
+                noisy=np.array([macro(label_auroc(y_test, level, patient, counts)) for level in levels]))
 
 
 def compare(names, y, fold, logits, patient, counts):
-    """JSON entry of a task, and its arrays for predictions.npz.
-
-    names (C,), y (R, C), fold (R,); logits: of the encoder and its control, or of the control alone, each (G, rows, C):
-    the rows of folds 9 and 10, then fold 10 at each level of noise, if any; patient, counts: resamples of fold 10.
-    """
+    """JSON entry of a task and its arrays for predictions.npz. names (C,), y (R, C), fold (R,); logits (G, rows, C) of
+    each encoder, control last: rows of folds 9 and 10, then 10 at each level of noise; patient, counts: of fold 10."""
     train, val, test = split_rows(fold)
     scored = np.flatnonzero(both_classes(y[test]) & both_classes(y[train]))
     y_test = y[test][:, scored]
     frequent = y_test.sum(axis=0) >= MIN_POSITIVES
-    runs = [score_task(z, y, fold, scored, patient, counts) for z in logits]
-    entry = dict(n_labels=len(scored), n_labels_min10=int(frequent.sum()), n_labels_defined=len(names),
-                 n_test=int(test.sum()), c=runs[0]["c"], untrained_c=runs[-1]["c"])
+    encoder, control = (score_task(z, y, fold, scored, patient, counts) for z in (logits[0], logits[-1]))
+    entry = dict(n_labels=len(scored), n_labels_min10=frequent.sum(), n_labels_defined=len(names),
+                 n_test=test.sum(), c=encoder["c"], untrained_c=control["c"])
     for suffix, chosen in (("", slice(None)), ("_min10", frequent)):
-        encoder, control = (macro(run["auroc"][:, chosen]) for run in (runs[0], runs[-1]))
-        for key, ci, x in (("macro_auroc", "ci95", encoder), ("untrained", "untrained_ci95", control),
-                           ("difference", "difference_ci95", encoder - control)):
+        a, b = macro(encoder["auroc"][:, chosen]), macro(control["auroc"][:, chosen])
+        for key, ci, x in (("macro_auroc", "ci95", a), ("untrained", "untrained_ci95", b),
+                           ("difference", "difference_ci95", a - b)):
             entry |= {f"{key}{suffix}": x[0], f"{ci}{suffix}": interval(x[1:])}
-    for key, run in (("calibration", runs[0]), ("untrained_calibration", runs[-1])):
+    for key, run in (("calibration", encoder), ("untrained_calibration", control)):
         entry[key] = {kind: calibration(run[kind], y_test) for kind in ("raw", "platt")}
-    if runs[0]["noisy"]:
-        entry["robustness"] = robustness(runs)
+    if len(encoder["noisy"]):
+        entry["robustness"] = noise = dict(snr_db=NOISE_DB)
+        for key, run in (("macro_auroc", encoder), ("untrained", control)):
+            noise |= {key: run["noisy"][:, 0].tolist(), f"{key}_ci95": [interval(level[1:]) for level in run["noisy"]],
+                      f"{key}_kept": run["noisy"][:, 0].mean() / entry[key]}
     entry["labels"] = {names[label]: dict(
-        auroc=runs[0]["auroc"][0, k], untrained=runs[-1]["auroc"][0, k], positives_train=y[train, label].sum(),
+        auroc=encoder["auroc"][0, k], untrained=control["auroc"][0, k], positives_train=y[train, label].sum(),
         positives_val=y[val, label].sum(), positives_test=y[test, label].sum()) for k, label in enumerate(scored)}
     # The same seed draws the same patients for every encoder: the differences can be averaged over several runs.
-    return entry, dict(labels=np.array([names[k] for k in scored], dtype=str), y=y_test, p=runs[0]["raw"],
-                       p_platt=runs[0]["platt"], p_untrained=runs[-1]["raw"],
-                       difference=macro(runs[0]["auroc"]) - macro(runs[-1]["auroc"]))
+    return entry, dict(labels=np.array([names[k] for k in scored], dtype=str), y=y_test, p=encoder["raw"],
+                       p_platt=encoder["platt"], p_untrained=control["raw"],
+                       difference=macro(encoder["auroc"]) - macro(control["auroc"]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# report and pictures
+# ---- report and pictures --------------------------------------------------------------------------------------------
 
 def report(result):
     """The protocol and the scores, as text."""
-    n, rows = result["n"], {}
+    n, alone, rows = result["n"], result["untrained_only"], {}
     for task, r in result["tasks"].items():
+        noise = r.get("robustness", {})
         rows[task] = {"labels": f"{r['n_labels']}/{r['n_labels_defined']}", "C": r["c"],
-                      "untrained": show(r["untrained"], r["untrained_ci95"])}
-        if not result["untrained_only"]:
-            rows[task] |= {"encoder": show(r["macro_auroc"], r["ci95"]),
-                           "difference": show(r["difference"], r["difference_ci95"])}
-        rows[task] |= {"10+": r["n_labels_min10"], "encoder, 10+": show(r["macro_auroc_min10"], r["ci95_min10"]),
-                       "Brier": r["calibration"]["raw"]["brier"], "ECE": r["calibration"]["raw"]["ece"],
-                       "calibrated": r["calibration"]["platt"]["ece"]}
-        if "robustness" in r:
-            rows[task] |= {"kept under noise": r["robustness"]["macro_auroc_kept"],
-                           "untrained keeps": r["robustness"]["untrained_kept"]}
+                      "untrained": show(r["untrained"], r["untrained_ci95"]),
+                      "encoder": None if alone else show(r["macro_auroc"], r["ci95"]),
+                      "difference": None if alone else show(r["difference"], r["difference_ci95"]),
+                      "10+": r["n_labels_min10"], "encoder, 10+": show(r["macro_auroc_min10"], r["ci95_min10"]),
+                      "Brier": r["calibration"]["raw"]["brier"], "ECE": r["calibration"]["raw"]["ece"],
+                      "calibrated": r["calibration"]["platt"]["ece"],
+                      "kept under noise": noise.get("macro_auroc_kept"), "untrained keeps": noise.get("untrained_kept")}
+    table = pd.DataFrame.from_dict(rows, orient="index").dropna(axis=1, how="all")
     return "\n".join((
         f"PTB-XL at {n['rate_hz']} Hz: folds 1-8 train ({n['train']}), fold 9 chooses C and calibrates ({n['val']}), "
         f"fold 10 is scored ({n['test']} recordings, {n['test_patients']} patients); no refit with fold 9",
@@ -238,15 +216,14 @@ def report(result):
         f"10+: over those with {MIN_POSITIVES} positives or more in fold 10",
         *["few test patients: the intervals are wide, and labels with few positives move the macro over all"]
         * (n["test_patients"] < FEW_PATIENTS),
-        pd.DataFrame.from_dict(rows, orient="index").to_string(na_rep="-", float_format="{:.3g}".format)))
+        table.to_string(na_rep="-", float_format="{:.3g}".format)))
 
 
 def draw(result, arrays):
     """Figure: macro AUROC of each label set, reliability of the superclasses, and the superclasses under noise."""
     tasks, noise = result["tasks"], result["tasks"]["superdiagnostic"].get("robustness")
-    keys = {"untrained": ("untrained", "untrained_ci95"), "pre-trained": ("macro_auroc", "ci95")}
-    if result["untrained_only"]:
-        del keys["pre-trained"]
+    keys = {"untrained": ("untrained", "untrained_ci95")} | (
+        {} if result["untrained_only"] else {"pre-trained": ("macro_auroc", "ci95")})
     figure = Figure(figsize=(16.4 if noise else 12, 4.8), layout="constrained")
     bars, curve, *more = figure.subplots(1, 3 if noise else 2, width_ratios=(1.7, 1, 1) if noise else (1.7, 1))
     draw_bars(bars, [f"{task}\n{tasks[task]['n_labels']} labels" for task in TASKS],
@@ -256,8 +233,15 @@ def draw(result, arrays):
     bars.legend(frameon=False, loc="upper left", ncols=2)
     draw_reliability(curve, *(arrays[f"superdiagnostic_{key}"] for key in ("labels", "y", "p", "p_platt")))
     curve.set_title("Reliability of the superclasses", loc="left")
-    for axis in more:
-        draw_robustness(axis, noise, {name: key for name, (key, _) in keys.items()})
+    for axis in more:                            # none without noise
+        levels = [str(db) for db in NOISE_DB]
+        for name, (key, _) in keys.items():
+            ci = np.array(noise[f"{key}_ci95"], dtype=float)         # None becomes NaN
+            axis.fill_between(levels, *ci.T, color=COLORS[name], alpha=0.3, linewidth=0)
+            axis.plot(levels, np.array(noise[key], dtype=float), marker="o", color=COLORS[name], label=name)
+        axis.set(xlabel="signal-to-noise ratio (dB)", ylabel="macro AUROC")
+        axis.set_title("Superclasses under noise", loc="left")
+        axis.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -273,29 +257,16 @@ def draw_reliability(axis, labels, y, p, p_platt):
     axis.legend(frameon=False, fontsize=8, loc="upper left")
 
 
-def draw_robustness(axis, noise, keys):
-    """Macro AUROC of the superclasses against the signal-to-noise ratio, with intervals; keys {name: key in noise}."""
-    at = range(len(noise["snr_db"]))
-    for name, key in keys.items():
-        low, high = np.array(noise[f"{key}_ci95"], dtype=float).T
-        axis.fill_between(at, low, high, color=COLORS[name], alpha=0.3, linewidth=0)
-        axis.plot(at, np.array(noise[key], dtype=float), marker="o", color=COLORS[name], label=name)
-    axis.set(xticks=at, xticklabels=noise["snr_db"], xlabel="signal-to-noise ratio (dB)", ylabel="macro AUROC")
-    axis.set_title("Superclasses under noise", loc="left")
-    axis.legend(frameon=False, fontsize=8)
-
-
 def parse_args(argv=None):
     parser = parser_of("Linear probes on PTB-XL, of an encoder and of its untrained control.", "raw/ptbxl")
-    parser.add_argument("--noise", type=Path, default=argparse.SUPPRESS,
-                        help="prepared noise corpus, such as data/nstdb: score fold 10 under noise too")
+    parser.add_argument("--noise", type=Path, help="prepared noise, such as data/nstdb: score fold 10 under it too")
     return parser.parse_args(argv)
 
 
 def main(args):
     table, statements, rate = read_tables(args.raw)
     encoders = load_encoders(args.encoder, args.device)
-    noise = load_noise(open_corpus(args.noise), "test") if "noise" in args else None
+    noise = load_noise(open_corpus(args.noise), "test") if args.noise else None
     fold, patients = table.strat_fold.to_numpy(), table.patient_id.to_numpy()
     train, val, test = split_rows(fold)
     features, odd = extract_features(encoders, table.path.tolist())
@@ -308,11 +279,10 @@ def main(args):
     logits = [fit_labels(x, all_labels, train) for x in features]
     patient, counts = resample(patients[test], args.seed)
     counts = np.concatenate((np.ones_like(counts[:1]), counts))      # first the test set itself
-    tasks, stored, column = {}, dict(ecg_id=table.index.to_numpy()[test], patient_id=patients[test]), 0
-    for task, (names, y) in sets.items():
-        of_task = slice(column, column + len(names))
-        column = of_task.stop
-        tasks[task], arrays = compare(names, y, fold, [z[..., of_task] for z in logits], patient, counts)
+    ends = np.cumsum([len(names) for names, _ in sets.values()])[:-1]
+    tasks, stored = {}, dict(ecg_id=table.index.to_numpy()[test], patient_id=patients[test])
+    for (task, (names, y)), *of_task in zip(sets.items(), *(np.split(z, ends, axis=2) for z in logits)):
+        tasks[task], arrays = compare(names, y, fold, of_task, patient, counts)
         stored |= {f"{task}_{key}": value for key, value in arrays.items()}
 
     n = dict(rate_hz=rate, train=train.sum(), val=val.sum(), test=test.sum(), features=features.shape[2],

@@ -2,12 +2,10 @@
 
 Nine electrodes see one moving heart dipole, so Einthoven's and Goldberger's relations hold. Every ECG comes with
 NAME.waves, a WFDB annotation of the true borders of P, QRS and T: ( p )  ( N )  ( t ).
-
 Shapes: L leads, T samples. The last axis of a dipole is x to the patient's left, y to the feet, z to the back (Frank).
 """
 import contextlib
-import os
-import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +51,6 @@ EFFECTS = {
     "RVH": dict(keep=(1.4, 0.5, 0.2, 1.4), lobes=[(0.15, 0.48, 0.90, -0.72, 0.35, -0.72)], t=(0.10, -0.04, 0.28)),
     "LAO/LAE": dict(p_s=(0.122, 0.15), pr_s=(0.165, 0.20), left_atrium=2.4),
     "LVOLT": dict(gain=(0.35, 0.55))}
-SEVERITY = (0.25, 1.2)           # drawn once per statement, so that mild cases look like normal variants
 HEART_RATE_BPM = {"SR": (58, 98), "SARRH": (55, 85), "SBRAD": (40, 57), "STACH": (101, 135), "AFIB": (60, 135)}
 # Noise of one electrode: mV RMS in the bands between these edges (Hz), times a level drawn per recording and electrode.
 NOISE_EDGES_HZ = (0, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 180)
@@ -93,8 +90,7 @@ NSTDB_NOISE = {                  # from the originals: mV RMS per band of noise1
            (.088, .132, .064, .037, .020, .014, .015, .035, .067, .023), 0.14)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one heart, one beat, one rhythm, one recording
+# ---- one heart, one beat, one rhythm, one recording -----------------------------------------------------------------
 
 def lead_rows(lead_names):
     """(L, 9) weights that form leads from the potentials of SYNTH_ELECTRODES. ValueError for an unknown lead."""
@@ -103,8 +99,7 @@ def lead_rows(lead_names):
     rows = {"I": la - ra, "II": ll - ra, "III": ll - la, "MLII": ll - ra, "AVR": 1.5 * (ra - terminal),
             "AVL": 1.5 * (la - terminal), "AVF": 1.5 * (ll - terminal),
             **{name: row - terminal for name, row in zip(SYNTH_ELECTRODES[3:], chest)}}
-    unknown = [name for name in lead_names if name.upper() not in rows]
-    if unknown:
+    if unknown := [name for name in lead_names if name.upper() not in rows]:
         raise ValueError(f"cannot synthesise leads {unknown}; choose among {', '.join(rows)}")
     return np.stack([rows[name.upper()] for name in lead_names])
 
@@ -119,7 +114,7 @@ def draw_heart(rng, codes):
     st = np.abs(rng.normal(0, 0.12)) * T_VECTOR + rng.normal(0, 0.008, 3)          # a little early repolarisation
     t = (T_VECTOR + rng.normal(0, 0.03, 3)) * rng.lognormal(0, 0.3)
     for code in codes:
-        effect, severity = EFFECTS.get(code, {}), rng.uniform(*SEVERITY)
+        effect, severity = EFFECTS.get(code, {}), rng.uniform(0.25, 1.2)           # mild cases look like normal ones
         acute = "STE_" in codes and code in ("IMI", "ASMI", "ALMI")                # ST up, T still upright
         turn = Rotation.from_euler("z", rng.uniform(*effect.get("axis_deg", (0, 0))), degrees=True)
         qrs[1:4, 3:] = turn.apply(qrs[1:4, 3:])                                    # the septum keeps its direction
@@ -168,20 +163,21 @@ def beat_lobes(heart, symbol, rhythm, rr_s):
     return np.vstack(lobes), waves
 
 
-def draw_beats(rng, codes, duration_s, breath):
-    """[(seconds of R, symbol, rhythm, seconds of the underlying RR)], with a beat before and after the recording."""
+def draw_beats(rng, codes, duration_s, breath_hz, phase):
+    """[(seconds of R, symbol, rhythm, seconds of the underlying RR, its breath, -1 to 1)], one beyond each end."""
     base_s = 60 / rng.uniform(*HEART_RATE_BPM[next((c for c in codes if c in HEART_RATE_BPM), "SR")])
     swing = rng.uniform(0.10, 0.2) if "SARRH" in codes else rng.uniform(0.005, 0.05)
     usual = "L" if "CLBBB" in codes else "R" if "CRBBB" in codes else "N"
-    ectopic = {symbol: code for symbol, code in (("V", "PVC"), ("A", "PAC")) if code in codes}
+    ectopic = [symbol for symbol, code in (("V", "PVC"), ("A", "PAC")) if code in codes]
     chance = {symbol: rng.uniform(0.04, 0.14) for symbol in ectopic}
     due_at = {symbol: rng.uniform(0.15, 0.75) * duration_s for symbol in ectopic}  # each occurs at least once
     beats, time_s, symbol, rr_s = [], rng.uniform(-1, 0) * base_s, usual, base_s
     while time_s < duration_s + base_s:
         spell = duration_s < 60 or 0.35 < time_s / duration_s < 0.75  # only a part of a long recording
         rhythm = "(AFIB" if "AFIB" in codes and spell else "(B" if "BIGU" in codes and spell else "(N"
-        beats.append((time_s, symbol, rhythm, rr_s))
-        rr_s = base_s * (1 + swing * breath(time_s) + 0.02 * np.sin(0.2 * np.pi * time_s) + rng.normal(0, 0.008))
+        breath = np.sin(2 * np.pi * breath_hz * time_s + phase)
+        beats.append((time_s, symbol, rhythm, rr_s, breath))
+        rr_s = base_s * (1 + swing * breath + 0.02 * np.sin(0.2 * np.pi * time_s) + rng.normal(0, 0.008))
         if rhythm == "(AFIB":
             rr_s = max(0.33, base_s * rng.gamma(22, 1 / 22))
         last, symbol, wait_s = symbol, usual, rr_s
@@ -193,25 +189,22 @@ def draw_beats(rng, codes, duration_s, breath):
             due = [s for s in ectopic if rng.random() < chance[s] or time_s > due_at[s]]
             due = ["V"] if rhythm == "(B" else [s for s in due if s == "V" or rhythm == "(N"]
             if due:
-                came_before, symbol = due_at.get(due[0]) == np.inf, due[0]
-                due_at[symbol] = np.inf
-                symbol = "F" if symbol == "V" and came_before and rng.random() < 0.12 else symbol
+                symbol = "F" if due[0] == "V" and due_at.get("V") == np.inf and rng.random() < 0.12 else due[0]
+                due_at[due[0]] = np.inf                            # it has occurred
                 wait_s = rr_s * {"V": rng.uniform(0.52, 0.78), "A": rng.uniform(0.6, 0.85), "F": 0.94}[symbol]
         time_s += wait_s
     return beats
 
 
 def shaped_noise(rng, n_samples, fs, rms, channels, coherence=0.0):
-    """(n_samples, channels) Gaussian noise in mV with the RMS `rms` in the bands of NOISE_EDGES_HZ.
-
-    rms: (bands,) or (channels, bands). coherence: correlation of channel 2 with 1 below 0.5 Hz. No noise above fs/2.
-    """
+    """Gaussian noise (n_samples, channels) in mV; rms: in the bands of NOISE_EDGES_HZ below fs / 2, (bands,) or
+    (channels, bands); coherence: correlation of channel 2 with 1 below 0.5 Hz."""
     freqs = np.fft.rfftfreq(n_samples, 1 / fs)
     z = rng.standard_normal((channels, len(freqs), 2)).view(complex)[..., 0]
     if coherence:
         slow = coherence * (freqs < 0.5)
         z[1] = slow * z[0] + np.sqrt(1 - slow ** 2) * z[1]
-    band = np.clip(np.searchsorted(NOISE_EDGES_HZ, freqs, side="right") - 1, 0, len(NOISE_EDGES_HZ) - 2)
+    band = np.searchsorted(NOISE_EDGES_HZ[1:-1], freqs, side="right")
     density = (np.atleast_2d(rms) / np.sqrt(np.diff(NOISE_EDGES_HZ)))[:, band] * (freqs > 0)   # mV per root Hz
     return np.fft.irfft(z * density * np.sqrt(fs * n_samples) / 2, n_samples, axis=1).T
 
@@ -231,30 +224,23 @@ def visible_waves(waves, n_samples):
 
 
 def synth_recording(rng, condition, fs, duration_s, lead_names, heart=None):
-    """A recording of a person with the SCP statements in `condition`, separated by blanks ("IMI AFIB PVC").
-
-    Returns signal (T, L) in mV; beats [(sample of R, symbol N L R A V or F, rhythm "(N", "(AFIB" or "(B")]; waves
-    [(onset, peak, end, "p", "N" or "t")] in samples, in order, without overlap. heart: from draw_heart, to record the
-    same person again. ValueError for an unknown statement or lead.
-    """
+    """A recording of a person with the SCP statements in `condition` ("IMI AFIB PVC"); heart: from draw_heart, for the
+    same person again. Returns signal (T, L) in mV; beats [(sample of R, symbol N L R A V or F, rhythm "(N", "(AFIB" or
+    "(B")]; waves [(onset, peak, end, "p", "N" or "t")] in samples, in order, without overlap. ValueError for an unknown
+    statement or lead."""
     codes, n_samples, rows = condition.split(), round(duration_s * fs), lead_rows(lead_names)
     if unknown := [code for code in codes if code not in STATEMENTS]:
         raise ValueError(f"unknown statements {unknown} in the condition; choose among {', '.join(STATEMENTS)}")
     heart = draw_heart(rng, codes) if heart is None else heart
     breath_hz, phase, sway = rng.uniform(0.18, 0.32), rng.uniform(0, 2 * np.pi), rng.normal(0, 0.05, 3)
-
-    def breath(time_s):
-        return np.sin(2 * np.pi * breath_hz * time_s + phase)
-
-    beats, waves, dipole = draw_beats(rng, codes, duration_s, breath), [], np.zeros((n_samples, 3))
-    for time_s, symbol, rhythm, rr_s in beats:
+    beats, waves, dipole = draw_beats(rng, codes, duration_s, breath_hz, phase), [], np.zeros((n_samples, 3))
+    for time_s, symbol, rhythm, rr_s, breath in beats:
         lobes, borders = beat_lobes(heart, symbol, rhythm, rr_s)
         extent = np.ceil((time_s + np.r_[lobes[:, 0].min(), lobes[:, 2].max()]) * fs)
         first, last = np.clip(extent, 0, n_samples).astype(int)
         t, (onset, peak, end) = np.arange(first, last)[:, None] / fs - time_s, lobes[:, :3].T
         flank = np.minimum(np.where(t < peak, (peak - t) / (peak - onset), (t - peak) / (end - peak)), 1)
-        vectors = Rotation.from_rotvec(sway * breath(time_s)).apply(lobes[:, 3:])
-        vectors *= 1 + 0.03 * breath(time_s) + rng.normal(0, 0.015)
+        vectors = (1 + 0.03 * breath + rng.normal(0, 0.015)) * Rotation.from_rotvec(sway * breath).apply(lobes[:, 3:])
         dipole[first:last] += (1 + np.cos(np.pi * flank)) / 2 @ vectors
         waves += [(*(round((time_s + s) * fs) for s in wave[:3]), wave[3]) for wave in borders]
     if "AFIB" in codes:
@@ -269,27 +255,24 @@ def synth_recording(rng, condition, fs, duration_s, lead_names, heart=None):
     return potentials @ rows.T, inside, visible_waves(waves, n_samples)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files in the publishers' layouts
+# ---- files in the publishers' layouts -------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def atomic_folder(out):
     """A folder to write into that becomes `out` at the end, and leaves nothing behind if anything goes wrong."""
     out = out.resolve()
-    part = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    part.mkdir(parents=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.tmp-", dir=out.parent) as folder:
+        part = Path(folder, "part")                                # the temporary folder itself is closed to others
+        part.mkdir()
         yield part
         part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_record(path, fs, leads, adc, gain):
     """path.hea and path.dat from integers adc (T, L): format 16 at PTB-XL's gain of 1000 steps per mV, otherwise 212.
-
-    wfdb.wrsamp would take 30 ms per record, and it refuses NSTDB's gain of 0, "not calibrated".
-    """
+    wfdb.wrsamp would take 30 ms per record, and it refuses NSTDB's gain of 0, "not calibrated"."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if gain == 1000:
         kind, detail, data = 16, "1000.0(0)/mV 16 0", adc.astype("<i2")
     else:                                                          # 212: two 12-bit samples in three bytes
@@ -324,11 +307,6 @@ def draw_statements(rng, first_class):
 
 def write_ptbxl(folder, n_records, seed):
     """records100/ and the two tables. Every seventh patient has two records; folds keep to patients."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table = {code: (*(1.0 if k in row.split()[0] else None for k in "dfr"), *row.replace("-", "").split(" ")[1:])
-             for code, row in STATEMENTS.items()}
-    columns = ["diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass"]
-    pd.DataFrame.from_dict(table, "index", columns=columns).to_csv(folder / "scp_statements.csv")
     database = []
     patients = [p for p in range(n_records) for _ in range(2 if p % 7 == 3 else 1)][:n_records]
     for i, patient in enumerate(patients, start=1):
@@ -338,7 +316,6 @@ def write_ptbxl(folder, n_records, seed):
         rng = np.random.default_rng([seed, 1, i])
         signal, _, waves = synth_recording(rng, " ".join(codes), PTBXL_FS, 10, PTBXL_LEADS, heart)
         low, high = (f"records{fs}/{i // 1000 * 1000:05d}/{i:05d}_{tag}" for fs, tag in ((100, "lr"), (500, "hr")))
-        (folder / low).parent.mkdir(parents=True, exist_ok=True)
         adc = np.clip(np.round(signal * 1000), -32767, 32767).astype(int)
         write_record(folder / low, PTBXL_FS, PTBXL_LEADS, adc, gain=1000)
         write_waves(folder / low, PTBXL_FS, waves)
@@ -347,11 +324,14 @@ def write_ptbxl(folder, n_records, seed):
                          "scp_codes": str(likelihood), "validated_by_human": True, "strat_fold": patient % 10 + 1,
                          "filename_lr": low, "filename_hr": high})
     pd.DataFrame(database, columns=PTBXL_COLUMNS).to_csv(folder / "ptbxl_database.csv", index=False)
+    table = {code: (*(1.0 if k in row.split()[0] else None for k in "dfr"), *row.replace("-", "").split(" ")[1:])
+             for code, row in STATEMENTS.items()}
+    columns = ["diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass"]
+    pd.DataFrame.from_dict(table, "index", columns=columns).to_csv(folder / "scp_statements.csv")
 
 
 def write_mitdb(folder, seed):
     """Two leads, .atr beat annotations, `+` rhythm changes; as in the original, 114 has its leads reversed."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, condition in MITDB_CONDITIONS.items():
         leads = ("V5", "MLII") if name == "114" else ("MLII", "V1")
         signal, beats, waves = synth_recording(np.random.default_rng([seed, 2, int(name)]), condition, MITDB_FS,
@@ -359,10 +339,9 @@ def write_mitdb(folder, seed):
         adc = np.clip(np.round(signal * 200) + 1024, 0, 2047).astype(int)          # 11 bits
         write_record(folder / name, MITDB_FS, leads, adc, gain=200)
         write_waves(folder / name, MITDB_FS, waves)
-        notes, previous = [], None
-        for sample, symbol, rhythm in beats:
-            notes += [(max(sample - 36, 0), "+", rhythm)] * (rhythm != previous) + [(sample, symbol, "")]
-            previous = rhythm
+        notes = []
+        for (sample, symbol, rhythm), before in zip(beats, [None, *(beat[2] for beat in beats)]):
+            notes += [(max(sample - 36, 0), "+", rhythm)] * (rhythm != before) + [(sample, symbol, "")]
         samples, symbols, texts = zip(*notes)
         wfdb.wrann(name, "atr", np.array(samples), list(symbols), aux_note=list(texts), fs=MITDB_FS,
                    write_dir=str(folder))
@@ -371,13 +350,11 @@ def write_mitdb(folder, seed):
 
 def write_nstdb(folder, seed):
     """bw, em and ma: 30 min of two-channel noise with the spectra of the originals; em also jumps and dies away."""
-    folder.mkdir(parents=True, exist_ok=True)
-    clock_s = np.arange(NSTDB_SAMPLES) / MITDB_FS
     for i, (name, (first, second, coherence)) in enumerate(NSTDB_NOISE.items()):
         rng = np.random.default_rng([seed, 3, i])
         loudness = np.exp(rng.normal(0, 0.35, 130))                # a new one every 15 s
         noise = shaped_noise(rng, NSTDB_SAMPLES, MITDB_FS, (first, second), 2, coherence)
-        noise *= np.interp(clock_s, 15.0 * np.arange(130), loudness / 1.09)[:, None]
+        noise *= np.interp(np.arange(NSTDB_SAMPLES) / MITDB_FS, 15.0 * np.arange(130), loudness / 1.09)[:, None]
         if name == "em":                                           # about one jump a second, gone after 0.2 s
             jumps = rng.standard_t(4, (NSTDB_SAMPLES, 2)) * (rng.random((NSTDB_SAMPLES, 1)) < 1 / MITDB_FS)
             noise = 0.8 * noise + scipy.signal.lfilter([1], [1, -np.exp(-5 / MITDB_FS)], jumps, axis=0) * (0.85, 0.15)
@@ -386,10 +363,8 @@ def write_nstdb(folder, seed):
 
 
 def synthesize(raw_dir: Path, n_records: int, seed: int):
-    """Write raw_dir/ptbxl (n_records of 10 s), raw_dir/mitdb (16 records of 3 min) and raw_dir/nstdb (3 of 30 min).
-
-    The same seed gives the same bytes, and the first records do not depend on n_records.
-    """
+    """Write raw_dir/ptbxl (n_records of 10 s), raw_dir/mitdb (16 records of 3 min) and raw_dir/nstdb (3 of 30 min). The
+    same seed gives the same bytes, and the first records do not depend on n_records."""
     write_ptbxl(raw_dir / "ptbxl", n_records, seed)
     write_mitdb(raw_dir / "mitdb", seed)
     write_nstdb(raw_dir / "nstdb", seed)

@@ -90,8 +90,8 @@ LOCK_S = 120                     # how long a run waits for another one in its f
 EXIT_STOPPED = 75                # "try again later" in sysexits.h
 # Constants of all files that a resumed run may change.
 RUNNING = {"DEFAULT_LR", "DEFAULT_STEPS", "DEMO_STEPS", "KEEP_LAST", "CHECKPOINT_S", "CHECKPOINT_GB_PER_DAY", "HANG_S",
-           "MAX_SKIPPED", "LOCK_S", "EXIT_STOPPED", "OPEN_SHARDS", "MAX_EMBED_TOKENS", "FORMAT", "FORMAT_VERSION",
-           "GIVE", "SIZES", "WINDOW_PATCHES", "WINDOW_S", "FINGERPRINTS_FILE", "PREPROCESSING"}
+           "MAX_SKIPPED", "LOCK_S", "EXIT_STOPPED", "OUT_OF_MEMORY", "OPEN_SHARDS", "MAX_EMBED_TOKENS", "FORMAT",
+           "FORMAT_VERSION", "GIVE", "SIZES", "WINDOW_PATCHES", "WINDOW_S", "FINGERPRINTS_FILE", "PREPROCESSING"}
 
 
 # ---- schedules: functions of the step -------------------------------------------------------------------------------
@@ -289,11 +289,6 @@ def average_gradients(student):
                                      zip(everyone.split([g.numel() for g in gradients]), gradients)])
 
 
-def whole(norm):
-    """The norm of sharded gradients over all ranks."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
 def skip_if_not_finite(optimizer, loss, norms):
     """Let the next step of the optimiser do nothing, on all ranks alike, if the loss or a gradient is not finite.
 
@@ -309,19 +304,16 @@ def skip_if_not_finite(optimizer, loss, norms):
 
 def training_state(student, teacher, gram_teacher, optimizer):
     """Everything that a checkpoint holds next to the step: all else is a function of the step."""
-    state = dict(student=get_model_state_dict(student), teacher=get_model_state_dict(teacher),
-                 optimizer=get_optimizer_state_dict(student, optimizer))
-    if gram_teacher is not None:
-        state["gram_teacher"] = get_model_state_dict(gram_teacher)
-    return state
+    networks = dict(student=student, teacher=teacher) | (dict(gram_teacher=gram_teacher) if gram_teacher else {})
+    return {name: get_model_state_dict(network) for name, network in networks.items()} | dict(
+        optimizer=get_optimizer_state_dict(student, optimizer))
 
 
-def seconds_between_checkpoints(student, teacher, gram_teacher):
-    """CHECKPOINT_S, and more where the size of the state (weights and two moments of the student, weights of the
-    others, all in fp32, of all ranks) would write more than CHECKPOINT_GB_PER_DAY."""
-    numbers = sum(factor * sum(p.numel() for p in network.parameters())
-                  for factor, network in ((3, student), (1, teacher), (1, gram_teacher)) if network is not None)
-    return max(CHECKPOINT_S, 4 * numbers / (CHECKPOINT_GB_PER_DAY * 1e9) * 86400)
+def seconds_between_checkpoints(*networks):
+    """CHECKPOINT_S, and more where the state (weights and two moments of the student, which comes first, and weights of
+    the others, in fp32, of all ranks) would write more than CHECKPOINT_GB_PER_DAY."""
+    numbers = [sum(p.numel() for p in network.parameters()) for network in networks if network is not None]
+    return max(CHECKPOINT_S, 4 * (2 * numbers[0] + sum(numbers)) / (CHECKPOINT_GB_PER_DAY * 1e9) * 86400)
 
 
 class Checkpoints:
@@ -383,16 +375,9 @@ class Checkpoints:
             raise
 
     def forget_old(self):
-        found = checkpoints(self.folder)
-        for old in found[:-KEEP_LAST]:
+        for old in checkpoints(self.folder)[:-KEEP_LAST]:
             if not (self.keep_every and int(old.name[5:]) % self.keep_every == 0):
-                going = old.rename(old.with_suffix(".old"))            # gone at once, whatever happens meanwhile
-                shutil.rmtree(going)
-
-    def check(self):
-        """ValueError if the last checkpoint could not be written."""
-        if self.pending is not None and self.pending.done():
-            self.wait()
+                shutil.rmtree(old.rename(old.with_suffix(".old")))     # gone at once, whatever happens meanwhile
 
     def wait(self):
         pending, self.pending = self.pending, None
@@ -444,13 +429,10 @@ def read_meta(path):
     """meta.json of a checkpoint, or None if it cannot be read."""
     try:
         meta = json.loads((path / "meta.json").read_text())
-        return meta if {"same", "sha256"} <= set(meta) and path.name == f"step_{meta['step']:07d}" else None
+        complete = {"same", "adjustable", "sha256"} <= set(meta)
+        return meta if complete and path.name == f"step_{meta['step']:07d}" else None
     except (ValueError, TypeError, KeyError):
         return None
-
-
-def file_time(path):
-    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def innermost_cause(error):
@@ -463,11 +445,10 @@ def innermost_cause(error):
 def load_checkpoint(path, student, teacher, gram_teacher, optimizer):
     state = training_state(student, teacher, gram_teacher, optimizer)
     dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    set_model_state_dict(student, state["student"])
-    set_model_state_dict(teacher, state["teacher"])
+    for name, network in dict(student=student, teacher=teacher, gram_teacher=gram_teacher).items():
+        if network is not None:
+            set_model_state_dict(network, state[name])
     set_optimizer_state_dict(student, optimizer, state["optimizer"])
-    if gram_teacher is not None:
-        set_model_state_dict(gram_teacher, state["gram_teacher"])
 
 
 def export_encoder(checkpoint, path, config, meta):
@@ -505,19 +486,19 @@ def check_resume(meta, same, args):
     """ValueError unless the run of a checkpoint and this one are the same."""
     def nameless(key, value):
         return [text.rsplit(":", 1)[1] for text in value or []] if key in ("data", "noise", "exclude") else value
+    def shown(value):
+        return " ".join(value) or "nothing" if isinstance(value, list) else value
     before = meta["same"]
     differ = [f"{k if '.' in k else '--' + k.replace('_', '-')} {shown(before.get(k))} (now {shown(same.get(k))})"
               for k in before | same if nameless(k, before.get(k)) != nameless(k, same.get(k))]
     if differ:
         raise ValueError(f"{args.out} was started with {', '.join(differ)}; resume with the same flags, data and "
                          "constants, or choose another --out")
-    if meta["step"] > args.steps:
-        raise ValueError(f"{args.out} has already done {meta['step']} steps, --steps is {args.steps}; give --steps "
-                         f"{meta['step']} or more, or choose another --out")
-
-
-def shown(value):
-    return " ".join(map(str, value)) or "nothing" if isinstance(value, list) else value
+    least = max(meta["step"], args.gram_from + 1)
+    if args.steps < least:
+        anchors = f" and anchors from step {args.gram_from} on" if args.gram_from >= args.steps else ""
+        raise ValueError(f"{args.out} has already done {meta['step']} steps{anchors}, --steps is {args.steps}; give "
+                         f"--steps {least} or more, or choose another --out")
 
 
 def settle_flags(args, meta, device, rank):
@@ -531,7 +512,7 @@ def settle_flags(args, meta, device, rank):
             setattr(args, name, before[name])
         elif meta and given != before[name] and rank == 0:
             print(f"--{name} is {given} from step {meta['step']} on; until then it was {before[name]}")
-    if args.gram_from >= args.steps:
+    if meta is None and args.gram_from >= args.steps:
         raise ValueError(f"--gram-from {args.gram_from} is beyond the last of --steps {args.steps}: nothing would be "
                          f"anchored; give --gram-from {args.steps // 2}, for example, or leave it out")
 
@@ -615,8 +596,10 @@ def train(args, rank, world_size, device, stop, watchdog):
         load_checkpoint(path, student, teacher, gram_teacher, optimizer)
     if rank == 0:
         saved.clean()
-        if path is not None and file_time(out / "encoder.pt") < file_time(path / "meta.json"):     # killed in between
-            export_encoder(path, out / "encoder.pt", encoder.config, meta)
+        exported = out / "encoder.pt"
+        if path is not None and (not exported.exists() or                                          # killed in between
+                                 exported.stat().st_mtime < (path / "meta.json").stat().st_mtime):
+            export_encoder(path, exported, encoder.config, meta)
         (out / "stopped").unlink(missing_ok=True)
         trim_log(out / "log.jsonl", start)
         atomic_write(out / "run.json", json.dumps(about, indent=1, default=str))
@@ -653,8 +636,9 @@ def train(args, rank, world_size, device, stop, watchdog):
         loss.backward()
         if world_size > 1 and not sharded:
             average_gradients(student)
-        norms = {f"grad_{name}": whole(torch.nn.utils.clip_grad_norm_(part.parameters(), CLIP_NORM).detach())
+        norms = {f"grad_{name}": torch.nn.utils.clip_grad_norm_(part.parameters(), CLIP_NORM).detach()
                  for name, part in student.items()}
+        norms = {name: norm.full_tensor() if sharded else norm for name, norm in norms.items()}
         skipped[step] = skip_if_not_finite(optimizer, loss, norms.values())
         optimizer.step()
         optimizer.zero_grad()
@@ -697,7 +681,8 @@ def train(args, rank, world_size, device, stop, watchdog):
             if rank == 0:
                 write_row(log, step=step, online_auroc=auroc)
                 progress.write(f"step {step + 1}: online probe AUROC {auroc:.3f}")
-        saved.check()
+        if saved.pending is not None and saved.pending.done():
+            saved.wait()                                               # ValueError if it could not be written
         if save:
             if rank == 0:
                 os.fsync(log.fileno())                                 # what the checkpoint stands for is on disk first
@@ -755,14 +740,13 @@ def prepare_demo(args, rank):
                                          "--seed", str(args.seed)]))
     from_rank_0()
     args.data, args.noise = [(data / "ptbxl", 1.0), (data / "mitdb", 1.0)], data / "nstdb"
-    args.steps = args.steps or (None if args.resume else DEMO_STEPS)
+    if args.steps is None and not (args.resume and checkpoints(args.out / "checkpoints")):
+        args.steps = DEMO_STEPS
 
 
 def show_demo(args):
     """Probe the demo's encoder and its untrained control, draw its features, and print what was seen."""
     out, encoder = args.out, str(args.out / "encoder.pt")
-    shutil.rmtree(out / "ptbxl", ignore_errors=True)
-    shutil.rmtree(out / "mitbih", ignore_errors=True)
     probe_ptbxl.main(probe_ptbxl.parse_args(
         ["--encoder", encoder, "--raw", str(out / "raw/ptbxl"), "--out", str(out / "ptbxl")]))
     probe_mitbih.main(probe_mitbih.parse_args(
@@ -855,16 +839,14 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Everything that can be wrong with the flags alone, before anything slow."""
-    for name in ("steps", "batch", "prototypes", "log_every", "checkpoint_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    least = dict(steps=1, batch=1, prototypes=1, log_every=1, checkpoint_every=1, keep_every=0, probe_every=0)
+    for name, lowest in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < lowest:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {lowest}")
     if args.lr is not None and not 0 < args.lr < 1:
         raise ValueError(f"--lr {args.lr} is no learning rate; expected something like --lr {DEFAULT_LR}")
     if not 4 <= args.window <= 600:
         raise ValueError(f"--window {args.window:g} is not possible; expected 4 to 600 seconds")
-    for name in ("keep_every", "probe_every"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 0 (never) or more")
     if args.noise and not args.data:
         raise ValueError("--noise without --data: the synthetic run makes its own noise; give both or neither")
     if args.device == "cuda" and not torch.cuda.is_available():

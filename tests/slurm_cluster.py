@@ -56,7 +56,7 @@ def processes(*variables):
     return found
 
 
-def kill(*variables, seconds=10):
+def kill(*variables, seconds=100):
     """SIGKILL to all `processes(*variables)`. They are all stopped first, so that none can react to the death of
     another or report it: the rest of the cluster sees what it sees when a machine loses power."""
     deadline, stopped = time.monotonic() + seconds, set()
@@ -86,7 +86,7 @@ def send(number, pids):
 
 
 class Cluster:
-    """The cluster, as a context manager. `folder` should be new and its path short, for sockets lie in it; `settings`
+    """The cluster, as a context manager. `folder` should be new and its path short, because sockets lie in it; `settings`
     replace those of SETTINGS or add to them. Nodes named 127.0.0.1 and 127.0.0.2 have names that a job can resolve."""
 
     def __init__(self, folder, nodes=NODES, **settings):
@@ -110,11 +110,11 @@ class Cluster:
             self.start("munged", "munged", "--foreground", "--force", "--num-threads=1",
                        *(f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "seed", "log")),
                        f"--socket={self.folder}/munge.socket")
-            self.wait_for((self.folder / "munge.socket").exists, 10, "munged")
+            self.wait_for((self.folder / "munge.socket").exists, 100, "munged")
             self.start("slurmctld", "slurmctld", "-D")
             for node in self.nodes:
                 self.start_node(node)
-            self.wait_for(lambda: self.states() == dict.fromkeys(self.nodes, "idle"), 60, "both nodes idle")
+            self.wait_for(lambda: self.states() == dict.fromkeys(self.nodes, "idle"), 600, "both nodes idle")
         except BaseException:
             self.__exit__()
             raise
@@ -129,7 +129,7 @@ class Cluster:
                         for node, port in zip(self.nodes, ports)]
         (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
         (self.folder / "gres.conf").write_text(f"NodeName={','.join(self.nodes)} Name=gpu File=/dev/null\n")
-        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # else slurmd needs /sys/fs/cgroup
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # or slurmd needs /sys/fs/cgroup
         (self.folder / "munge.key").touch(0o600)
         (self.folder / "munge.key").write_bytes(secrets.token_bytes(64))
 
@@ -138,7 +138,7 @@ class Cluster:
         for daemon in [*self.daemons.values(), self.watch]:
             if daemon.stdin:
                 daemon.stdin.close()
-            daemon.wait(10)
+            daemon.wait(100)
 
     def start(self, name, *command, **environ):
         """Start a daemon in the foreground, its output in NAME.log."""
@@ -153,13 +153,13 @@ class Cluster:
     def kill_node(self, name):
         """SIGKILL to all that runs on a node, as if it lost power: slurmd, slurmstepd, tasks and all they started."""
         kill(self.mark, f"SLURMD_NODENAME={name}")
-        self.daemons.pop(name).wait(10)
+        self.daemons.pop(name).wait(100)
 
     def on_node(self, name):
         """{pid: (name, parent)} of what runs on a node."""
         return processes(self.mark, f"SLURMD_NODENAME={name}")
 
-    def run(self, *command, seconds=30):
+    def run(self, *command, seconds=300):
         """The output of a Slurm command."""
         done = subprocess.run(command, env=self.environ, cwd=self.folder, text=True, capture_output=True,
                               timeout=seconds, stdin=subprocess.DEVNULL)

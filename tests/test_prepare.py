@@ -497,25 +497,32 @@ def test_the_command_in_the_manifest_makes_the_corpus_again(small_raw, small_cor
 # ---------------------------------------------------------------------------------------------------------------------
 # checksums of a download
 
-def test_checksums_pass_and_damaged_files_are_named(tmp_path):
+def test_checksums_pass_and_damaged_files_are_named(tmp_path, monkeypatch):
+    def verify(wanted=".*"):
+        monkeypatch.setitem(prepare.PHYSIONET, "mitdb", ("mitdb", wanted))
+        prepare.download("mitdb", tmp_path, "auto")
+
+    fetched = []                                                   # and nothing comes
+    monkeypatch.setattr(prepare, "fetch", lambda database, raw, names: fetched.append(names))
     (tmp_path / "records100").mkdir()
     contents = {"RECORDS": b"100\n", "records100/1.dat": b"\x00\x01", "records100/1.hea": b"1 1 100\n", "a.txt": b""}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match="no SHA256SUMS.txt in .*: --download fetches the publisher's"):
-        prepare.verify_checksums(tmp_path)
+        verify()
     lines = [f"{hashlib.sha256(content).hexdigest()} {name}\n" for name, content in contents.items()]
     (tmp_path / "SHA256SUMS.txt").write_text("".join(lines))
-    prepare.verify_checksums(tmp_path)
+    verify()
     (tmp_path / "records100" / "1.dat").write_bytes(b"\x00\x03")
     (tmp_path / "RECORDS").unlink()
     assert prepare.damaged_files(tmp_path) == ["RECORDS", "records100/1.dat"]
     assert prepare.damaged_files(tmp_path, r"records100/.*") == ["records100/1.dat"]
-    prepare.verify_checksums(tmp_path, r".*\.(hea|txt)")           # only what is asked for
+    verify(r".*\.(hea|txt)")                                       # only what is asked for
     with pytest.raises(ValueError, match="2 files in .* differ .*: RECORDS, records100/1.dat; run again"):
-        prepare.verify_checksums(tmp_path)
+        verify()
+    assert fetched[-2:] == [["SHA256SUMS.txt"], ["RECORDS", "records100/1.dat"]]
     with pytest.raises(ValueError, match="lists no file like .*: does it belong to another database"):
-        prepare.verify_checksums(tmp_path, r".*\.mat")
+        verify(r".*\.mat")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

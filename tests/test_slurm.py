@@ -1,6 +1,6 @@
 """run.sbatch on a real Slurm of two nodes (both on this machine), and everything that a cluster does to a job.
 
-Skipped where Slurm and munge are not installed: apt-get install slurmctld slurmd slurm-client munge
+Takes minutes, so it runs with ECG_SLOW=1. Skipped where Slurm and munge are not installed: apt-get install slurmctld slurmd slurm-client munge
 """
 import os
 import shutil
@@ -15,25 +15,27 @@ import pytest
 import prepare
 import train
 from slurm_cluster import PATH, Cluster, processes
-from test_train import last_step, losses, same, weights
+from test_train import LONG_S, last_step, losses, same, saved_steps, weights
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 70, 5
 LIMIT_SIGNAL_S = 40
 
 missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name, path=PATH)]
-pytestmark = pytest.mark.skipif(bool(missing) or os.geteuid() != 0, reason=(
-    f"takes root and a Slurm; not found: {', '.join(missing) or 'root'}; apt-get install slurmctld slurmd slurm-client munge"))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing) or os.geteuid() != 0, reason=(
+    f"takes root and a Slurm; not found: {', '.join(missing) or 'root'}; "
+    "apt-get install slurmctld slurmd slurm-client munge"))]
 
 
 @pytest.fixture(scope="module")
 def corpora(request, tmp_path_factory):
-    """Real recordings where there are any, else synthetic ones."""
+    """Real recordings where there are any, otherwise synthetic ones."""
     folder = tmp_path_factory.mktemp("slurm-data")
     try:
         raw = request.getfixturevalue("shared_data")
     except pytest.skip.Exception:
-        prepare.main(prepare.parse_args(["synth", "--raw", str(folder / "raw"), "--out", str(folder / "data"), "--records", "80"]))
+        prepare.main(prepare.parse_args(["synth", "--raw", str(folder / "raw"), "--out", str(folder / "data"),
+                                         "--records", "80"]))
         return folder / "data"
     for source, limit in (("ptbxl", ["--limit", "200"]), ("mitdb", []), ("nstdb", [])):
         prepare.main(prepare.parse_args([source, "--raw", str(raw / source), "--out", str(folder / source), *limit]))
@@ -41,12 +43,13 @@ def corpora(request, tmp_path_factory):
 
 
 def flags(corpora, out):
-    return ["--data", f"{corpora}/ptbxl", f"{corpora}/mitdb", "--noise", f"{corpora}/nstdb", "--out", str(out), "--device", "cpu", "--batch", "16",
-            "--prototypes", "64", "--steps", str(STEPS), "--log-every", "1", "--checkpoint-every", str(EVERY), "--probe-every", "0"]
+    return ["--data", f"{corpora}/ptbxl", f"{corpora}/mitdb", "--noise", f"{corpora}/nstdb", "--out", str(out),
+            "--device", "cpu", "--batch", "16", "--prototypes", "64", "--steps", str(STEPS), "--log-every", "1",
+            "--checkpoint-every", str(EVERY), "--probe-every", "0"]
 
 
 def rank_of(pid):
-    """RANK of a training process, else None."""
+    """RANK of a training process, None of another."""
     try:
         environment = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
         return environment.get("RANK") if "train.py" in Path(f"/proc/{pid}/cmdline").read_text() else None
@@ -55,26 +58,30 @@ def rank_of(pid):
 
 
 def test_nothing_that_a_cluster_does_changes_the_run(corpora, tmp_path):
-    """USR1, SIGKILL of a rank, requeue, a node that loses power, the time limit, one after the other on one job over two nodes: it comes back each time by
-    itself, and its log and weights are those of a run that nothing disturbed."""
+    """USR1, SIGKILL of a rank, requeue, a node that loses power, the time limit, one after the other on one job over
+    two nodes: it comes back each time by itself, and its log and weights are those of a run that nothing disturbed."""
     whole, out = tmp_path / "whole", tmp_path / "run"
     reference = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(33000 + os.getpid() % 20000), str(ROOT / "train.py"),
-         *flags(corpora, whole)], env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    errors = reference.communicate(timeout=300)[1]
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+         str(33000 + os.getpid() % 20000), str(ROOT / "train.py"), *flags(corpora, whole)],
+        env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    errors = reference.communicate(timeout=2 * LONG_S)[1]
     assert reference.returncode == 0, errors[-3000:]
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"                  # torchrun's
-    # The path is short, for sockets lie in it. An srun that lost its node lives on for KillWait + 2 s, and would then end the step of the next turn.
-    with Cluster(Path("/tmp") / f"slurm{os.getpid()}", KillWait=10, AuthInfo="socket={folder}/munge.socket,cred_expire=13") as cluster:
-        job = cluster.run("sbatch", "--parsable", "--chdir", str(ROOT), "--nodes=2", "--cpus-per-task=1", f"--signal=USR1@{LIMIT_SIGNAL_S}", "--time=60",
-                          f"--output={tmp_path}/job.log", f"--export=ALL,OUT={out}", str(ROOT / "run.sbatch"), *flags(corpora, out))
+    # The path is short, because sockets lie in it. An srun that lost its node lives on for KillWait + 2 s, and would
+    # then end the step of the next turn.
+    with Cluster(Path("/tmp") / f"slurm{os.getpid()}", KillWait=10,
+                 AuthInfo="socket={folder}/munge.socket,cred_expire=13") as cluster:
+        job = cluster.run("sbatch", "--parsable", "--chdir", str(ROOT), "--nodes=2", "--cpus-per-task=1",
+                          f"--signal=USR1@{LIMIT_SIGNAL_S}", "--time=300", f"--output={tmp_path}/job.log",
+                          f"--export=ALL,OUT={out}", str(ROOT / "run.sbatch"), *flags(corpora, out))
         begun, seen = time.time(), []
 
         def trains(turns):
             """The job runs for the turns-th time on both nodes, and has got a few steps further."""
             start = last_step(out)
             cluster.wait_for(lambda: cluster.job(job).get("Restarts") == str(turns) and cluster.state(job) == "RUNNING"
-                             and last_step(out) >= max(start, 0) + EVERY + 2, 240, f"turn {turns} trains\n{log()}")
+                             and last_step(out) >= max(start, 0) + EVERY + 2, LONG_S, f"turn {turns} trains\n{log()}")
             assert {rank_of(pid) for node in cluster.nodes for pid in cluster.on_node(node)} >= {"0", "1"}
             seen.append((round(time.time() - begun), turns, last_step(out)))
 
@@ -86,29 +93,31 @@ def test_nothing_that_a_cluster_does_changes_the_run(corpora, tmp_path):
         trains(1)
         assert "requeued after step_" in log() and "by SIGUSR1" in log()
         os.kill(next(pid for pid in cluster.on_node(cluster.nodes[1]) if rank_of(pid)), signal.SIGKILL)
-        trains(1)                                                                # torchrun brought it back; no other turn
+        trains(1)                                                        # torchrun brought it back; no other turn
         cluster.run("scontrol", "requeue", job)
         trains(2)
         cluster.kill_node(cluster.nodes[1])
-        cluster.wait_for(lambda: cluster.job(job)["Restarts"] == "3", 90, "Slurm notices the dead node")
+        cluster.wait_for(lambda: cluster.job(job)["Restarts"] == "3", LONG_S, "Slurm notices the dead node")
         cluster.start_node(cluster.nodes[1])
         trains(3)
         cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")         # minute
-        cluster.wait_for(lambda: cluster.job(job)["Restarts"] == "4", 150, f"the time limit\n{log()}")
-        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
-        cluster.wait_for(lambda: cluster.state(job) in ("COMPLETED", "FAILED", "TIMEOUT"), 300, f"the end\n{log()}")
+        cluster.wait_for(lambda: cluster.job(job)["Restarts"] == "4", LONG_S, f"the time limit\n{log()}")
+        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=300")
+        cluster.wait_for(lambda: cluster.state(job) in ("COMPLETED", "FAILED", "TIMEOUT"), LONG_S,
+                         f"the end\n{log()}")
         print(f"seconds, turn, step: {seen}, whole {time.time() - begun:.0f} s")
         assert cluster.state(job) == "COMPLETED", log()
     assert not processes(cluster.mark)
     assert losses(out) == losses(whole) and len(losses(out)) == STEPS
     assert same(weights(out), weights(whole))
-    assert not list((out / "checkpoints").glob("*.tmp")) and len(train.checkpoints(out / "checkpoints")) == train.KEEP_LAST
+    assert not list((out / "checkpoints").glob("*.tmp")) and len(saved_steps(out)) == train.KEEP_LAST
 
 
 def test_a_job_that_cannot_work_is_not_requeued(corpora, tmp_path):
     with Cluster(Path("/tmp") / f"slurm{os.getpid()}b") as cluster:
-        job = cluster.run("sbatch", "--parsable", "--chdir", str(ROOT), "--cpus-per-task=1", f"--output={tmp_path}/job.log",
-                          str(ROOT / "run.sbatch"), *flags(corpora, tmp_path / "run"), "--batch", "0")
-        cluster.wait_for(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), 120, "the end")
+        job = cluster.run("sbatch", "--parsable", "--chdir", str(ROOT), "--cpus-per-task=1",
+                          f"--output={tmp_path}/job.log", str(ROOT / "run.sbatch"), *flags(corpora, tmp_path / "run"),
+                          "--batch", "0")
+        cluster.wait_for(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), LONG_S, "the end")
         assert cluster.state(job) == "FAILED" and cluster.job(job)["Restarts"] == "0"
     assert "--batch 0 must be at least 1" in (tmp_path / "job.log").read_text()

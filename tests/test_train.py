@@ -24,16 +24,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import dino
 import model
 import train
 from augment import cut_views, host_batch, lead_groups
-from corpus import Sampler, open_corpus
+from corpus import Sampler, lock_folder, open_corpus
 from dino import build_networks, objective
-from corpus import lock_folder
 from model import Encoder, build_encoder, load_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -106,8 +103,9 @@ def wait_until(condition):
 def patched(folder, code="", size=SMALL):
     """train.py with a few lines of its own, as a script."""
     script = folder / "patched.py"
-    script.write_text(f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, dino, model, train\n"
-                      f"model.SIZES['tiny'] = {size}\nRANK = int(os.environ.get('RANK', 0))\n{code}\ntrain.cli()\n")
+    script.write_text(f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+                      f"import torch, dino, model, train\nmodel.SIZES['tiny'] = {size}\n"
+                      f"RANK = int(os.environ.get('RANK', 0))\n{code}\ntrain.cli()\n")
     return script
 
 
@@ -184,7 +182,8 @@ def test_gram_schedule_is_that_of_dinov3():
     first, steps = 1_000_000, 1_200_000
     refreshed = [step - first for step in range(steps) if train.gram_schedule(step, steps, first)["gram_refresh"]]
     assert refreshed == [0, 10_000, 20_000, 30_000]
-    weight = [train.gram_schedule(first + since, steps, first)["gram_weight"] for since in (0, 500, 1000, 5000, 199_999)]
+    weight = [train.gram_schedule(first + since, steps, first)["gram_weight"]
+              for since in (0, 500, 1000, 5000, 199_999)]
     assert weight == pytest.approx([0, dino.GRAM_WEIGHT / 2, *[dino.GRAM_WEIGHT] * 3])
     off = dict(gram_weight=0.0, gram_refresh=False)
     assert train.gram_schedule(first - 1, steps, first) == off == train.gram_schedule(5, steps, -1)
@@ -219,39 +218,6 @@ def test_first_weights_are_those_of_earlier_versions():
     assert digest(load_encoder("random:tiny")) == FIRST_WEIGHTS["encoder"]
     student, teacher = build_networks(build_encoder("tiny"), train.HEAD_HIDDEN, train.HEAD_BOTTLENECK, 64, 64)
     assert digest(student) == digest(teacher) == FIRST_WEIGHTS["student"]
-
-
-BUILD = ["--size", "tiny", "--prototypes", "65", "--seed", "7", "--gram-from", "3"]
-
-
-def build_rank(rank, folder):
-    """Networks as a run of two processes builds them, gathered into a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    mesh = train.init_device_mesh("cpu", (2,))
-    networks = train.build(train.parse_args(BUILD), mesh, torch.device("cpu"), mock.Mock())
-    shares = [p.to_local().numel() / p.numel() for network in networks for p in network.parameters()]
-    states = [{name: value.full_tensor() for name, value in network.state_dict().items()} for network in networks]
-    if rank == 0:
-        torch.save((states, np.mean(shares)), f"{folder}/states.pt")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_begin_with_the_weights_of_one_process(tmp_path):
-    """Bit for bit, also where two ranks cannot divide the rows; nothing is left without a value."""
-    mp.spawn(build_rank, (str(tmp_path),), nprocs=2)
-    sharded, share = torch.load(tmp_path / "states.pt")
-    assert 0.4 < share < 0.8                                           # each rank has its part, of most parameters half
-    args = train.parse_args(BUILD)
-    alone = [n.state_dict() for n in train.build(args, None, torch.device("cpu"), mock.Mock())]
-    patches = {g.leads: g.global_patches for g in lead_groups(args.window)}
-    plain = build_networks(build_encoder("tiny", 7, window_patches=patches), train.HEAD_HIDDEN, train.HEAD_BOTTLENECK,
-                           65, 65)
-    plain = [n.state_dict() for n in (*plain, plain[1]["encoder"])]
-    assert len(sharded) == len(alone) == 3 and all(len(state) > 30 for state in sharded)
-    for two, one, expected in zip(sharded, alone, plain):
-        assert same(two, expected) and same(one, expected)
-        assert all(value.isfinite().all() for value in two.values())
 
 
 HOST_MEMORY = """
@@ -305,19 +271,19 @@ def test_overfits_one_batch(data):
 def test_a_run_leaves_what_it_says(whole):
     about = json.loads((whole / "run.json").read_text())
     assert about["args"]["steps"] == STEPS and about["adjustable"]["lr"] == train.DEFAULT_LR
-    assert about["same"]["augment.WINDOW_S" if "augment.WINDOW_S" in about["same"] else "window"] == 9.0
+    assert about["same"]["window"] == 9.0 and about["same"]["dino.DINO_WEIGHT"] == 1.0
     assert [r["step"] for r in rows(whole) if "loss" in r] == list(range(STEPS)) and saved_steps(whole) == [4, 5]
     assert load_encoder(whole / "encoder.pt").config["width"] == SMALL["width"]
     assert (whole / "curves.png").stat().st_size > 1000 and not (whole / "stopped").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signals_end_a_run_with_a_checkpoint(data, whole, tmp_path, monkeypatch, capsys, number):
+def test_signals_end_a_run_with_a_checkpoint(data, whole, tmp_path, monkeypatch, capfd, number):
     out = tmp_path / "cut"
     with monkeypatch.context() as patch:
         signal_at(patch, 2, number)
         assert train_here(*flags(data, out, STEPS, "--checkpoint-every", "100")) == train.EXIT_STOPPED
-    assert "--resume" in capsys.readouterr().out and number.name in (out / "stopped").read_text()
+    assert "--resume" in capfd.readouterr().out and number.name in (out / "stopped").read_text()
     assert saved_steps(out) == [last_step(out) + 1] and last_step(out) < STEPS - 1
     assert train_here(*flags(data, out, STEPS, "--resume")) == 0
     assert losses(out) == losses(whole) and same(weights(out), weights(whole))
@@ -448,14 +414,14 @@ def damage(checkpoint):
     file.write_bytes(content)
 
 
-def test_damaged_checkpoints_are_noticed(data, whole, tmp_path, capsys):
+def test_damaged_checkpoints_are_noticed(data, whole, tmp_path, capfd):
     """A flipped byte in the newest: the one before is used. In all: an error."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     older, newest = train.checkpoints(out / "checkpoints")
     damage(newest)
     assert train_here(*flags(data, out, STEPS, "--resume")) == 0
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert f"{newest} is damaged" in said.err and f"steps {int(older.name[5:])} to {STEPS}" in said.out
     assert losses(out) == losses(whole) and same(weights(out), weights(whole))
     assert (out / "checkpoints" / f"{newest.name}.damaged").is_dir()
@@ -520,7 +486,7 @@ def test_checkpoints_by_time_resume_bit_for_bit(data, whole, tmp_path, monkeypat
     """Without --checkpoint-every, at an interval of 0 s, one is written at every step."""
     written, out = clock(monkeypatch, 0), tmp_path / "run"
     with monkeypatch.context() as patch:
-        signal_at(patch, 3)
+        signal_at(patch, 2)                                            # which the run answers after its next step
         assert train_here(*without(flags(data, out, STEPS), "--checkpoint-every")) == train.EXIT_STOPPED
     assert written == [1, 2, 3] and saved_steps(out) == [2, 3]
     shutil.rmtree(train.checkpoints(out / "checkpoints")[-1])          # as if the run had been killed before it
@@ -647,37 +613,41 @@ def test_a_resumed_run_knows_its_corpora_by_their_content(data, tmp_path):
 
 
 def test_learning_rate_steps_and_precision_come_from_the_checkpoint_or_are_changed_aloud(data, tmp_path, monkeypatch,
-                                                                                       capsys):
+                                                                                       capfd):
     out = tmp_path / "run"
 
     def adjustable():
         return json.loads((out / "run.json").read_text())["adjustable"]
 
     def said():
-        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("--")]
+        return [line for line in capfd.readouterr().out.splitlines() if line.startswith("--")]
     with monkeypatch.context() as patch:
         signal_at(patch, 1)
-        train_here(*flags(data, out, 4, "--lr", "5e-4", "--precision", "bf16"))
+        train_here(*flags(data, out, 6, "--lr", "5e-4"))
     first = adjustable()
-    assert first == dict(lr=5e-4, steps=4, precision="bf16") and not said()
+    assert first == dict(lr=5e-4, steps=6, precision="fp32") and not said()
     done = last_step(out) + 1
     with monkeypatch.context() as patch:
         signal_at(patch, 1)
         train_here(*resumed(data, out))                                # nothing given: all as before
     assert adjustable() == first and not said()
-    expected = [train.schedules(step, 4, 5e-4)["lr"] for step in range(4)]
+    expected = [train.schedules(step, 6, 5e-4)["lr"] for step in range(6)]
     assert last_step(out) + 1 > done and [r["lr"] for r in losses(out).values()] == expected[:last_step(out) + 1]
     done = last_step(out) + 1
     message = refused(*resumed(data, out, steps=1))
     assert f"has already done {done} steps, --steps is 1; give --steps {done} or more" in message
-    train_here(*resumed(data, out, "--lr", "1e-3", "--precision", "fp32", steps=done + 1))
+    capfd.readouterr()
+    train_here(*resumed(data, out, "--lr", "1e-3", "--precision", "bf16", steps=done + 1))
     assert said() == [f"--lr is 0.001 from step {done} on; until then it was 0.0005",
-                      f"--steps is {done + 1} from step {done} on; until then it was 4",
-                      f"--precision is fp32 from step {done} on; until then it was bf16"]
-    assert adjustable() == dict(lr=1e-3, steps=done + 1, precision="fp32")
+                      f"--steps is {done + 1} from step {done} on; until then it was 6",
+                      f"--precision is bf16 from step {done} on; until then it was fp32"]
+    assert adjustable() == dict(lr=1e-3, steps=done + 1, precision="bf16")
     assert losses(out)[done]["lr"] == train.schedules(done, done + 1, 1e-3)["lr"]
-    capsys.readouterr()
-    assert train_here(*resumed(data, out, steps=done + 1)) == 0 and not said()                  # what was advised works
+    capfd.readouterr()
+    assert train_here(*resumed(data, out, steps=done + 1)) == 0 and not said()         # what was advised works
+    args = train.parse_args(resumed(data, out))
+    train.settle_flags(args, dict(adjustable=adjustable()), torch.device("cpu"), 0)
+    assert args.precision == "bf16" and args.lr == 1e-3 and not said()
 
 
 def test_without_data_the_run_is_short_also_with_resume(tmp_path, monkeypatch):
@@ -708,7 +678,8 @@ def test_the_synthetic_run_from_nothing_to_its_table(tmp_path):
 
 GRAM_STEPS, GRAM_FROM = 16, 4
 GRAM = dict(GRAM_RAMP_SHARE=0.5, GRAM_REFRESH_SHARE=0.2)       # of 12 steps: a ramp of 6, a new anchor every 2
-GRAM_FLAGS = ["--gram-from", str(GRAM_FROM), "--checkpoint-every", "100"]
+# 65 prototypes: two ranks cannot divide them, nor some other rows.
+GRAM_FLAGS = ["--gram-from", str(GRAM_FROM), "--checkpoint-every", "100", "--prototypes", "65", "--seed", "7"]
 
 
 def train_gram(data, out, weight, *extra):
@@ -766,7 +737,7 @@ def test_resume_over_gram_anchoring_is_bit_for_bit(data, anchored, tmp_path, mon
             signal_at(patch, call)
             assert train_gram(data, out, 20.0, *extra) == train.EXIT_STOPPED
         stops.append(last_step(out))
-    assert stops[0] < GRAM_FROM < stops[1] < GRAM_STEPS - 1 and not losses(out)[stops[1] + 0].get("gram") is None
+    assert stops[0] < GRAM_FROM < stops[1] < GRAM_STEPS - 1 and "gram" in losses(out)[stops[1]]
     assert train_gram(data, out, 20.0, "--resume") == 0
     assert losses(out) == losses(anchored[0]) and same(weights(out), weights(anchored[0]))
 
@@ -789,26 +760,58 @@ def assert_agree(one, other, names=LOSSES):
     assert all(v <= AGREE.get(k, 2e-5) for k, v in worst.items()), worst
 
 
-TWO_RANKS = f"""
-train.GRAM_RAMP_SHARE, train.GRAM_REFRESH_SHARE, dino.GRAM_WEIGHT = {GRAM["GRAM_RAMP_SHARE"]}, {GRAM["GRAM_REFRESH_SHARE"]}, 20.0
+TWO_RANKS = f"STOP, GRAM = {GRAM_FROM + 4}, {GRAM}" + """
+vars(train).update(GRAM)
+dino.GRAM_WEIGHT = 20.0
 objective, calls = train.objective, []
 def signalled(*args):
     calls.append(1)
-    if RANK == 1 and len(calls) == {GRAM_FROM + 4}:
+    if RANK == 1 and len(calls) == STOP:
         os.kill(os.getpid(), signal.SIGUSR1)
     return objective(*args)
-train.objective = signalled
+build = train.build
+def noted(*args):
+    networks = build(*args)
+    shares = [p.to_local().numel() / p.numel() for network in networks for p in network.parameters()]
+    states = [{name: value.full_tensor() for name, value in network.state_dict().items()} for network in networks]
+    if RANK == 0:
+        torch.save((states, sum(shares) / len(shares)), args[0].out / "first_weights.pt")
+    return networks
+train.objective, train.build = signalled, noted
 """
 
 
-def test_two_ranks_train_as_one_and_stop_together(data, anchored, tmp_path):
-    """Sharded, with Gram anchoring, under srun; a signal to the second rank ends both after the same step."""
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def two_ranks(data, tmp_path_factory):
+    """(folder, output) of the run of `anchored` on two ranks, sharded, under srun; the second rank gets a signal."""
+    folder = tmp_path_factory.mktemp("two")
     slurm = dict(SLURM_STEP_ID="0", SLURM_NTASKS="2", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0")
-    done = run(torchrun(), patched(tmp_path, TWO_RANKS), *flags(data, out, GRAM_STEPS, *GRAM_FLAGS), **slurm)
+    done = run(torchrun(), patched(folder, TWO_RANKS), *flags(data, folder / "run", GRAM_STEPS, *GRAM_FLAGS), **slurm)
+    return folder / "run", done.stdout
+
+
+def test_two_ranks_begin_with_the_weights_of_one_process(two_ranks):
+    """Bit for bit, also where two ranks cannot divide the rows; nothing is left without a value."""
+    sharded, share = torch.load(two_ranks[0] / "first_weights.pt")
+    assert 0.4 < share < 0.8                                           # each rank has its part, of most parameters half
+    args = train.parse_args(["--size", "tiny", *GRAM_FLAGS])
+    with mock.patch.dict(model.SIZES, tiny=SMALL):
+        alone = train.build(args, None, torch.device("cpu"), mock.Mock())
+        patches = {g.leads: g.global_patches for g in lead_groups(args.window)}
+        student, teacher = build_networks(build_encoder("tiny", 7, window_patches=patches), train.HEAD_HIDDEN,
+                                          train.HEAD_BOTTLENECK, 65, 65)
+    assert len(sharded) == len(alone) == 3 and all(len(state) > 20 for state in sharded)
+    for two, one, whole in zip(sharded, alone, (student, teacher, teacher["encoder"])):
+        assert same(two, whole.state_dict()) and same(one.state_dict(), whole.state_dict())
+        assert all(value.isfinite().all() for value in two.values())
+
+
+def test_two_ranks_train_as_one_and_stop_together(two_ranks, anchored):
+    """With Gram anchoring; a signal to the second rank ends both after the same step."""
+    out, said = two_ranks
     log = losses(out)
     assert GRAM_FROM + 3 <= max(log) < GRAM_STEPS - 1 and list(log) == list(range(len(log)))
-    assert "SIGUSR1" in (out / "stopped").read_text() and "--resume" in done.stdout
+    assert "SIGUSR1" in (out / "stopped").read_text() and "--resume" in said
     assert json.loads((out / "run.json").read_text())["world_size"] == 2
     assert_agree(losses(anchored[0]), log, (*LOSSES, "gram", "gram_weight"))
 
@@ -898,11 +901,11 @@ def assert_skips(out, said):
     assert all(torch.isfinite(w).all() for w in weights(out).values())
 
 
-def test_steps_that_are_not_finite_are_skipped_and_named(data, tmp_path, monkeypatch, capsys):
+def test_steps_that_are_not_finite_are_skipped_and_named(data, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         spoil(patch, (1, 3))
         train_here(*flags(data, tmp_path / "run", 5, "--log-every", "4", "--checkpoint-every", "100"))
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert_skips(tmp_path / "run", said.out + said.err)
     spoil(monkeypatch, range(2, 99))
     message = refused(*flags(data, tmp_path / "bad", 20))
@@ -992,20 +995,20 @@ def test_log_is_trimmed_to_the_checkpoint(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the lock on a folder (ecg.py)
+# the lock on a folder (corpus.py)
 
 HOLD = ("import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True);"
         " sys.stdin.read()")
 
 
-def test_a_folder_that_another_process_holds_is_refused_until_it_ends(tmp_path, capsys):
+def test_a_folder_that_another_process_holds_is_refused_until_it_ends(tmp_path, capfd):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "lock"], stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     for wait_s in (0, 1):
         with pytest.raises(ValueError, match="another process writes into .*choose another --out"):
             lock_folder(tmp_path, wait_s)
-    assert "waiting for up to 1 s" in capsys.readouterr().err
+    assert "waiting for up to 1 s" in capfd.readouterr().err
     holder.kill()                                                      # SIGKILL: no chance to give the lock back
     holder.communicate()
     with lock_folder(tmp_path):
@@ -1015,13 +1018,13 @@ def test_a_folder_that_another_process_holds_is_refused_until_it_ends(tmp_path, 
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capsys, code):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capfd, code):
     """Lustre without -o flock, some NFS and FUSE."""
     def flock(*args):
         raise OSError(code, os.strerror(code))
     monkeypatch.setattr(fcntl, "flock", flock)
     lock_folder(tmp_path).close()
-    assert f"warning: {tmp_path} cannot be locked" in capsys.readouterr().err
+    assert f"warning: {tmp_path} cannot be locked" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1035,7 +1038,7 @@ def test_flags_are_the_documented_ones():
         "keep_every", "probe_every"}
 
 
-def test_weights_of_corpora_are_read_from_the_flag(capsys):
+def test_weights_of_corpora_are_read_from_the_flag(capfd):
     assert train.parse_args(["--data", "a", "b:0.5", "c:d", "e:2"]).data == [
         (Path("a"), 1.0), (Path("b"), 0.5), (Path("c:d"), 1.0), (Path("e"), 2.0)]
     for wrong in ("a:0", "a:-1", "a:nan", "a:inf"):
@@ -1043,4 +1046,4 @@ def test_weights_of_corpora_are_read_from_the_flag(capsys):
             train.corpus_and_weight(wrong)
         with pytest.raises(SystemExit):
             train.parse_args(["--data", wrong])
-    assert "argument --data" in capsys.readouterr().err
+    assert "argument --data" in capfd.readouterr().err

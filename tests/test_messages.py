@@ -1,0 +1,526 @@
+"""A message never proposes what the next check refuses: every message that names a flag is found in the sources, is
+provoked here, its advice is followed, and the check that gave it then passes.
+"""
+import ast
+import gc
+import json
+import os
+import re
+import shutil
+from unittest import mock
+
+import pytest
+import torch
+
+import augment
+import corpus
+import dino
+import prepare
+import probe_mitbih
+import probe_ptbxl
+import test_train
+import train
+from conftest import ROOT, noise, write
+from corpus import Sampler, open_corpus
+from test_corpus import fewer_patients
+
+CPU = torch.device("cpu")
+FILES = ("train", "corpus", "augment", "prepare", "probe_ptbxl", "probe_mitbih", "evaluate", "model", "ecg", "dino",
+         "synth")
+ADVICE = {}                      # fragment of a message -> the function that follows it, or why there is nothing to do
+
+
+def flag_messages():
+    """(file, line, text) of every text in a function that names a flag; {} where a value is put in. Not docstrings,
+    --help, and the names of flags alone."""
+    for file in FILES:
+        tree = ast.parse((ROOT / f"{file}.py").read_text())
+        for function in ast.walk(tree):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            no_message = {id(node) for call in ast.walk(function) if isinstance(call, ast.Call)
+                          and getattr(call.func, "id", getattr(call.func, "attr", "")) in ("add", "add_argument")
+                          for node in ast.walk(call)}
+            for node in ast.walk(function):
+                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                    no_message.add(id(node.value))
+                if isinstance(node, ast.JoinedStr):
+                    no_message |= {id(part) for part in node.values}
+                text = (node.value if isinstance(node, ast.Constant) else
+                        "".join(getattr(part, "value", "") if isinstance(part, ast.Constant) else "{}"
+                                for part in node.values) if isinstance(node, ast.JoinedStr) else None)
+                if (isinstance(text, str) and re.search(r"--[a-z{]", text) and " " in text
+                        and id(node) not in no_message):
+                    yield file, node.lineno, text
+
+
+def follows(*fragments):
+    def known(function):
+        ADVICE.update(dict.fromkeys(fragments, function))
+        return function
+    return known
+
+
+ADVICE |= {
+    "no --data given: making": "says what is done",
+    "on; until then it was": "says what is done",
+    "synthetic ECGs: written to --raw": "says what is done",
+    "go on with --resume": "test_signals_end_a_run_with_a_checkpoint"}      # of test_train.py
+
+
+def test_every_message_that_names_a_flag_is_followed_here():
+    found = sorted(set(flag_messages()))
+    assert len(found) > 35
+    for file, line, text in found:
+        fitting = [fragment for fragment in ADVICE if fragment in text]
+        assert len(fitting) == 1, f"{file}.py:{line} {text!r} fits {fitting or 'nothing in ADVICE'}"
+    gone = [fragment for fragment in ADVICE if not any(fragment in text for _, _, text in found)]
+    assert not gone, f"no longer said: {gone}"
+    for what in ADVICE.values():
+        assert callable(what) or what == "says what is done" or hasattr(test_train, what)
+
+
+# ---- tools ----------------------------------------------------------------------------------------------------------
+
+class Work:
+    """What the functions below get."""
+
+    def __init__(self, folder, data, monkeypatch, capfd):
+        self.folder, self.data, self.monkeypatch, self.capfd = folder, data, monkeypatch, capfd
+
+    def parse(self, *flags):
+        """Flags of a run on the synthetic corpora."""
+        return train.parse_args(["--data", str(self.data / "ptbxl"), str(self.data / "mitdb"), "--out",
+                                 str(self.folder / "run"), "--device", "cpu", *map(str, flags)])
+
+    def settle(self, args, meta=None):
+        """All checks of a run that come before its networks."""
+        train.check_args(args)
+        train.settle_flags(args, meta, CPU, 0)
+        corpora = [open_corpus(dir) for dir, _ in args.data]
+        same = json.loads(json.dumps(train.identity(args, corpora, [], [])))
+        if meta:
+            train.check_resume(meta, same, args)
+        return same
+
+    def begun(self, *flags, step=5):
+        """meta.json of a run that has done so many steps."""
+        args = self.parse(*flags)
+        same = self.settle(args)
+        return dict(step=step, same=same, adjustable={k: getattr(args, k) for k in ("lr", "steps", "precision")})
+
+    def resume(self, meta, *flags):
+        self.settle(self.parse("--resume", *flags), meta)
+
+    def new_out(self):
+        """Another --out is taken."""
+        train.Checkpoints(self.folder / "another", 0, 0, 1).claim(False)
+
+    def prepare(self, source, *flags, raw=None):
+        """prepare.py takes these flags."""
+        raw = raw or self.folder
+        return prepare.parse_args([source, "--raw", str(raw), "--out", str(self.folder / "out"), *map(str, flags)])
+
+    def prepare_refuses(self, source, *flags, raw=None):
+        with pytest.raises(SystemExit):
+            self.prepare(source, *flags, raw=raw)
+        return self.capfd.readouterr().err
+
+
+@pytest.fixture
+def work(tmp_path, synth, monkeypatch, capfd):
+    return Work(tmp_path, synth / "data", monkeypatch, capfd)
+
+
+def refusal(function, *args, error=ValueError, **more):
+    with pytest.raises(error) as found:
+        function(*args, **more)
+    message = str(found.value)
+    del found
+    gc.collect()                                                       # what failed holds no lock any more
+    return message
+
+
+def commands_in(message):
+    """Every `python prepare.py ...` and `torchrun train.py ...` in a message is taken by the program."""
+    found = re.findall(r"(prepare|train)\.py ((?:[^\s`]+ ?)+)", message)
+    for program, flags in found:
+        flags = flags.rstrip(",. ").split()
+        (prepare if program == "prepare" else train).parse_args(flags)
+    return len(found)
+
+
+def source_of(fragment):
+    return next(text for _, _, text in flag_messages() if fragment in text)
+
+
+# ---- train.py -------------------------------------------------------------------------------------------------------
+
+@follows("Next, with real ones:")
+def after_the_synthetic_run(work):
+    assert commands_in(source_of("Next, with real ones:")) == 4
+
+
+@follows("error: out of memory on rank")
+def out_of_memory(work):
+    meta = work.begun("--batch", "32", "--checkpoint-every", "5")
+    message = train.explain(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 5 GB"), work.parse())
+    assert set(re.findall(r"--[a-z-]+", message)) == {"--resume", "--checkpoint-activations", "--precision", "--out",
+                                                     "--batch", "--window"}
+    work.resume(meta, "--checkpoint-activations", "--precision", "bf16")
+    corpora = [open_corpus(work.data / "ptbxl"), open_corpus(work.data / "mitdb")]
+    Sampler(corpora, 32, 0, augment.lead_groups(), ranks=2)
+    work.new_out()
+    work.settle(work.parse("--batch", "16", "--window", "6"))
+    Sampler(corpora, 16, 0, augment.lead_groups(6))
+
+
+@follows("put that right, then --resume")
+def a_disk_that_is_full(work):
+    assert "--resume" in train.explain(OSError(28, "No space left on device"), work.parse())
+    work.resume(work.begun())
+
+
+@follows("resume with the same flags, data and constants, or choose another --out")
+def another_run_in_the_folder(work):
+    meta = work.begun("--seed", "3", "--lr", "0.001")
+    for flags in (["--seed", "4"], ["--seed", "3", "--batch", "16"], []):
+        assert "was started with --" in refusal(work.resume, meta, *flags)
+    work.resume(meta, "--seed", "3")
+    work.new_out()
+
+
+@follows("has already done")
+def fewer_steps_than_done(work):
+    for flags, steps, least in (([], 3, 5), (["--gram-from", "10"], 3, 11), (["--gram-from", "10"], 8, 11)):
+        meta = work.begun("--steps", "20", *flags)
+        message = refusal(work.resume, meta, *flags, "--steps", steps)
+        assert f"--steps {least} or more" in message and "--gram-from" not in message
+        work.resume(meta, *flags, *re.search(r"(--steps) (\d+) or more", message).groups())
+    work.new_out()
+
+
+@follows("nothing would be anchored")
+def gram_from_beyond_the_last_step(work):
+    for first, steps in ((100, 50), (1, 1), (20, 20)):
+        message = refusal(work.settle, work.parse("--gram-from", first, "--steps", steps))
+        work.settle(work.parse("--steps", steps, *re.search(r"give (--gram-from) (\d+)", message).groups()))
+        work.settle(work.parse("--steps", steps))
+    # A resumed run cannot change it.
+    assert "--gram-from -1 (now 9999)" in refusal(work.resume, work.begun(), "--gram-from", 9999)
+
+
+@follows("is no learning rate")
+def no_learning_rate(work):
+    for lr in ("0", "-1", "1", "nan"):
+        message = refusal(train.check_args, work.parse("--lr", lr))
+        train.check_args(work.parse(*re.search(r"something like (--lr) (\S+)", message).groups()))
+
+
+@follows("is not possible; expected 4 to 600 seconds")
+def windows(work):
+    for window in ("3", "601", "nan"):
+        message = refusal(train.check_args, work.parse("--window", window))
+        for seconds in re.search(r"expected (\d+) to (\d+) seconds", message).groups():
+            train.check_args(work.parse("--window", seconds))
+
+
+@follows("must be at least {}")
+def counts_that_are_too_small(work):
+    for flag in ("steps", "batch", "prototypes", "log-every", "checkpoint-every", "keep-every", "probe-every"):
+        message = refusal(train.check_args, work.parse(f"--{flag}", "-3"))
+        train.check_args(work.parse(*re.fullmatch(r"(\S+) -3 must be at least (\d+)", message).groups()))
+
+
+@follows("--noise without --data")
+def noise_without_data(work):
+    refusal(train.check_args, train.parse_args(["--noise", "x"]))
+    train.check_args(train.parse_args([]))
+    train.check_args(work.parse("--noise", "x"))
+
+
+@follows("but this PyTorch sees no GPU")
+def no_gpu(work):
+    work.monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = refusal(train.check_args, work.parse("--device", "cuda"))
+    train.check_args(work.parse(*re.search(r"use (--device) (cpu)", message).groups()))
+
+
+@follows("srun started {} tasks")
+def srun_without_torchrun(work):
+    test_train.slurm_environment(work.monkeypatch, SLURM_STEP_ID="0", SLURM_NTASKS="2")
+    message = refusal(train.setup_processes, "cpu")
+    text = (ROOT / re.search(r"`sbatch (\S+)`", message)[1]).read_text()
+    assert all(words in text for words in ("#SBATCH --ntasks-per-node=1", "torchrun --nnodes \"$SLURM_NNODES\" "))
+    started = mock.Mock()
+    work.monkeypatch.setattr(train.dist, "init_process_group", started)
+    work.monkeypatch.setattr(train.dist, "get_rank", lambda: 1)
+    work.monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
+    work.monkeypatch.setenv("WORLD_SIZE", "2")                         # torchrun's
+    assert train.setup_processes("cpu") == (1, 2, CPU) and started.called
+
+
+def checkpoint(out, step):
+    """A checkpoint with one small file, as far as the folder is concerned."""
+    folder = out / "checkpoints" / f"step_{step:07d}"
+    folder.mkdir(parents=True)
+    (folder / "__0_0.distcp").write_bytes(b"weights")
+    meta = dict(step=step, same={}, adjustable={}, sha256={"__0_0.distcp": train.sha256(folder / "__0_0.distcp")})
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@follows("already holds a run; continue it with --resume")
+def a_folder_with_a_run(work):
+    checkpoint(work.folder / "run", 3)
+    refusal(train.Checkpoints(work.folder / "run", 0, 0, 1).claim, False)
+    train.Checkpoints(work.folder / "run", 0, 0, 1).claim(True)
+    work.new_out()
+
+
+@follows("could not be written: {}")
+def a_checkpoint_that_could_not_be_written(work):
+    checkpoint(work.folder / "run", 3)
+    saved = train.Checkpoints(work.folder / "run", 0, 0, 1)
+    saved.writing = "the checkpoint of step 5"
+    saved.pending = saved.thread.submit(lambda: os.stat("/no/such/file"))
+    message = refusal(saved.wait)
+    assert "step 5 could not be written" in message and "last good checkpoint is step_0000003" in message
+    del saved
+    resumed = train.Checkpoints(work.folder / "run", 0, 0, 1)
+    resumed.claim(True)
+    assert resumed.newest()[0].name == "step_0000003"
+
+
+@follows("no checkpoint in {} is whole")
+def all_checkpoints_are_damaged(work):
+    folder = checkpoint(work.folder / "run", 3)
+    good = (folder / "__0_0.distcp").read_bytes()
+    (folder / "__0_0.distcp").write_bytes(b"other")
+    saved = train.Checkpoints(work.folder / "run", 0, 0, 1)
+    message = refusal(saved.newest)
+    kept = folder.parent / re.search(r"kept as (\S+):", message)[1]
+    (kept / "__0_0.distcp").write_bytes(good)                          # restored from a backup
+    kept.rename(folder)
+    assert saved.newest()[0] == folder
+    work.new_out()
+
+
+@follows("steps in a row, up to step")
+def losses_that_are_not_finite(work):
+    """It is provoked in test_steps_that_are_not_finite_are_skipped_and_named of test_train.py."""
+    assert re.findall(r"--[a-z-]+", source_of("steps in a row, up to step")) == ["--resume", "--lr", "--precision"]
+    meta = work.begun("--precision", "bf16")
+    work.resume(meta, "--lr", "0.0001")
+    work.resume(meta, "--precision", "fp32")
+
+
+# ---- corpus.py, augment.py, evaluate.py -----------------------------------------------------------------------------
+
+@follows("another process writes into {}; wait for it")
+def a_folder_that_is_held(work):
+    (work.folder / "another").mkdir()
+    held = corpus.lock_folder(work.folder)
+    refusal(corpus.lock_folder, work.folder)
+    work.new_out()
+    held.close()                                                       # it ended
+    corpus.lock_folder(work.folder).close()
+
+
+@follows("make one with `python prepare.py SOURCE")
+def no_corpus(work):
+    message = refusal(open_corpus, work.folder / "absent")
+    command = re.search(r"`python prepare.py (.*)`", message)[1].replace("DIR", str(work.folder))
+    for source in prepare.LISTERS:
+        prepare.parse_args(command.replace("SOURCE", source).split())
+
+
+@follows("--batch {} is not possible", "use --batch {}")
+def batches(work):
+    """More of them: test_corpus.py."""
+    few = fewer_patients(open_corpus(work.data / "ptbxl"), 25)
+    for batch in (24, 32):
+        for ranks in (1, 2, 4):
+            message = refusal(Sampler, [few], batch, 0, augment.lead_groups(), ranks=ranks)
+            advised = int(re.search(r"use --batch (\d+)", message)[1])
+            train.check_args(work.parse("--batch", advised))
+            Sampler([few], advised, 0, augment.lead_groups(), ranks=ranks)
+        message = refusal(Sampler, [few], batch, 0, augment.lead_groups(), ranks=3)
+        assert message.endswith("use more data or fewer processes")
+        Sampler([few], 16, 0, augment.lead_groups(), ranks=2)
+        more = [open_corpus(work.data / "ptbxl"), open_corpus(work.data / "mitdb")]
+        message = refusal(Sampler, more, batch, 0, augment.lead_groups(), ranks=3)
+        advised = int(re.search(r"use --batch (\d+)", message)[1])
+        Sampler(more, advised, 0, augment.lead_groups(), ranks=3)
+
+
+@follows("prepare them with python prepare.py nstdb")
+def no_noise(work):
+    message = refusal(augment.load_noise, open_corpus(work.data / "mitdb"))
+    prepare.parse_args(re.search(r"prepare.py (nstdb .*)", message)[1].replace("DIR", str(work.folder)).split())
+    augment.load_noise(open_corpus(work.data / "nstdb"))
+
+
+@follows("the encoder ignores the ECG", "uses only a few of the prototypes", "finds all prototypes equally likely",
+         "gives each patch only one prototype")
+def alarms(work):
+    """They are provoked in test_evaluate.py."""
+    said = [text for _, _, text in flag_messages() if "Try a" in text]
+    assert len(said) == 4 and {flag for text in said for flag in re.findall(r"--[a-z-]+", text)} == {
+        "--lr", "--prototypes"}
+    work.resume(work.begun(), "--lr", train.DEFAULT_LR / 2)
+    work.settle(work.parse("--prototypes", "256"))                     # of a new run: a head cannot change its size
+    work.new_out()
+    constants = {name for text in said for name in re.findall(r"[A-Z]+_[A-Z]+", text)}
+    assert constants == {"KOLEO_WEIGHT", "TEACHER_TEMPERATURE"}
+    assert hasattr(dino, "KOLEO_WEIGHT") and hasattr(train, "TEACHER_TEMPERATURE")
+
+
+# ---- the probes -----------------------------------------------------------------------------------------------------
+
+@follows("which `python prepare.py ptbxl --raw {} --out DIR --download` fetches")
+def no_ptbxl(work):
+    assert commands_in(refusal(probe_ptbxl.read_tables, work.folder)) == 1
+
+
+@follows("fetch them with python prepare.py mitdb")
+def no_mitdb(work):
+    assert commands_in(refusal(probe_mitbih.collect, work.folder, [])) == 1
+
+
+# ---- prepare.py -----------------------------------------------------------------------------------------------------
+
+@follows("--patients {} has the columns")
+def columns_of_patients(work):
+    table = work.folder / "patients.csv"
+    table.write_text("a,b\n1,2\n")
+    message = refusal(prepare.read_patients, table)
+    records, patients = (part.split(", ") for part in re.search(r"one of (.*), and one of (.*)$", message).groups())
+    for record in records:
+        for patient in patients:
+            table.write_text(f"{record},{patient}\nr1,p1\n")
+            assert prepare.read_patients(table)[0] == {"r1": "p1"}
+
+
+@follows("expected PTB-XL's own folder, or add --download")
+def nothing_to_prepare(work):
+    """Only sources that can be downloaded are advised to be."""
+    for source in prepare.LISTERS:
+        out, raw = work.folder / source, work.folder / f"raw_{source}"
+        raw.mkdir()
+        args = prepare.parse_args([source, "--raw", str(raw), "--out", str(out)])
+        message = refusal(prepare.main, args)
+        advised = ["--download"] if "--download" in message else []
+        assert advised or source != "ptbxl"
+        prepare.parse_args([source, "--raw", str(raw), "--out", str(out), *advised])
+
+
+@follows("name another --out, or prepare fewer (--limit)")
+def a_small_disk(work):
+    for i in range(3):
+        write(work.folder / "raw", f"r{i}", noise(i))
+    usage = shutil.disk_usage
+
+    def small(path):
+        return usage(path)._replace(free=15_000 if "small" in str(path) else 10**9)          # a recording takes 10,000
+    work.monkeypatch.setattr(shutil, "disk_usage", small)
+    for out, flags, fits in (("small", [], False), ("small", ["--limit", "1"], True), ("large", [], True)):
+        args = prepare.parse_args(["wfdb", "--raw", str(work.folder / "raw"), "--out", str(work.folder / out),
+                                   "--workers", "1", *flags])
+        if fits:
+            prepare.main(args)
+        else:
+            assert "--limit" in refusal(prepare.main, args)
+
+
+@follows("--download fetches the publisher's", "differ from the publisher's SHA256SUMS.txt", "leave --download out")
+def a_download_that_is_not_whole(work):
+    refusal(prepare.damaged_files, work.folder)
+    (work.folder / "SHA256SUMS.txt").write_text(f"{'0' * 64} bw.dat\n")
+    online = mock.Mock()
+    work.monkeypatch.setattr(prepare.wfdb, "dl_files", online)
+    assert "run again with --download" in refusal(prepare.download, "nstdb", work.folder, "auto")
+    online.side_effect = OSError("no route to host")
+    assert "leave --download out" in refusal(prepare.download, "nstdb", work.folder, "auto")
+    for source in prepare.PHYSIONET:
+        work.prepare(source, "--download")
+        work.prepare(source)                                           # --download is left out
+
+
+@follows("is no PhysioNet database")
+def no_physionet_database(work):
+    message = work.prepare_refuses("heedb", "--download")
+    for source in re.search(r"it works for (.*)", message)[1].split(", "):
+        work.prepare(source, "--download")
+    work.prepare("heedb")
+
+
+@follows("--rate is for ptbxl")
+def rate_of_others(work):
+    work.prepare_refuses("mitdb", "--rate", "500")
+    work.prepare("mitdb")
+    work.prepare("ptbxl", "--rate", "500")
+
+
+@follows("--records and --seed are for synth")
+def records_of_others(work):
+    for flags in (["--records", "5"], ["--seed", "1"]):
+        work.prepare_refuses("mitdb", *flags)
+        work.prepare("synth", *flags)
+    work.prepare("mitdb")
+
+
+@follows("--records must be at least 1")
+def counts_of_prepare(work):
+    for source, flag, least in (("synth", "--records", 1), ("mitdb", "--workers", 0), ("synth", "--seed", 0),
+                                ("mitdb", "--limit", 0)):
+        assert "must be at least 1, --workers, --seed and --limit at least 0" in work.prepare_refuses(
+            source, flag, least - 1)
+        work.prepare(source, flag, least)
+
+
+@follows("for synth there is --records")
+def limit_of_synth(work):
+    for flags in (["--limit", "3"], ["--dry-run"]):
+        work.prepare_refuses("synth", *flags)
+        work.prepare("mitdb", *flags)
+    work.prepare("synth", "--records", "3")
+
+
+@follows("--patients is for wfdb", "--patients {}: there is no such file")
+def patients_of_others(work):
+    (work.folder / "p.csv").write_text("record,patient\n")
+    assert "is for wfdb" in work.prepare_refuses("mitdb", "--patients", work.folder / "p.csv")
+    assert "no such file" in work.prepare_refuses("wfdb", "--patients", work.folder / "absent.csv")
+    work.prepare("wfdb", "--patients", work.folder / "p.csv")
+
+
+@follows("--raw {} is no folder")
+def no_raw_folder(work):
+    work.prepare_refuses("mitdb", raw=work.folder / "absent")
+    work.prepare("mitdb", raw=work.folder)
+
+
+def die_in_a_worker(parent):
+    if os.getpid() != parent:
+        os._exit(1)
+    return "done"
+
+
+@follows("try again with a smaller --workers")
+def a_worker_that_was_killed(work):
+    work.monkeypatch.setattr(prepare, "prepare_shard", die_in_a_worker)
+    tasks = [(os.getpid(),)] * 3
+    assert "smaller --workers" in refusal(lambda: list(prepare.run_tasks(tasks, 2)), error=OSError)
+    work.prepare("mitdb", "--workers", "1")
+    assert list(prepare.run_tasks(tasks, 1)) == ["done"] * 3
+
+
+# ---- all of them ----------------------------------------------------------------------------------------------------
+
+FOLLOWED = {function.__name__: function for function in ADVICE.values() if callable(function)}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_the_advice_of_a_message_is_accepted(work, name):
+    FOLLOWED[name](work)
