@@ -13,6 +13,7 @@ Shapes: B recordings, V views of one list, S slots (leads of the batch), L leads
 T samples of a view, E electrodes, N patches of a lead.
 """
 import functools
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -44,7 +45,6 @@ ELECTRODES = ("RA", "LA", "LL") + tuple(name for name in LEADS if name[0] in "VX
 
 
 # ---- shapes of views ------------------------------------------------------------------------------------------------
-
 class LeadGroup(NamedTuple):
     """A part of every batch whose views have one shape."""
     leads: int                   # of a global view; recordings with as many or more take part
@@ -84,7 +84,6 @@ def view_specs(shape, few):
 
 
 # ---- lead definitions -----------------------------------------------------------------------------------------------
-
 @functools.cache
 def lead_electrode_matrix(device="cpu"):
     """(len(LEADS), E): weight of each electrode in each lead.
@@ -106,7 +105,6 @@ def lead_electrode_matrix(device="cpu"):
 
 
 # ---- windows and leads ----------------------------------------------------------------------------------------------
-
 def choose_leads(order, available, leads):
     """Slots (V, B, L) of `leads` random ones among each recording's first available[b] slots; order (V, B, S) is
     uniform noise."""
@@ -175,17 +173,10 @@ def make_views(batch_uv, slot_leads, draws, spec, patch_samples, noise=None):
 
 
 # ---- noise ----------------------------------------------------------------------------------------------------------
-
 def load_noise(corpus, split="train"):
     """Noise of one split of a prepared noise corpus: (types, 2 channels, samples) float32, each channel of unit
-    deviation.
-
-    `ma` is high-passed once here (MUSCLE_HIGHPASS_HZ). Raises ValueError if a type is missing.
-    """
-    rows = {}
-    for i, (entry, record) in enumerate(zip(corpus.index, corpus.records)):
-        if SPLITS[entry["split"]] == split:
-            rows[record.decode()] = i
+    deviation, `ma` high-passed (MUSCLE_HIGHPASS_HZ). ValueError if a type is missing."""
+    rows = {corpus.records[i].decode(): i for i in np.flatnonzero(corpus.index["split"] == SPLITS.index(split))}
     absent = [t for t in NOISE_TYPES if t not in rows]
     if absent:
         raise ValueError(f"{corpus.dir} has no {', '.join(absent)} noise in split {split!r}; "
@@ -237,7 +228,6 @@ def add_noise(signal, leads, noise, snr_db, amplitude, sign, channel, offset):
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
-
 def mask_counts(crops, tokens):
     """Masked patches of each crop: a fixed share of the crops, on an even grid of ratios, the others none; the sum
     never changes."""
@@ -275,7 +265,6 @@ def draw_masks(rng, crops, leads, patches):
 
 
 # ---- batches, one step ahead ----------------------------------------------------------------------------------------
-
 def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
     """Everything random or read from disk in a step, for this rank: per group windows, lead ids, draws of views,
     masks."""
@@ -334,10 +323,7 @@ class Batches:
         if ready is not None:
             current = torch.cuda.current_stream()
             current.wait_event(ready)
-            for group in made:                                         # in use until this stream is done with them
-                tensors = [group["masks"], group["place"], group["weights"]]
-                for view in group["views"]:
-                    tensors.extend(view)
-                for tensor in tensors:
+            for g in made:                                             # in use until this stream is done with them
+                for tensor in (g["masks"], g["place"], g["weights"], *itertools.chain(*g["views"])):
                     tensor.record_stream(current)
         return made

@@ -6,14 +6,12 @@ shared.
 
 Without --data, synthetic recordings are prepared in a temporary folder. One line per path, medians after a warm-up:
     matmul    fp32 (bf16 on a GPU) matrix multiplication of this machine, the yardstick of `step`
-    step      training step: model FLOP/s (matrix products of forward and backward) as a share of the matmul rate, what
-              it is made of, and the share of it that the loop waits for data
-    loader    batches per second of augment.host_batch, and the share of a step that they take
-    views     windows, leads, gain and noise of a batch, as a share of a step (a thread makes them during the step)
+    step      training step: FLOP/s of its matrix products as a share of the matmul rate, what it is made of, and the
+              share of it that the loop waits for data
+    loader    augment.host_batch per second, as a share of a step (a thread does it meanwhile); views: cut_views, too
     embed     ten-second 12-lead recordings per second through a frozen encoder, FLOP/s as a share of the matmul rate
 --sizes: parameters, state, activations, FLOPs and start of every size, computed without memory
---ranks: state of each rank, step and checkpoint of a sharded and a replicated run; `alone` is a rank that speaks to no
-    other, and whose losses see only its own recordings
+--ranks: state of a rank, step and checkpoint, sharded and replicated; `alone` is a rank that speaks to no other
 --index: a simulated index of so many recordings: seconds to open it and to build the sampler, memory, choice of a batch
 """
 import argparse
@@ -90,7 +88,6 @@ def memory_mb(field):
 
 
 # ---- a training step ------------------------------------------------------------------------------------------------
-
 class Run:
     """A training run that is held still: networks, optimiser and the views of one batch."""
 
@@ -223,7 +220,6 @@ def bench(args):
 
 
 # ---- sizes and ranks ------------------------------------------------------------------------------------------------
-
 def on_paper(size, batch, recompute=False):
     """A Run whose tensors have shapes and no memory."""
     meta = torch.device("meta")
@@ -333,7 +329,6 @@ def bench_ranks(args):
 
 
 # ---- an index of millions -------------------------------------------------------------------------------------------
-
 def write_index(folder, size):
     """A corpus of `size` recordings of 12 leads and 10 s by a quarter as many patients, of which only the index is
     there."""

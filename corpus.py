@@ -54,7 +54,6 @@ WINDOW_TRIES = 8                 # random starts before a window with missing sa
 
 
 # ---- a corpus on disk -----------------------------------------------------------------------------------------------
-
 class Corpus:
     """A prepared corpus, opened without reading its signals.
 
@@ -184,7 +183,6 @@ def part_of(out):
 
 
 # ---- copies within and between corpora ------------------------------------------------------------------------------
-
 BIT_COUNT = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 # Signs from NumPy's frozen generator, and integers throughout: a fingerprint is the same on every machine.
 FINGERPRINT_SIGNS = 2 * np.random.RandomState(0).randint(
@@ -240,7 +238,6 @@ def rows_to_leave_out(corpora, excluded=()):
 
 
 # ---- batches: a pure function of (seed, step) -----------------------------------------------------------------------
-
 class Sampler:
     """Draws windows of recordings from several corpora, at most one per patient in a batch.
 

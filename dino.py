@@ -38,13 +38,9 @@ LOWEST = -1e30                   # a logit this far below the best one counts fo
 
 
 # ---- heads and teacher ----------------------------------------------------------------------------------------------
-
 class DINOHead(nn.Module):
-    """Three-layer MLP to a bottleneck on the unit sphere, then bias-free prototypes, without weight norm (DINOv3).
-
-    x (..., in_dim) -> logits (..., num_prototypes), and with_bottleneck also the points on the sphere
-    (..., bottleneck_dim).
-    """
+    """Three-layer MLP to a bottleneck on the unit sphere, then bias-free prototypes, without weight norm (DINOv3):
+    x (..., in_dim) -> logits (..., num_prototypes), and with_bottleneck also the points on the sphere."""
 
     def __init__(self, in_dim, hidden_dim, bottleneck_dim, num_prototypes, init_seed=0):
         super().__init__()
@@ -96,7 +92,6 @@ def update_teacher(teacher, student, momentum):
 
 
 # ---- collectives that are nothing on one process --------------------------------------------------------------------
-
 def distributed():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -137,7 +132,6 @@ def gather_rows(x):
 
 
 # ---- targets --------------------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def sinkhorn_knopp(logits, temperature, iterations=3):
     """Teacher probabilities (R, K): rows sum to 1, and prototypes share all rows of all ranks about equally.
@@ -172,7 +166,6 @@ def log_column_sums(log_q):
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
-
 def full_precision(x):
     """Context without autocast, which would compute matrix products of fp32 values in bf16."""
     return torch.autocast(x.device.type, enabled=False)
@@ -258,7 +251,6 @@ def gram_loss(student, teacher):
 
 
 # ---- the objective on one batch -------------------------------------------------------------------------------------
-
 def group_features(group, target, anchor, views):
     """What the losses take of a lead group: global features view-major (S, B, 2D), patches of the masked places only
     (M, D). target and anchor: Features of the clean global views by teacher and Gram teacher; views: of the noisy ones
@@ -308,13 +300,8 @@ def objective(student, teacher, gram_teacher, groups, temperature, gram_weight=0
     if gram_teacher is not None:
         parts["gram"] = sum(n / B * f["gram"] for n, f in zip(sizes, features))
         loss = loss + gram_weight * parts["gram"]
-    parts["target_entropy"] = entropies(probs).mean()
+    parts["target_entropy"] = torch.special.entr(probs).sum(-1).mean()
     # Ranks hold different numbers of masked patches: weighted, so that the mean of the ranks is the mean of all.
-    of_patches = entropies(patch_probs)
+    of_patches = torch.special.entr(patch_probs).sum(-1)
     parts["patch_target_entropy"] = of_patches.sum() / (reduce_(of_patches.new_full((), len(of_patches))) / num_ranks())
     return loss, parts, target_cls, logits
-
-
-def entropies(probs):
-    """Entropy in nats of each distribution over the last axis."""
-    return -(probs * probs.clamp(min=1e-30).log()).sum(-1)

@@ -245,7 +245,6 @@ def check_amplitude(signal_mv, units):
 
 
 # ---- a recording to windows, and their features back to the recording -----------------------------------------------
-
 def cut_patches(recording, patch_samples):
     """A Recording preprocessed and cut into N patches of P samples at FS: patches float32 (L, N, P), whose missing
     samples are NaN; which of them are valid (L, N), that is without a missing sample; lead ids (L,). A rest at the end
@@ -304,7 +303,6 @@ class RecordingFeatures:
 
 
 # ---- reading one recording from a file ------------------------------------------------------------------------------
-
 # WFDB headers of the plain kind (see header(5) of the WFDB manual): one file, one format, no skew, no frames.
 RECORD_LINE = re.compile(r"[^\s/]+ +(\d+) +(\d+\.?\d*)(?:[/(]\S*)? +(\d+)(?: .*)?")
 SIGNAL_LINE = re.compile(r"(\S+) +(16|212)(?:x1)?(?:\+(\d+))? +([\d.eE+-]+)(?:\((-?\d+)\))?(?:/(\S+))? +\d+ +(-?\d+)"
@@ -399,7 +397,6 @@ def header_lines(path):
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-
 def atomic_write(path, content):
     """A file that appears with all of its content or not at all, even if the machine stops.
 

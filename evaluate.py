@@ -55,7 +55,6 @@ SHIFT_SAMPLES = 5                # at FS: its local features are computed this o
 
 
 # ---- scores and intervals -------------------------------------------------------------------------------------------
-
 def resample(groups, seed, n=BOOTSTRAPS):
     """Draw groups (patients or records) with replacement, as many as there are.
 
@@ -124,7 +123,6 @@ def standardized(x, x_new):
 
 
 # ---- calibration ----------------------------------------------------------------------------------------------------
-
 def platt(logit, y, logit_new):
     """Platt's (1999) sigmoid, fitted on logit (R,) and y (R,) bool: probabilities (R',) of logit_new (R',). Without
     both classes in y nothing can be fitted: the probabilities are then those of the logits themselves."""
@@ -149,7 +147,6 @@ def calibration(p, y):
 
 
 # ---- global features, clean and under noise -------------------------------------------------------------------------
-
 def global_features(encoders, recordings):
     """Global features (E, R, 2D) of R recordings by encoder.embed; NaN where a recording cannot be used. recordings: a
     function that returns an iterator of ecg.Recording, called anew for each encoder."""
@@ -187,7 +184,6 @@ def add_noise_levels(recordings, noise, patch_samples, seed):
 
 
 # ---- is a run learning? ---------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def health(features, lead_sets, mean_prediction):
     """Signs of collapse that the loss does not show: dict of 0-d tensors cls_std, cls_rank, prediction_entropy.
@@ -289,7 +285,6 @@ def labelled_rows(index, split, window):
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
-
 def save_figure(figure, path, dpi=110):
     """Write a matplotlib Figure to a PNG file, whole or not at all."""
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
@@ -370,7 +365,6 @@ def draw_bars(axis, labels, series):
 
 
 # ---- command line and results of both probes ------------------------------------------------------------------------
-
 def parser_of(description, raw_example):
     """The flags that both probes share. raw_example: where a publisher's folder may be, for --help."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)

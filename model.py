@@ -84,7 +84,6 @@ class Embedding(NamedTuple):
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
-
 def rope_table(times_s, head_width):
     """Rotary position at times_s (M,) seconds: cosine and sine (M, E/2, 2), from fp32 angles, because bf16 loses
     positions. At 0 s it changes nothing."""
@@ -151,7 +150,6 @@ class Block(nn.Module):
 
 
 # ---- the encoder ----------------------------------------------------------------------------------------------------
-
 class Encoder(nn.Module):
     """ViT over (lead, time) patches.
 
@@ -381,7 +379,6 @@ def progress_bar(recordings, signal):
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-
 def save_encoder(encoder, path, state_dict=None, **about):
     """Write a self-describing file: architecture, weights and preprocessing, with `about` (plain types) for people."""
     torch.save(dict(format=FORMAT, config=encoder.config, state_dict=state_dict or encoder.state_dict(),
@@ -401,16 +398,13 @@ def untrained_like(encoder):
 
 
 def load_encoder(path, device="cpu"):
-    """Encoder in eval mode from an encoder.pt, or untrained from "random:SIZE" or "random:SIZE:SEED".
-
-    ValueError with a text of its own for a device that is not there, for a file that is no encoder, and for an encoder
-    file that is damaged.
-    """
+    """Encoder in eval mode from an encoder.pt, or untrained from "random:SIZE" or "random:SIZE:SEED". ValueError for a
+    device that is not there, for a file that is no encoder, and for one that is damaged, each with its own text."""
     device = checked_device(device)
     if str(path).startswith("random:"):
         _, size, *seed = str(path).split(":")
         if seed and not seed[0].isdigit():
-            raise ValueError(f"{path}: the seed must be a whole number; expected random:SIZE or random:SIZE:SEED")
+            raise ValueError(f"{path}: expected random:SIZE or random:SIZE:SEED, the seed a whole number")
         return build_encoder(size, int(seed[0]) if seed else 0).eval().to(device)
     saved = read_encoder(path)
     try:

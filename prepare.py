@@ -95,7 +95,6 @@ LEAK_NOTES = {
 
 
 # ---- sources: which recordings there are ----------------------------------------------------------------------------
-
 class Job(NamedTuple):
     """One recording to prepare."""
     path: str                    # WFDB record without suffix, or an HDF5 file
@@ -363,7 +362,6 @@ def code15_unit(parts):
 
 
 # ---- one recording --------------------------------------------------------------------------------------------------
-
 class Prepared(NamedTuple):
     """A recording as the corpus holds it."""
     steps: np.ndarray            # int16 (L, T) uV
@@ -471,7 +469,6 @@ def decode_annotations(data):
 
 
 # ---- writing a corpus -----------------------------------------------------------------------------------------------
-
 # OUT.part/ holds, while a corpus is made:
 #     jobs.jsonl, plan.json                        what there is to do, fixed when the run first started
 #     signal/00000.i16 ... (events/00000.npy ...)  the shards; which shard a job belongs to is fixed from the start
@@ -686,7 +683,6 @@ def make_manifest(source, index, records, notes, command):
 
 
 # ---- download -------------------------------------------------------------------------------------------------------
-
 def damaged_files(raw, wanted=".*"):
     """Names that SHA256SUMS.txt in `raw` lists, that match `wanted` in full, and that are absent or differ here."""
     if not (raw / "SHA256SUMS.txt").is_file():
@@ -733,7 +729,6 @@ def fetch(database, raw, names):
 
 
 # ---- check: what is in a corpus, and whether it is whole ------------------------------------------------------------
-
 def check(dirs):
     """Verify prepared corpora, print what they have in common, and draw DIR/check.png for each; count the faults."""
     corpora, faults = [open_corpus(dir) for dir in dirs], 0
@@ -811,7 +806,6 @@ def shown_lead(corpus, i):
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the default of every flag, and the lines of the epilog as they are."""
 

@@ -48,7 +48,6 @@ BATCH = 64                       # windows, one per beat, in a forward pass
 
 
 # ---- beats and their features ---------------------------------------------------------------------------------------
-
 def read_beats(path):
     """Times (K,) s and AAMI classes (K,) of a record's beats; symbols that are no beats are left out."""
     annotation = wfdb.rdann(path, "atr")
@@ -149,7 +148,6 @@ def used_beats(name, cls):
 
 
 # ---- probe ----------------------------------------------------------------------------------------------------------
-
 def fit(x, y, x_new):
     """Probabilities (G, K', C) of a balanced multinomial logistic regression at every C of the grid; a class that y
     lacks gets 0. A beat without any token counts as the mean beat."""
@@ -206,7 +204,6 @@ def score(x, data, train, test, number, counts):
 
 
 # ---- report and picture ---------------------------------------------------------------------------------------------
-
 def report(result):
     """The protocol and the scores, as text."""
     n, rows = result["n"], {}

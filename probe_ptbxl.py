@@ -45,7 +45,6 @@ FEW_PATIENTS = 1000              # in fold 10 (all of PTB-XL has about 1,900), b
 
 
 # ---- recordings, labels and features --------------------------------------------------------------------------------
-
 def read_tables(raw):
     """PTB-XL's recordings (with `codes` and `path`), its SCP statements, and the rate in Hz of what `path` leads to.
 
@@ -111,7 +110,6 @@ def extract_features(encoders, paths):
 
 
 # ---- probes ---------------------------------------------------------------------------------------------------------
-
 def fit_label(x, y, x_new):
     """Logits (G, R') of one label's logistic regression at every C; x (R, F), y (R,) bool, x_new (R', F)."""
     # Each solution starts the next. The default tolerance costs at most 0.001 of macro AUROC up to C 0.1 (measured).
@@ -192,7 +190,6 @@ def compare(names, y, fold, logits, patient, counts):
 
 
 # ---- report and pictures --------------------------------------------------------------------------------------------
-
 def report(result):
     """The protocol and the scores, as text."""
     n, alone, rows = result["n"], result["untrained_only"], {}

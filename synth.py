@@ -91,7 +91,6 @@ NSTDB_NOISE = {                  # from the originals: mV RMS per band of noise1
 
 
 # ---- one heart, one beat, one rhythm, one recording -----------------------------------------------------------------
-
 def lead_rows(lead_names):
     """(L, 9) weights that form leads from the potentials of SYNTH_ELECTRODES. ValueError for an unknown lead."""
     ra, la, ll, *chest = np.eye(len(SYNTH_ELECTRODES))
@@ -256,7 +255,6 @@ def synth_recording(rng, condition, fs, duration_s, lead_names, heart=None):
 
 
 # ---- files in the publishers' layouts -------------------------------------------------------------------------------
-
 @contextlib.contextmanager
 def atomic_folder(out):
     """A folder to write into that becomes `out` at the end, and leaves nothing behind if anything goes wrong."""

@@ -95,7 +95,6 @@ RUNNING = {"DEFAULT_LR", "DEFAULT_STEPS", "DEMO_STEPS", "KEEP_LAST", "CHECKPOINT
 
 
 # ---- schedules: functions of the step -------------------------------------------------------------------------------
-
 def cosine(start, end, share):
     """From start to end along half a cosine, share in [0, 1] of the way."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, share))))
@@ -142,7 +141,6 @@ def set_schedules(optimizer, s):
 
 
 # ---- processes: how they start, stop, and are watched ---------------------------------------------------------------
-
 def setup_processes(device_flag):
     """(rank, world size, device). torchrun's variables decide; a process group that cannot start is an error, never
     one process."""
@@ -194,8 +192,7 @@ class StopRequest:
         self.group = dist.new_group(backend="gloo") if distributed() else None
 
     def ask(self, save):
-        """Start asking all ranks whether one has received a signal or wants a checkpoint; the answer has arrived when
-        the step is done."""
+        """Start asking all ranks whether one has received a signal or wants a checkpoint."""
         self.flags = torch.tensor([self.received, int(save)])
         self.work = dist.all_reduce(self.flags, dist.ReduceOp.MAX, self.group, async_op=True) if self.group else None
 
@@ -239,7 +236,6 @@ class Watchdog:
 
 
 # ---- networks: sharding, first weights, gradients -------------------------------------------------------------------
-
 def shard(part, mesh, low_precision):
     """FSDP2 of an encoder or a head. Wrapper order: checkpointing, compile, shard. The roots reshard after forward too,
     otherwise the EMA would meet unsharded teacher parameters."""
@@ -290,10 +286,8 @@ def average_gradients(student):
 
 
 def skip_if_not_finite(optimizer, loss, norms):
-    """Let the next step of the optimiser do nothing, on all ranks alike, if the loss or a gradient is not finite.
-
-    Decided on the device: fused AdamW looks at `found_inf` (as it does for a GradScaler), and the host does not wait.
-    Returns 1.0 for a step that is skipped, as a tensor.
+    """Let the next step of the optimiser do nothing, on all ranks alike, if the loss or a gradient is not finite; 1.0
+    then, as a tensor. Fused AdamW looks at `found_inf` on the device, as for a GradScaler, and the host does not wait.
     """
     bad = reduce_((~loss.detach().isfinite()).float()) + sum((~norm.isfinite()).float() for norm in norms)
     optimizer.found_inf = (bad > 0).float()
@@ -301,7 +295,6 @@ def skip_if_not_finite(optimizer, loss, norms):
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
-
 def training_state(student, teacher, gram_teacher, optimizer):
     """Everything that a checkpoint holds next to the step: all else is a function of the step."""
     networks = dict(student=student, teacher=teacher) | (dict(gram_teacher=gram_teacher) if gram_teacher else {})
@@ -319,9 +312,8 @@ def seconds_between_checkpoints(*networks):
 class Checkpoints:
     """checkpoints/step_0001234 of a run, written under another name and renamed, while training goes on.
 
-    Each holds weights and moments in the shards of whoever wrote it (torch.distributed.checkpoint; any number of ranks
-    can read it) and meta.json with the step, the flags and the SHA-256 of every file. Sampler, schedules and random
-    numbers are functions of the step. KEEP_LAST stay, and those whose step is a multiple of keep_every.
+    Each holds weights and moments in the shards of its writers (torch.distributed.checkpoint; any number of ranks can
+    read it) and meta.json: step, flags, SHA-256 of every file. KEEP_LAST stay, and multiples of keep_every.
     """
 
     def __init__(self, out, keep_every, rank, world_size):
@@ -331,8 +323,7 @@ class Checkpoints:
         self.thread, self.pending, self.last_s = ThreadPoolExecutor(1), None, time.monotonic()
 
     def claim(self, resume):
-        """Lock the folder of the run for as long as this process lives; ValueError if it holds a run that is not to be
-        resumed. Collective."""
+        """Lock the folder while this process lives; ValueError if its run is not to be resumed. Collective."""
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.out, LOCK_S)
@@ -394,8 +385,7 @@ class Checkpoints:
             ) from error
 
     def newest(self):
-        """The newest checkpoint whose files have the checksums of its meta.json, and that; damaged ones are set aside
-        with a warning. (None, None) if there is none. Collective."""
+        """The newest whole checkpoint and its meta.json, or (None, None); damaged ones are set aside. Collective."""
         aside = []
         while True:
             found = checkpoints(self.folder) if self.rank == 0 else None
@@ -463,7 +453,6 @@ def export_encoder(checkpoint, path, config, meta):
 
 
 # ---- what a run is, and whether a resumed one is the same -----------------------------------------------------------
-
 def science_constants():
     """Constants that decide what is learned, of all files of the training."""
     modules = {"train": globals(), **{m.__name__: vars(m) for m in (augment, corpus, dino, model)}}
@@ -473,8 +462,7 @@ def science_constants():
 
 
 def identity(args, corpora, noise, excluded):
-    """What decides the losses, and what a resumed run must therefore share with its beginning. Of a corpus that is
-    its content; it may have moved."""
+    """What decides the losses, so that a resumed run must share it. Of a corpus its content: it may have moved."""
     def named(corpora, weights):
         return [f"{c.dir.resolve().name}:{weight:g} with content {c.content()}" for c, weight in zip(corpora, weights)]
     return {k: getattr(args, k) for k in ("size", "batch", "prototypes", "seed", "gram_from", "window")} | dict(
@@ -487,7 +475,7 @@ def check_resume(meta, same, args):
     def nameless(key, value):
         return [text.rsplit(":", 1)[1] for text in value or []] if key in ("data", "noise", "exclude") else value
     def shown(value):
-        return " ".join(value) or "nothing" if isinstance(value, list) else value
+        return " ".join(map(str, value)) or "nothing" if isinstance(value, list) else value
     before = meta["same"]
     differ = [f"{k if '.' in k else '--' + k.replace('_', '-')} {shown(before.get(k))} (now {shown(same.get(k))})"
               for k in before | same if nameless(k, before.get(k)) != nameless(k, same.get(k))]
@@ -525,19 +513,16 @@ def run_about(args, world_size, device, sampler, student, same):
     return dict(command=" ".join(sys.argv), same=same,
                 adjustable={k: getattr(args, k) for k in ("lr", "steps", "precision")}, args=vars(args),
                 commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")), torch=torch.__version__,
-                world_size=world_size, device=str(device),
-                device_name=torch.cuda.get_device_name() if device.type == "cuda" else
-                f"{torch.get_num_threads()} CPU threads",
+                world_size=world_size, device=str(device), device_name=(
+                    torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"),
                 parameters={k: sum(p.numel() for p in part.parameters()) for k, part in student.items()},
                 groups=[dict(leads=g["shape"].leads, recordings_per_batch=g["size"],
                              patients=int(g["patients"].sum())) for g in sampler.groups],
                 skipped=sampler.skipped,
-                data=[dict(dir=str(c.dir), **{k: c.manifest[k] for k in ("source", "sha256") if k in c.manifest})
-                      for c in sampler.corpora])
+                data=[dict(dir=str(c.dir), **{k: c.manifest[k] for k in ("source", "sha256")}) for c in sampler.corpora])
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def signs_of_health(groups, parts, target_cls, logits):
     """The parts of the loss and evaluate.health, over the recordings of all ranks: {name: 0-d tensor}."""
@@ -730,7 +715,6 @@ def print_header(about, args, start):
 
 
 # ---- nothing prepared: the whole way on synthetic recordings --------------------------------------------------------
-
 def prepare_demo(args, rank):
     """Write and prepare synthetic recordings under args.out (once), and point args at them."""
     data = args.out / "data"
@@ -773,7 +757,6 @@ Next, with real ones:
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
-
 def corpus_and_weight(text):
     """"DIR" or "DIR:WEIGHT" -> (Path, weight)"""
     dir, colon, weight = text.rpartition(":")

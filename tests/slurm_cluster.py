@@ -86,7 +86,7 @@ def send(number, pids):
 
 
 class Cluster:
-    """The cluster, as a context manager. `folder` should be new and its path short, because sockets lie in it; `settings`
+    """The cluster, as a context manager. `folder` should be new and its path short (sockets lie in it); `settings`
     replace those of SETTINGS or add to them. Nodes named 127.0.0.1 and 127.0.0.2 have names that a job can resolve."""
 
     def __init__(self, folder, nodes=NODES, **settings):

@@ -383,7 +383,7 @@ def no_ptbxl(work):
     assert commands_in(refusal(probe_ptbxl.read_tables, work.folder)) == 1
 
 
-@follows("fetch them with python prepare.py mitdb")
+@follows("python prepare.py mitdb --raw DIR")
 def no_mitdb(work):
     assert commands_in(refusal(probe_mitbih.collect, work.folder, [])) == 1
 

@@ -1,6 +1,7 @@
 """run.sbatch on a real Slurm of two nodes (both on this machine), and everything that a cluster does to a job.
 
-Takes minutes, so it runs with ECG_SLOW=1. Skipped where Slurm and munge are not installed: apt-get install slurmctld slurmd slurm-client munge
+It takes minutes and runs with ECG_SLOW=1. It is skipped where Slurm and munge are not installed:
+    apt-get install slurmctld slurmd slurm-client munge
 """
 import os
 import shutil
