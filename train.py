@@ -519,7 +519,8 @@ def run_about(args, world_size, device, sampler, student, same):
                 groups=[dict(leads=g["shape"].leads, recordings_per_batch=g["size"],
                              patients=int(g["patients"].sum())) for g in sampler.groups],
                 skipped=sampler.skipped,
-                data=[dict(dir=str(c.dir), **{k: c.manifest[k] for k in ("source", "sha256")}) for c in sampler.corpora])
+                data=[dict(dir=str(c.dir), source=c.manifest["source"], sha256=c.manifest["sha256"])
+                      for c in sampler.corpora])
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
