@@ -6,8 +6,8 @@ whole batch, from a generator that the step seeds; a rank then takes its rows. W
 tensors, the same on any device.
 
 Noise is real: baseline wander, electrode motion and muscle artefact of the MIT-BIH Noise Stress Test Database. It is
-drawn per electrode and led through the definitions of the leads, so the noise of any lead subset obeys Einthoven's law,
-as an electrode's noise does in a patient. The signal-to-noise ratio is defined in add_noise.
+drawn per electrode and goes through the definitions of the leads, so the noise of any lead subset obeys Einthoven's
+law, as an electrode's noise does in a patient. The signal-to-noise ratio is defined in add_noise.
 
 Shapes: B recordings, V views of one list, S slots (leads of the batch), L leads of a view, W samples of the batch,
 T samples of a view, E electrodes, N patches of a lead.
@@ -24,20 +24,20 @@ from scipy.signal import butter, sosfiltfilt
 from corpus import SPLITS
 from ecg import FS, LEADS, MISSING
 
-WINDOW_S = 9.0                   # s, of a recording, from which its views are cut (--window)
+WINDOW_S = 9.0                   # s, the part of a recording from which its views are cut (--window)
 # Patches of a lead in a global and in a local view: of many leads, and of few (these grow with the window).
 MANY_PATCHES, FEW_PATCHES = (15, 8), (40, 15)
 GLOBAL_VIEWS, LOCAL_FULL_VIEWS, LOCAL_FEW_VIEWS = 2, 3, 1
-FEW_LEADS = (1, 2, 3)            # lead count of the last list, drawn per step
+FEW_LEADS = (1, 2, 3)            # number of leads of LOCAL_FEW_VIEWS, drawn per step
 NOISE_TYPES = ("bw", "em", "ma")     # baseline wander, electrode motion, muscle artefact: records of the noise corpus
 NOISE_TYPE_SHARE = 0.7               # chance of each type in a noisy view
-NOISY_SHARE = 0.5                    # of the student's views; the others stay clean
+NOISY_SHARE = 0.5                    # share of the student's views with noise; the others stay clean
 SNR_DB = (0.0, 24.0)                 # uniform; mean-square definition, see add_noise
 MUSCLE_HIGHPASS_HZ = 1.0             # below that `ma` is mostly wander, and its power would say nothing about muscle
-GAIN = (0.9, 1.1)                    # log-uniform, one for a whole view: voltage is diagnostic, ratios of leads more so
-UNKNOWN_SHARE = 0.02                 # of the leads of a view, whose name is hidden behind "unknown"
-MASKED_CROPS = 1.0                   # of the global views get a mask (DINOv3: half; a short run needs every one)
-MASK_RATIO = (0.2, 0.6)              # of a masked view's patches, on an even grid, so that the total is fixed
+GAIN = (0.9, 1.1)                    # log-uniform; small, as voltage is diagnostic; one per view, to keep lead ratios
+UNKNOWN_SHARE = 0.02                 # share of a view's leads whose name is replaced by "unknown"
+MASKED_CROPS = 1.0                   # share of the global views with a mask (DINOv3: half; a short run needs all)
+MASK_RATIO = (0.2, 0.6)              # share of patches in a masked view, on an even grid, so that the total is fixed
 MASK_KINDS = dict(time=0.6, lead=0.2, mixed=0.2)
 MASK_SPAN_PATCHES = (2, 5)           # length of masked spans in time
 
@@ -49,7 +49,7 @@ class LeadGroup(NamedTuple):
     """A part of every batch whose views have one shape."""
     leads: int                   # of a global view; recordings with as many or more take part
     slots: int                   # leads that a batch carries
-    window_s: float              # the stretch of a recording from which its views are cut
+    window_s: float              # the part of a recording from which its views are cut
     global_patches: int          # of a lead of a global view
     local_patches: int           # of a lead of a local view
     share: float                 # of the batch
@@ -60,15 +60,15 @@ class ViewSpec(NamedTuple):
     views: int                   # per recording
     leads: int                   # of each view
     patches: int                 # of each lead
-    independent: bool            # take the first slots, where the sampler puts leads from which all others follow
+    independent: bool            # take the first slots: the sampler puts leads there from which all others follow
 
 
 def lead_groups(window_s=WINDOW_S):
     """The lead groups of a run, views as long as the window allows.
 
-    Few leads get longer views for the same number of tokens: what one lead can tell is rhythm, and that takes several
-    beats. Recordings with many leads take part in the groups of few as well, with random ones of their leads. A longer
-    window makes the views of few leads longer; a recording that is too short for it may still show many leads.
+    Groups of few leads get longer views: few leads show mainly rhythm, and rhythm needs several beats. Recordings with
+    many leads take part in the groups of few leads too, with a random choice of their leads. A longer window makes only
+    the views of few leads longer; a recording that is too short for it can still be in the group of many leads.
     """
     few = [round(patches * window_s / WINDOW_S) for patches in FEW_PATCHES]
     return (LeadGroup(8, 12, min(window_s, WINDOW_S), *MANY_PATCHES, share=0.5),
@@ -76,8 +76,8 @@ def lead_groups(window_s=WINDOW_S):
 
 
 def view_specs(shape, few):
-    """View lists of a lead group: globals, locals with all its leads, locals with few; the last count is drawn per
-    step."""
+    """View lists of a lead group: global views, local views with all its leads, local views with `few` leads (or fewer,
+    if the group has fewer)."""
     return (ViewSpec(GLOBAL_VIEWS, shape.leads, shape.global_patches, True),
             ViewSpec(LOCAL_FULL_VIEWS, shape.leads, shape.local_patches, True),
             ViewSpec(LOCAL_FEW_VIEWS, min(few, shape.leads), shape.local_patches, False))
@@ -89,8 +89,8 @@ def lead_electrode_matrix(device="cpu"):
     """(len(LEADS), E): weight of each electrode in each lead.
 
     Limb leads by Einthoven and Goldberger, chest leads against Wilson's central terminal. The orthogonal leads X, Y, Z
-    and unknown leads get an electrode of their own against that terminal: their wiring is not known, and noise needs
-    no more.
+    and unknown leads get an electrode of their own against that terminal: their wiring is not known, and for noise this
+    is enough.
     """
     matrix = torch.zeros(len(LEADS), len(ELECTRODES))
     limb = {"I": (-1, 1, 0), "II": (-1, 0, 1), "III": (0, -1, 1),
@@ -106,8 +106,8 @@ def lead_electrode_matrix(device="cpu"):
 
 # ---- windows and leads ----------------------------------------------------------------------------------------------
 def choose_leads(order, available, leads):
-    """Slots (V, B, L) of `leads` random ones among each recording's first available[b] slots; order (V, B, S) is
-    uniform noise."""
+    """Slots (V, B, L) of `leads` random leads among the first available[b] slots of each recording; order (V, B, S):
+    uniform random numbers."""
     absent = np.arange(order.shape[2])[None, :] >= available[:, None]                             # (B, S)
     slots = np.where(absent, 2.0, order).argsort(axis=2)[:, :, :leads]
     return np.sort(slots, axis=2)
@@ -139,7 +139,7 @@ def draw_views(rng, spec, recordings, slots, window, noise_length, patch_samples
 def share_of_rank(draws, rows, spec, available):
     """This rank's part of the draws, as tensors: recordings `rows`, whose first available[b] slots hold a lead.
 
-    Which leads a view takes is settled here: all there is to know (the first slots, see ViewSpec), or random ones.
+    The leads of each view are chosen here: the first slots (see ViewSpec.independent), or random ones.
     """
     draws = {name: values[:, rows] for name, values in draws.items()}
     order = draws.pop("order")
@@ -187,7 +187,7 @@ def load_noise(corpus, split="train"):
     for t in NOISE_TYPES:
         raw = corpus.read(rows[t])[:2, :length]
         x = np.where(raw == MISSING, np.nan, raw.astype(np.float64))
-        x = np.nan_to_num(x - np.nanmean(x, axis=1, keepdims=True))                               # a gap is no jump
+        x = np.nan_to_num(x - np.nanmean(x, axis=1, keepdims=True))                               # a gap becomes 0
         if t == "ma":
             x = sosfiltfilt(butter(2, MUSCLE_HIGHPASS_HZ, "highpass", fs=FS, output="sos"), x, axis=1)
         channels.append(x / x.std(axis=1, keepdims=True))
@@ -207,11 +207,11 @@ def electrode_noise(noise, amplitude, sign, channel, offset, length):
 def add_noise(signal, leads, noise, snr_db, amplitude, sign, channel, offset):
     """signal (B, L, T) mV with noise at snr_db (B,) decibels; +inf leaves a recording as it is.
 
-    Definition: per lead, 10 log10(mean square of the signal / mean square of the noise), each after its own mean over
-    the window is taken off; snr_db is the median of that over the leads of the recording (mean of the middle two if
-    even). One factor scales the noise of all leads, so that it keeps obeying the lead definitions. A lead whose signal
-    is flat is not counted. This is the definition of most papers on deep learning, not that of the `nst` program,
-    whose 0 dB is about -10 dB here.
+    Definition: per lead, 10 log10(mean square of the signal / mean square of the noise), after the mean of each over
+    the window is subtracted; snr_db is the median of that over the leads of the recording (the mean of the middle two,
+    if their number is even). One factor scales the noise of all leads, so that it still obeys the lead definitions. A
+    lead with a flat signal is not counted. Most papers on deep learning use this definition; the `nst` program has
+    another, whose 0 dB is about -10 dB here.
     """
     matrix = lead_electrode_matrix(signal.device)
     at_electrodes = electrode_noise(noise, amplitude, sign, channel, offset, signal.shape[-1])
@@ -222,15 +222,15 @@ def add_noise(signal, leads, noise, snr_db, amplitude, sign, channel, offset):
     flat = power < 1e-10
     ratio_db = torch.where(flat, torch.nan, ratio_db).nanquantile(0.5, dim=-1)                    # (B,)
     factor = 10 ** ((ratio_db - snr_db) / 20)
-    # Nothing to relate the noise to when all leads are flat; and 10^(-inf) is the clean case.
+    # The factor is NaN if all leads are flat: such a recording gets no noise. At +inf dB it is 0 already.
     factor = torch.where(factor.isfinite(), factor, 0.0)
     return signal + factor[:, None, None] * lead_noise
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
 def mask_counts(crops, tokens):
-    """Masked patches of each crop: a fixed share of the crops, on an even grid of ratios, the others none; the sum
-    never changes."""
+    """Number of masked patches of each crop: a fixed share of the crops has ratios on an even grid, the others have
+    none. The sum never changes."""
     masked = int(crops * MASKED_CROPS)
     ratios = np.linspace(*MASK_RATIO, masked + 1)[1:] if masked > 1 else np.full(masked, np.mean(MASK_RATIO))
     counts = np.maximum(1, np.floor(tokens * ratios)).astype(np.int64)
@@ -240,9 +240,9 @@ def mask_counts(crops, tokens):
 def draw_masks(rng, crops, leads, patches):
     """Masks (crops, L, N) bool with exactly mask_counts() patches each, over shuffled crops, always the same total.
 
-    time: spans of time over all leads at once, otherwise a masked limb lead could be computed from the others; lead:
+    time: spans of time over all leads together, because a masked limb lead could be computed from the others; lead:
     whole leads; mixed: one lead in four, then spans of time. Each kind ranks the patches, and the first `count` are
-    masked, so the last span or lead may be cut.
+    masked, so the last span or lead may be masked only in part.
     """
     counts = rng.permutation(mask_counts(crops, leads * patches))
     kind = rng.choice(list(MASK_KINDS), crops, p=list(MASK_KINDS.values()))[:, None, None]
@@ -252,7 +252,7 @@ def draw_masks(rng, crops, leads, patches):
     block = (np.arange(patches) + rng.integers(0, span)) // span         # (crops, N) the span that a patch is in
     time_rank = np.take_along_axis(rng.random((crops, patches // MASK_SPAN_PATCHES[0] + 2)), block, axis=1)[:, None, :]
     lead_rank = rng.random((crops, leads, 1))
-    lead_in_span, early_first = rng.random((crops, leads, 1)), np.arange(patches)      # which part of a cut span first
+    lead_in_span, early_first = rng.random((crops, leads, 1)), np.arange(patches)      # order within the last span
 
     one_in_four = lead_rank <= np.quantile(lead_rank, 0.25, axis=1, keepdims=True)
     by_lead = (kind == "lead") | (kind == "mixed") & one_in_four         # (crops, L, 1)
@@ -266,8 +266,8 @@ def draw_masks(rng, crops, leads, patches):
 
 # ---- batches, one step ahead ----------------------------------------------------------------------------------------
 def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
-    """Everything random or read from disk in a step, for this rank: per group windows, lead ids, draws of views,
-    masks."""
+    """Everything that is random or read from disk in a step, for this rank: a dict per group with windows, lead ids,
+    draws of views and masks."""
     few = int(np.random.default_rng([sampler.seed, step, 99]).choice(FEW_LEADS))
     groups, chosen = [], sampler.choose(step)
     for g, group in enumerate(sampler.groups):
@@ -285,8 +285,8 @@ def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
 
 
 def cut_views(group, noise, patch_samples, device):
-    """A lead group of host_batch on the device: its views (noisy signal, clean signal, lead ids with some hidden, lead
-    ids), masks (2B, L, N), and of each masked patch its place among the patches of all global views and its weight in
+    """A lead group of host_batch, on the device: views (noisy signal, clean signal, lead ids with some hidden, lead
+    ids), masks (2B, L, N), and for each masked patch its place among the patches of all global views and its weight in
     the iBOT loss."""
     masks = group["masks"]
     place = masks.flatten().nonzero().squeeze(1)
@@ -299,8 +299,8 @@ def cut_views(group, noise, patch_samples, device):
 
 
 class Batches:
-    """The views of this rank, one step ahead: a thread reads and draws them, moves them to the device and cuts them
-    there, on a GPU on a stream of their own, so that neither the host nor the device waits."""
+    """The views of this rank, made one step ahead. A thread reads and draws them, moves them to the device and cuts
+    them there. A GPU does this on a separate stream, so that neither the host nor the device waits."""
 
     def __init__(self, sampler, rank, world_size, noise, patch_samples, device):
         self.sampler, self.rank, self.world_size = sampler, rank, world_size
@@ -311,7 +311,7 @@ class Batches:
     def make(self, step):
         noise_length = self.noise.shape[-1] if self.noise is not None else max(g["window"] for g in self.sampler.groups)
         groups = host_batch(self.sampler, step, self.rank, self.world_size, noise_length, self.patch_samples)
-        with torch.cuda.stream(self.stream):                           # nothing where there is none
+        with torch.cuda.stream(self.stream):                           # does nothing without one
             made = [cut_views(g, self.noise, self.patch_samples, self.device) for g in groups]
             return made, self.stream.record_event() if self.stream else None
 
@@ -323,7 +323,7 @@ class Batches:
         if ready is not None:
             current = torch.cuda.current_stream()
             current.wait_event(ready)
-            for g in made:                                             # in use until this stream is done with them
+            for g in made:                                             # memory stays in use until this stream is done
                 for tensor in (g["masks"], g["place"], g["weights"], *itertools.chain(*g["views"])):
                     tensor.record_stream(current)
         return made

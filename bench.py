@@ -1,18 +1,18 @@
-"""Speed and memory of the hot paths, each as a ratio to something measured in the same run: machines differ and are
-shared.
+"""Speed and memory of the hot paths, each as a ratio to something measured in the same run, because machines differ.
 
     python bench.py [--data DIR [DIR ...]] [--noise DIR] [--size tiny] [--batch 64] [--device auto]
     python bench.py --sizes | --ranks 2 [--size small] | --index 12000000
 
 Without --data, synthetic recordings are prepared in a temporary folder. One line per path, medians after a warm-up:
-    matmul    fp32 (bf16 on a GPU) matrix multiplication of this machine, the yardstick of `step`
-    step      training step: FLOP/s of its matrix products as a share of the matmul rate, what it is made of, and the
-              share of it that the loop waits for data
-    loader    augment.host_batch per second, as a share of a step (a thread does it meanwhile); views: cut_views, too
+    matmul    matrix multiplication on this machine, fp32 (bf16 on a GPU); `step` and `embed` are compared with it
+    step      training step: FLOP/s of its matrix products as a share of the matmul rate, the share of each part, and
+              the share of the time in which the loop waits for data
+    loader    augment.host_batch per second, and as a share of a step (a thread does this during the step)
+    views     augment.cut_views, the same
     embed     ten-second 12-lead recordings per second through a frozen encoder, FLOP/s as a share of the matmul rate
---sizes: parameters, state, activations, FLOPs and start of every size, computed without memory
---ranks: state of a rank, step and checkpoint, sharded and replicated; `alone` is a rank that speaks to no other
---index: a simulated index of so many recordings: seconds to open it and to build the sampler, memory, choice of a batch
+--sizes: parameters, state, start, FLOPs and activations of every size, computed with tensors that have no memory
+--ranks: state of a rank, step and checkpoint, sharded and replicated; `alone`: ranks that do not communicate
+--index: a simulated index of N recordings: seconds to open it and to build the sampler, memory, choice of a batch
 """
 import argparse
 import contextlib
@@ -75,21 +75,21 @@ def flops(function):
 
 
 def matmul_rate(device=CPU):
-    """FLOP/s."""
+    """FLOP/s of a large matrix product."""
     n, dtype = MATMUL_SIZE[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     a = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n ** 3 / seconds(lambda: a @ a, device)
 
 
 def memory_mb(field):
-    """Memory of this process in MB, of the kind that /proc/self/status calls `field`."""
+    """Memory of this process in MB: `field` of /proc/self/status."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) / 1024
 
 
 # ---- a training step ------------------------------------------------------------------------------------------------
 class Run:
-    """A training run that is held still: networks, optimiser and the views of one batch."""
+    """Networks, optimiser and the views of one batch: all that a training step needs."""
 
     def __init__(self, size, device, groups=None, recompute=False, mesh=None):
         self.student, self.teacher = build_networks(build_encoder(size), train.HEAD_HIDDEN, train.HEAD_BOTTLENECK,
@@ -147,7 +147,7 @@ class Run:
 
 
 def random_views(batch, device):
-    """Views of a batch as cut_views makes them, of random signal: shapes are all that time and memory depend on."""
+    """Views of a batch as cut_views makes them, with random signal: time and memory depend only on the shapes."""
     made = []
     for shape in lead_groups():
         n, P = max(1, round(batch * shape.share)), round(PATCH_S * FS)
@@ -167,9 +167,9 @@ def random_views(batch, device):
 
 
 def waiting_share(run, batches):
-    """The share of the time of some steps, made as train.py makes them, that the loop waits for data."""
+    """The share of the time in which the loop waits for data, over REPEATS steps as train.py makes them."""
     batches.start(0)
-    run.groups, begun, waited = batches.take(), time.perf_counter(), 0.0       # nothing was ahead of the first
+    run.groups, begun, waited = batches.take(), time.perf_counter(), 0.0       # the first batch cannot be ahead
     for step in range(1, 1 + REPEATS):
         batches.start(step)
         run.step()
@@ -228,17 +228,17 @@ def on_paper(size, batch, recompute=False):
 
 
 def step_flops(run):
-    """Of the matrix products of a step on paper, attention's among them, which torch does not count on a CPU."""
+    """FLOP of the matrix products of a step on paper, with those of attention, which torch does not count on a CPU."""
     with patch("dino.full_precision", contextlib.nullcontext):
         return flops(lambda: run.loss().backward())
 
 
 def saved_bytes(run):
-    """What autograd keeps for the backward pass of a step on paper, each storage once, without the weights."""
+    """Bytes that autograd keeps for the backward pass of a step on paper: each storage once, without the weights."""
     kept, weights = {}, {p.untyped_storage()._cdata for p in run.student.parameters()}
 
     def keep(t):
-        storage = t.untyped_storage()                                  # held, so that no other gets its address
+        storage = t.untyped_storage()                                  # kept alive, so that its address stays unique
         if storage._cdata not in weights:
             kept[storage._cdata] = storage
         return t
@@ -250,12 +250,12 @@ def saved_bytes(run):
 
 
 def bench_sizes(args):
-    """What each size costs, computed with tensors that have no memory."""
+    """What each size needs, computed with tensors that have no memory."""
     drawn = build_encoder("small")
     per_number_s = clock(lambda: deque(drawn.first_weights(), 0)) / sum(p.numel() for p in drawn.parameters())
     print("state: weights, gradients and two moments of the student and weights of the teacher, 4 bytes each; with "
-          "--shard full divided by the ranks.\nstart: drawing the first weights, which every rank does, one parameter "
-          "at a time; activations in fp32, without the teacher's; recomp.: with --checkpoint-activations\n"
+          "--shard full the ranks share it.\nstart: drawing the first weights; every rank draws all of them, one by "
+          "one.\nactivations: in fp32, without the teacher's; recomp.: with --checkpoint-activations\n"
           f"{'':7}{'encoder':>10}{'all':>9}{'state':>10}{'start':>9}{'GFLOP per':>12}{'MB of activations':>20}\n"
           f"{'':7}{'M params':>10}{'M params':>9}{'GB':>10}{'s':>9}{'recording':>12}{'per rec.':>10}{'recomp.':>10}")
     for size in SIZES:
@@ -275,7 +275,7 @@ def rank_worker(rank, world_size, port, size, batch, shard, folder, queue):
         mesh = init_device_mesh("cpu", (world_size,)) if shard == "full" else None
     torch.manual_seed(rank)
     run = Run(size, CPU, random_views(batch // world_size, CPU), mesh=mesh)
-    if shard == "alone":                                       # no collective at all: what the others are compared with
+    if shard == "alone":                                       # no collectives: the others are compared with this
         dino.reduce_, dino.gather_rows = lambda tensor, op=None: tensor, lambda x: (x, 0)
         train.reduce_ = dino.reduce_
     held, step, stall, written = run.state_bytes(), seconds(run.step, repeats=3), 0.0, 0.0
@@ -296,7 +296,7 @@ def rank_worker(rank, world_size, port, size, batch, shard, folder, queue):
 
 
 def on_ranks(world_size, shard, args):
-    """What rank 0 of rank_worker measures."""
+    """The measurements of rank 0 of rank_worker."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -314,7 +314,7 @@ def on_ranks(world_size, shard, args):
 
 
 def bench_ranks(args):
-    """State, step and checkpoint on 1 to args.ranks processes of one thread each, for one total batch."""
+    """State, step and checkpoint on 1 to args.ranks processes of one thread each, with the same total batch."""
     print(f"size {args.size}, batch {args.batch} in all, one thread per process, gloo\n"
           f"{'ranks':>5} {'shard':>6} {'state per rank':>15} {'step':>9} {'over alone':>11} "
           f"{'checkpoint: loop waits':>23} {'on disk after':>14}")
@@ -330,8 +330,7 @@ def bench_ranks(args):
 
 # ---- an index of millions -------------------------------------------------------------------------------------------
 def write_index(folder, size):
-    """A corpus of `size` recordings of 12 leads and 10 s by a quarter as many patients, of which only the index is
-    there."""
+    """A corpus with an index of `size` recordings (12 leads, 10 s) of a quarter as many patients, and no signals."""
     per_shard, rng = prepare.SHARD_BYTES // 60_000, np.random.default_rng(0)
     index = np.lib.format.open_memmap(folder / "index.npy", "w+", INDEX_DTYPE, (size,))
     index["shard"], index["offset"] = np.arange(size) // per_shard, np.arange(size) % per_shard * 30_000
@@ -361,17 +360,19 @@ def bench_index(args):
                   f"{memory_mb('RssAnon') - before:,.0f} MB, choice of a batch of 1,024 {1000 * t_batch:.1f} ms")
 
 
+# ---- command line ---------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
-    p.add_argument("--data", nargs="+", type=Path, default=[], help="prepared corpora")
-    p.add_argument("--noise", type=Path, help="prepared noise corpus")
-    p.add_argument("--size", choices=SIZES, default="tiny", help="(default: %(default)s)")
-    p.add_argument("--batch", type=int, default=64, help="(default: %(default)s)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
-    p.add_argument("--sizes", action="store_true", help="compute what every size costs instead")
-    p.add_argument("--ranks", type=int, metavar="N", help="measure sharding over 1 to N processes instead")
-    p.add_argument("--index", type=int, metavar="N", help="measure an index of N recordings instead")
+    p.add_argument("--data", nargs="+", type=Path, metavar="DIR", default=[], help="prepared corpora; needs --noise")
+    p.add_argument("--noise", type=Path, metavar="DIR", help="prepared noise corpus; needs --data")
+    p.add_argument("--size", choices=SIZES, default="tiny", help="size of the encoder (default: %(default)s)")
+    p.add_argument("--batch", type=int, default=64, help="recordings per step (default: %(default)s)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                   help="auto: cuda if there is a GPU (default: %(default)s)")
+    p.add_argument("--sizes", action="store_true", help="print only what every size needs")
+    p.add_argument("--ranks", type=int, metavar="N", help="measure only sharding, over 1 to N processes")
+    p.add_argument("--index", type=int, metavar="N", help="measure only an index of N recordings")
     return p.parse_args(argv)
 
 

@@ -1,5 +1,5 @@
 """A prepared corpus on disk (its format, how it is opened, copies within and between corpora), and the sampler, which
-decides which recordings make the batch of a step.
+chooses the recordings for the batch of a step.
 
     corpus = open_corpus("data/ptbxl")
     corpus.read(0)                                   # int16 (L, T) uV at 250 Hz; ecg.MISSING where a sample is missing
@@ -19,14 +19,14 @@ import numpy as np
 
 from ecg import FS, LEAD_IDS, LEADS, MAX_LEADS, MISSING
 
-SPLITS = ("train", "val", "test")                # the index stores the place in this tuple
+SPLITS = ("train", "val", "test")                # the corpus stores an index into this tuple
 SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")  # bits of the label, lowest first
 INDEX_DTYPE = np.dtype([
     ("shard", "<u4"), ("offset", "<i8"),         # file in signal/, and the first sample in it
     ("length", "<i4"),                           # samples per lead
     ("n_leads", "u1"), ("leads", "u1", (MAX_LEADS,)),  # lead ids; the first n_leads count
     ("split", "u1"), ("label", "u1"),            # label: bit set of SUPERCLASSES, 0 = none known
-    ("patient", "<u4"),                          # place in patients.npy
+    ("patient", "<u4"),                          # row in patients.npy
     ("fs_hz", "<f4"),                            # sampling rate before it became FS
     ("first_event", "<u4"), ("n_events", "<u4")])  # annotations, in the file of the same shard in events/
 EVENT_DTYPE = np.dtype([("sample", "<i4"), ("symbol", "S6")])  # sample at FS; a beat ("N") or a rhythm ("(AFIB", ")")
@@ -38,27 +38,27 @@ OPEN_SHARDS = 500                # files that a reader keeps mapped; a process m
 
 FINGERPRINT_WORDS, FINGERPRINT_WORD_BYTES, FINGERPRINT_S = 10, 3, 8  # see fingerprint
 FINGERPRINT_BYTES = FINGERPRINT_WORDS * FINGERPRINT_WORD_BYTES
-FINGERPRINT_STEP = 20            # samples that are averaged: 12.5 Hz are left
-# By which duplicates are looked for: with 7 bits different, the most seen, 1.4 % are missed.
+FINGERPRINT_STEP = 20            # samples that are averaged, so that the rate is 12.5 Hz
+# Words that find_duplicates compares. Copies differed in at most 7 bits; with 7, it misses 1.4 % of the pairs.
 LOOKUP_WORDS = 5
-# Of 240 bits, between copies. Measured: PTB-XL at 100 and 500 Hz 0 to 7, different recordings 18 and more.
+# Of 240 bits, in copies. Measured: PTB-XL at 100 and at 500 Hz differs in 0 to 7, different recordings in 18 or more.
 MAX_DIFFERENT_BITS = 12
 
 # I, II and the chest leads come first: every other limb lead follows from I and II.
 LEAD_PRIORITY = np.array([
     50 if n == "unknown" else {"I": 0, "II": 1}.get(n, 2 + i if n in ("V1", "V2", "V3", "V4", "V5", "V6") else 20 + i)
     for i, n in enumerate(LEADS)])
-# A group's share of the batch is a multiple of batch / 16, so that any number of ranks up to batch / 16 divides it.
+# A group's part of the batch is a multiple of batch / 16, so a number of ranks that divides batch / 16 divides it too.
 BATCH_GRAIN = 16
-WINDOW_TRIES = 8                 # random starts before a window with missing samples is taken after all
+WINDOW_TRIES = 8                 # random windows; if all of them have missing samples, the last one is used
 
 
 # ---- a corpus on disk -----------------------------------------------------------------------------------------------
 class Corpus:
     """A prepared corpus, opened without reading its signals.
 
-    .dir, .manifest (dict), .index (INDEX_DTYPE), .records (S64, a name per recording), .patients (S32, a name per
-    number in the index), .fingerprints (see fingerprint, one per recording).
+    .dir, .manifest (dict), .index (INDEX_DTYPE, a row per recording), .records (S64, a name per recording), .patients
+    (S32, names; index["patient"] is a row of it), .fingerprints (see fingerprint, one per recording).
     """
 
     def __init__(self, dir, manifest, index, records, patients, fingerprints=None):
@@ -83,7 +83,7 @@ class Corpus:
         return self.index["leads"][i][:self.index["n_leads"][i]]
 
     def content(self):
-        """Twelve digits that stand for what is in it: signals, leads, splits, patients; not its name or place."""
+        """Twelve hexadecimal digits that identify the signals, leads, splits and patients, wherever the corpus is."""
         sums = {name: digest for name, digest in self.manifest["sha256"].items()
                 if name.startswith("signal/") or name in ("index.npy", "patients.npy")}
         return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:12]
@@ -98,7 +98,7 @@ class Corpus:
 
 
 def open_corpus(dir):
-    """Open the corpus in `dir`; a ValueError names the command that makes it again if it is absent, old or damaged."""
+    """Open the corpus in `dir`. ValueError that names the command to run if it is absent, damaged or not readable."""
     dir = Path(dir)
     try:
         manifest = json.loads((dir / "manifest.json").read_text())
@@ -130,14 +130,14 @@ def check_tables(dir, manifest, index, records, patients, fingerprints):
         if found != size:
             raise ValueError(f"signal/{name} has {found} bytes, the manifest says {size}")
     if (index.dtype, records.dtype, patients.dtype) != (INDEX_DTYPE, RECORD_DTYPE, PATIENT_DTYPE):
-        raise ValueError(f"index of {index.dtype}, records of {records.dtype}, patients of {patients.dtype}")
+        raise ValueError(f"wrong types: index {index.dtype}, records {records.dtype}, patients {patients.dtype}")
     if not len(index) == len(records) == len(fingerprints) == manifest.get("recordings"):
         raise ValueError(f"{len(index)} index rows, {len(records)} names and {len(fingerprints)} fingerprints, the "
                          f"manifest says {manifest.get('recordings')}")
 
 
 def index_faults(corpus):
-    """What cannot be true of an index."""
+    """Yield a sentence for every fault in the index of a corpus."""
     index = corpus.index
     size = index["n_leads"].astype(np.int64) * index["length"]
     samples = np.array([n // 2 for n in corpus.manifest["shard_bytes"].values()])
@@ -157,9 +157,9 @@ def index_faults(corpus):
 
 
 def lock_folder(folder, wait_s=0):
-    """A lock on a folder, for as long as the returned file is open and this process lives, however it ends; ValueError
-    if another process holds it longer than wait_s. A file system that knows no locks gives none, with a warning."""
-    import fcntl                                 # Windows has none, and only writers need it
+    """Lock a folder for as long as the returned file is open and this process lives. ValueError if another process
+    holds the lock for longer than wait_s seconds. On a file system without locks there is only a warning."""
+    import fcntl                                 # imported here: Windows does not have it, and only writers need it
     file = open(Path(folder) / "lock", "w")
     for second in range(wait_s + 1):
         try:
@@ -177,23 +177,23 @@ def lock_folder(folder, wait_s=0):
 
 
 def part_of(out):
-    """The folder of an unfinished corpus."""
+    """The folder in which the corpus `out` lies until it is finished."""
     out = Path(out).resolve()
     return out.with_name(f"{out.name}.part")
 
 
 # ---- copies within and between corpora ------------------------------------------------------------------------------
 BIT_COUNT = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
-# Signs from NumPy's frozen generator, and integers throughout: a fingerprint is the same on every machine.
+# Signs from NumPy's frozen generator, and only integers: so a fingerprint is the same on every machine.
 FINGERPRINT_SIGNS = 2 * np.random.RandomState(0).randint(
     0, 2, (8 * FINGERPRINT_BYTES, FINGERPRINT_S * FS // FINGERPRINT_STEP)) - 1
 
 
 def fingerprint(steps, leads):
-    """FINGERPRINT_BYTES bytes that two copies of a recording share except for a few bits, whatever their names, rates
-    and rounding; steps int16 (L, T) uV, leads (L,) ids.
+    """FINGERPRINT_BYTES bytes, which differ only in a few bits between two copies of a recording, even if names, rates
+    and rounding differ; steps int16 (L, T) uV, leads (L,) ids.
 
-    Signs of random projections of lead II (without it, of the first lead), its first 8 s, averaged to 12.5 Hz
+    The bits are the signs of random projections of the first 8 s of lead II (or of the first lead), averaged to 12.5 Hz
     (Charikar, STOC 2002: the share of bits that differ is the angle between the signals, as a share of 180 degrees).
     """
     lead = steps[np.argmax(leads == LEAD_IDS["II"])][:FINGERPRINT_S * FS]
@@ -206,8 +206,8 @@ def fingerprint(steps, leads):
 def find_duplicates(fingerprints):
     """Pairs of rows of fingerprints (N, bytes) that are the same recording: (K, 2), the lower first, sorted.
 
-    Candidates share one of the first LOOKUP_WORDS words of 24 bits, for which sorting is enough. Of each run of equal
-    words only neighbours are compared, so the cost is that of the sorting.
+    Candidates share one of the first LOOKUP_WORDS words of 24 bits; sorting finds them. In each run of equal words only
+    neighbours are compared, so sorting is the main cost.
     """
     found = [np.zeros((0, 2), np.int64)]
     words = np.asarray(fingerprints).reshape(len(fingerprints), FINGERPRINT_WORDS, FINGERPRINT_WORD_BYTES)
@@ -223,9 +223,9 @@ def find_duplicates(fingerprints):
 
 
 def rows_to_leave_out(corpora, excluded=()):
-    """Per corpus, two sorted arrays of rows that must not be trained on though their split is train: copies of a
-    recording that any of the corpora holds out or that is in one of the excluded corpora, and copies of a recording
-    that comes earlier (in the same corpus or another)."""
+    """Per corpus, two sorted arrays of rows of split train that must not be trained on: copies of a recording that any
+    of the corpora holds out, or that is in an excluded corpus; and copies of a recording that comes earlier, in the
+    same corpus or in another."""
     first = np.cumsum([0] + [len(c.index) for c in corpora])
     pairs = find_duplicates(np.concatenate([np.asarray(c.fingerprints) for c in (*corpora, *excluded)]))
     held_out = np.concatenate([np.asarray(c.index["split"]) != SPLITS.index("train") for c in corpora]
@@ -241,11 +241,11 @@ def rows_to_leave_out(corpora, excluded=()):
 class Sampler:
     """Draws windows of recordings from several corpora, at most one per patient in a batch.
 
-    A corpus weighs (patients x hours) ** 0.25, the square root of what lies between the two, multiplied by its one of
-    `weights`. So neither many short recordings nor a few long ones crowd out the others (by the root of the hours
-    alone, eleven hours of MIT-BIH's 22 people would outweigh 1,400 people of PTB-XL). All patients of a corpus weigh
-    the same. Each of `shapes` (augment.LeadGroup) has a fixed share of the batch, which `ranks` processes can divide,
-    so tensor shapes never change. ValueError if there are no recordings, or not enough patients for the batch.
+    A corpus has the weight (patients x hours) ** 0.25, the root of the geometric mean of the two, times its entry in
+    `weights`. So neither many short recordings nor a few long ones dominate. (With the root of the hours alone, eleven
+    hours of MIT-BIH's 22 people would outweigh 1,400 people of PTB-XL.) All patients of a corpus have the same weight.
+    Each of `shapes` (augment.LeadGroup) has a fixed share of the batch, which `ranks` processes can divide, so tensor
+    shapes never change. ValueError if there are no recordings, or not enough patients for the batch.
     """
 
     def __init__(self, corpora, batch, seed, shapes, weights=None, excluded=(), ranks=1):
@@ -295,14 +295,14 @@ class Sampler:
         return pools
 
     def _common_patients(self):
-        """(G, G) patients that two lead groups have in common; on the diagonal those of each."""
+        """(G, G): number of patients that two lead groups have in common; on the diagonal, of patients of each."""
         patients = [{m["corpus"]: self.corpora[m["corpus"]].index["patient"][m["rows"][m["first"]]]    # each once
                      for m in group["members"]} for group in self.groups]
         return np.array([[sum(len(np.intersect1d(a[c], b[c], assume_unique=True)) for c in a.keys() & b.keys())
                           for b in patients] for a in patients])
 
     def _share_batch(self, ranks):
-        """Give every group its recordings of the batch, or say which batch would be possible."""
+        """Set the number of recordings of every group in the batch; ValueError that names a possible batch."""
         common = self._common_patients()
         sizes = self._sizes(self.batch, ranks, common)
         if sizes is None:
@@ -319,8 +319,8 @@ class Sampler:
             group["size"] = size
 
     def _sizes(self, batch, ranks, common):
-        """Recordings of every group in a batch of this size, by the groups' shares, in grains: at least one grain each,
-        and no more than a group has patients for. None if that is not possible."""
+        """Number of recordings of every group in a batch of this size, in grains of batch / BATCH_GRAIN, by the shares
+        of the groups: at least one grain each, and no more than its patients. None if that is not possible."""
         total = BATCH_GRAIN if len(self.groups) > 1 else 1
         share = np.array([g["shape"].share for g in self.groups])
         grain, owed = batch // total, share / share.sum() * total
@@ -328,7 +328,7 @@ class Sampler:
             return None
 
         def fit(grains):
-            """Each group finds its patients even if the groups before it took all that they have in common with it."""
+            """Whether each group has enough patients, even if the groups before it took all that they share with it."""
             for g, n in enumerate(grains):
                 taken = sum(min(grains[h] * grain, common[g, h]) for h in range(g))
                 if n * grain + taken > common[g, g]:
@@ -344,8 +344,8 @@ class Sampler:
         return sizes if fit(grains) and not any(size % ranks for size in sizes) else None
 
     def choose(self, step):
-        """Per group (member, patient) for each place of the batch of `step`, no patient twice; the cost does not
-        depend on the size of the corpora."""
+        """For each group, (member, patient) of each of its places in the batch of `step`, no patient twice. The cost
+        does not depend on the size of the corpora."""
         taken, chosen = set(), []
         for g, group in enumerate(self.groups):
             rng, places = np.random.default_rng([self.seed, step, g, 0]), []
@@ -376,7 +376,7 @@ class Sampler:
                 np.stack([ids[order] for ids, order in zip(leads, repeated)]), np.array([len(ids) for ids in leads]))
 
     def name(self, step):
-        """What the batch of `step` is made of: corpus/record@second of each window."""
+        """Names of the windows in the batch of `step`: corpus/record@second."""
         names = []
         for g, chosen in enumerate(self.choose(step)):
             for place, (m, patient) in enumerate(chosen):
@@ -386,11 +386,10 @@ class Sampler:
         return names
 
     def _window(self, step, g, place, m, patient):
-        """A random window of a patient: (L, W) int16; the ids of its leads, those first from which all others follow
-        (where not all of those are wanted, random ones); and where it was: index row, first sample.
+        """A random window of a patient: (L, W) int16, lead ids (L,), and its place (index row, first sample).
 
-        A window with too few complete leads is drawn again. If none is complete, missing samples of the last one
-        become 0.
+        Leads from which all others follow come first; in a group of few leads the order is random. A window with too
+        few complete leads is drawn again. After WINDOW_TRIES such windows, missing samples of the last one become 0.
         """
         rng = np.random.default_rng([self.seed, step, g, 1, place])
         group = self.groups[g]

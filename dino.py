@@ -1,4 +1,4 @@
-"""The DINOv3 objective: heads, Sinkhorn-Knopp targets, losses and the EMA teacher. Written from the papers.
+"""The DINOv3 objective: heads, Sinkhorn-Knopp targets, losses and the EMA teacher.
 
 A student sees every view, a teacher only the global ones; the teacher is the student's moving average and gets no
 gradient.
@@ -11,7 +11,7 @@ gradient.
 
 Everything here is computed in fp32 and stays finite for any finite logits. Where a process group exists, Sinkhorn sums
 and KoLeo neighbours are over all ranks, and a loss is this rank's share: the mean of the ranks' values is the loss of
-the whole batch, provided that every rank holds equally many rows (sinkhorn_knopp and ibot_loss do not need that).
+the whole batch, if every rank holds the same number of rows (sinkhorn_knopp and ibot_loss do not need that).
 
 Shapes: S student views, T teacher views, B recordings, K prototypes, M masked patches, R rows, N patches, D width.
 """
@@ -25,16 +25,16 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 DINO_WEIGHT, KOLEO_WEIGHT, IBOT_WEIGHT, GRAM_WEIGHT = 1.0, 0.1, 1.0, 2.0    # DINOv3's
-# Not in DINOv3: in a run of an hour on a CPU the teacher's targets alone say more about phase and noise than about the
-# patient. A long run can go back to 0 (LOG.md).
+# Not in DINOv3. In a run of one hour on a CPU the teacher's targets alone say more about phase and noise than about the
+# patient. A long run can set this to 0 (LOG.md).
 CONTRAST_WEIGHT = 1.0
 STUDENT_TEMPERATURE = 0.1
-# Of a prototype at the start, not held later. DINOv3's 0.02 per weight gives 0.3 at its width: targets almost uniform
-# at first, and thousands of steps to leave them, which a short run does not have.
+# Norm of a prototype at the start; later it is free. DINOv3's 0.02 per weight gives a norm of 0.3: the targets are then
+# almost uniform for thousands of steps, and a short run does not have so many.
 PROTOTYPE_NORM = 1.0
 KOLEO_EPS = 1e-8
 CONTRAST_TEMPERATURE = 0.15      # of InfoNCE; no other value was tried
-LOWEST = -1e30                   # a logit this far below the best one counts for nothing; no -inf in sums and products
+LOWEST = -1e30                   # a logit this far below the best has no effect; keeps -inf out of sums and products
 
 
 # ---- heads and teacher ----------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ class DINOHead(nn.Module):
             self.init_weights()
 
     def first_weights(self):
-        """Yield every parameter with its first value, a CPU tensor, one after the other; init_seed decides."""
+        """Yield every parameter with its first value, a CPU tensor, one by one; init_seed decides the values."""
         generator = torch.Generator().manual_seed(self.init_seed)
         for layer in self.mlp[::2]:
             yield layer.weight, nn.init.trunc_normal_(torch.empty(layer.weight.shape, device="cpu"), std=0.02, a=-0.04,
@@ -75,7 +75,7 @@ class DINOHead(nn.Module):
 
 def build_networks(encoder, hidden_dim, bottleneck_dim, cls_prototypes, patch_prototypes):
     """Student and teacher, each a ModuleDict of encoder, dino_head (of [CLS, mean patch]) and ibot_head (of patches);
-    the teacher is a frozen copy. They lie where the encoder lies, also on the meta device."""
+    the teacher is a frozen copy. They are on the device of the encoder, which may be meta."""
     seed, width = encoder.config["init_seed"], encoder.width
     with encoder.cls_token.device:
         student = nn.ModuleDict(dict(
@@ -87,11 +87,11 @@ def build_networks(encoder, hidden_dim, bottleneck_dim, cls_prototypes, patch_pr
 
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
-    """teacher <- momentum * teacher + (1 - momentum) * student, on whatever shards this rank holds."""
+    """teacher <- momentum * teacher + (1 - momentum) * student, on the shards that this rank holds."""
     get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)
 
 
-# ---- collectives that are nothing on one process --------------------------------------------------------------------
+# ---- collectives, which do nothing on one process -------------------------------------------------------------------
 def distributed():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -108,11 +108,10 @@ def reduce_(tensor, op=None):
 
 
 class GatherRows(torch.autograd.Function):
-    """x (B, D) of every rank, concatenated in rank order; the gradient is the sum of what all ranks ask of this
-    rank's rows.
+    """x (B, D) of every rank, concatenated in rank order; the gradient of this rank's rows is summed over all ranks.
 
-    torch.distributed.nn.functional.all_gather does the same, as fast (2.6 against 2.9 ms on two ranks), but it is
-    deprecated from PyTorch 2.13 on, and what replaces it is not public in 2.7.
+    torch.distributed.nn.functional.all_gather does the same at the same speed, but it is deprecated from PyTorch 2.13
+    on, and its replacement is not public in 2.7.
     """
 
     @staticmethod
@@ -127,7 +126,7 @@ class GatherRows(torch.autograd.Function):
 
 
 def gather_rows(x):
-    """Rows (B, D) of all ranks, with gradient, and the place of this rank's first row among them."""
+    """Rows (B, D) of all ranks, with gradient, and the index of this rank's first row among them."""
     return (GatherRows.apply(x), dist.get_rank() * len(x)) if distributed() else (x, 0)
 
 
@@ -136,15 +135,15 @@ def gather_rows(x):
 def sinkhorn_knopp(logits, temperature, iterations=3):
     """Teacher probabilities (R, K): rows sum to 1, and prototypes share all rows of all ranks about equally.
 
-    Starts from exp(logits / temperature); each iteration scales every prototype (column) to 1/K of the mass and then
-    every row to its share. Done on logarithms: the same numbers as the plain form where that does not overflow, and no
-    overflow anywhere. Ranks may hold different numbers of rows R. `temperature` may be a float or a tensor.
+    It starts from exp(logits / temperature). Each iteration scales every prototype (column) to 1/K of the mass and then
+    every row to 1/rows. It works on logarithms: the numbers are those of the plain form, but nothing overflows. Ranks
+    may hold different numbers of rows R. `temperature` may be a float or a tensor.
     """
     logits = logits.float()
     R, K = logits.shape
     rows = reduce_(logits.new_full((), R))                             # made on the device: the host does not wait
-    # A constant per prototype drops out in the first column step, so the maxima may go before the division:
-    # nothing exceeds 0.
+    # A constant per prototype cancels in the first column step. So the maxima can be subtracted before the division,
+    # and nothing exceeds 0.
     top = logits.amax(dim=0) if R else logits.new_full((K,), torch.finfo(torch.float32).min)
     log_q = (logits - reduce_(top, dist.ReduceOp.MAX)).clamp(min=LOWEST) / temperature
     for _ in range(iterations):
@@ -199,7 +198,7 @@ def ibot_loss(student_logits, teacher_probs, weights, num_crops):
     """Cross-entropy of masked patches: logits and probs (M, K), weights (M,) = 1 / masked patches of that crop
     -> scalar.
 
-    sum_m weights[m] * CE_m / num_crops, with num_crops all global crops, masked or not, of this rank.
+    sum_m weights[m] * CE_m / num_crops; num_crops counts all global crops of this rank, masked or not.
     """
     cross_entropy = -(teacher_probs.float() * student_log_probs(student_logits)).sum(dim=-1)
     return (cross_entropy * weights.float()).sum() / num_crops
@@ -208,8 +207,8 @@ def ibot_loss(student_logits, teacher_probs, weights, num_crops):
 def koleo_loss(x):
     """- mean_i log(distance of x_i to its nearest other row) on the unit sphere; x (B, D), neighbours from all ranks.
 
-    Distances carry 1e-8 per component and 1e-8 under the logarithm. Fewer than two rows in all: 0, there is no
-    neighbour.
+    KOLEO_EPS is added to each component of a difference, and again under the logarithm. With fewer than two rows in all
+    there is no neighbour, and the loss is 0.
     """
     with full_precision(x):
         x = F.normalize(x.float(), dim=-1, eps=KOLEO_EPS)
@@ -226,8 +225,8 @@ def koleo_loss(x):
 
 
 def contrast_loss(x, num_anchors):
-    """Every view of a recording nearer to its global views than to those of other recordings (InfoNCE, van den Oord et
-    al. 2018); x (V, B, D), of which the first num_anchors views are the global ones, recordings from all ranks.
+    """Pulls every view of a recording nearer to its global views than to those of other recordings, of all ranks
+    (InfoNCE, van den Oord et al. 2018); x (V, B, D), of which the first num_anchors views are the global ones.
 
     for v, t, b with v != t: - log softmax_c(cos(x[v, b], x[t, c]) / CONTRAST_TEMPERATURE)[c = b], averaged.
     """
@@ -252,9 +251,9 @@ def gram_loss(student, teacher):
 
 # ---- the objective on one batch -------------------------------------------------------------------------------------
 def group_features(group, target, anchor, views):
-    """What the losses take of a lead group: global features view-major (S, B, 2D), patches of the masked places only
-    (M, D). target and anchor: Features of the clean global views by teacher and Gram teacher; views: of the noisy ones
-    by the student."""
+    """What the losses need from a lead group: global features, view-major (S, B, 2D), and the masked patches (M, D).
+    target and anchor: Features of the clean global views, from teacher and Gram teacher; views: Features of all noisy
+    views, from the student."""
     B, place, patches = group["recordings"], group["place"], views[0].patches
     return dict(cls=[v.pooled().unflatten(0, (-1, B)) for v in views], patches=patches.flatten(0, 2)[place],
                 weights=group["weights"], target_cls=target.pooled().unflatten(0, (-1, B)),
@@ -277,7 +276,7 @@ def objective(student, teacher, gram_teacher, groups, temperature, gram_weight=0
     sizes = [g["recordings"] for g in groups]
     B = sum(sizes)
     globals_ = torch.cat([f["cls"][0] for f in features], dim=1)                      # (T, B, 2D)
-    locals_ = torch.cat([torch.cat(f["cls"][1:]) for f in features], dim=1)           # (S, B, 2D)
+    locals_ = torch.cat([torch.cat(f["cls"][1:]) for f in features], dim=1)           # (S - T, B, 2D)
     target_cls = torch.cat([f["target_cls"] for f in features], dim=1)                # (T, B, 2D)
     T = len(target_cls)
     with torch.no_grad():
@@ -289,7 +288,7 @@ def objective(student, teacher, gram_teacher, groups, temperature, gram_weight=0
     parts = dict(dino_global=dino_loss(logits[:T], probs, ignore_diagonal=True),
                  dino_local=dino_loss(logits[T:], probs),
                  ibot=ibot_loss(patch_logits, patch_probs, torch.cat([f["weights"] for f in features]), T * B))
-    # Neighbours only among views with the same number of leads, otherwise distances would be about the lead set.
+    # Only views with the same number of leads are neighbours, otherwise distances would depend mostly on the leads.
     parts["koleo"] = sum(n / B * koleo_loss(crop) for n, f in zip(sizes, features) for crop in f["cls"][0])
     parts["contrast"] = sum(n / B * contrast_loss(x, T) for n, x in zip(sizes, points.split(sizes, dim=1)))
     # Every (student view, teacher view) pair counts the same.

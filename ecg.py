@@ -19,21 +19,21 @@ from typing import NamedTuple, Sequence
 import numpy as np
 from scipy.signal import resample_poly
 
-FS = 250                         # Hz: twice the 40 to 100 Hz that diagnostic ECGs carry, and native to Icentia11k
+FS = 250                         # Hz: more than twice the 40 to 100 Hz that a diagnostic ECG needs; Icentia11k's own
 UV_PER_MV = 1000                 # a step of the stored int16 is 1 uV, which is also what PTB-XL stores
-MISSING = -32768                 # int16 value of a sample that the recording does not have
-MAX_MV = 32.767                  # largest amplitude that int16 holds; beyond, an electrode is off or the amplifier full
+MISSING = -32768                 # int16 value of a missing sample
+MAX_MV = 32.767                  # largest amplitude in int16; above it an electrode is off or the amplifier saturated
 FS_RANGE = (50, 4000)            # Hz, what preprocess accepts: below 50 no QRS is left, above 4,000 the header is wrong
 PAD_S = 0.5                      # s, exact zeros at either end for this long are padding
 FLAT_S = 1.0                     # s, a value held exactly for this long is a disconnected or saturated lead
-FLAT_STD_MV = 1e-4               # mV, a lead with less spread than this over the whole recording is no signal
-MAX_SAMPLES = 2**28              # of all channels of a record, at its own rate: 24 h of 12 leads at 250 Hz
+FLAT_STD_MV = 1e-4               # mV, a lead with a smaller standard deviation over the whole recording is flat
+MAX_SAMPLES = 2**28              # of all channels of a record together, at its own rate: 24 h of 12 leads at 250 Hz
 MAX_LEADS = 16                   # leads that an index row holds; a recording with more keeps its first 16
-# mV; from 1 to 99 % of the samples of the largest lead of an ECG: beyond, the units are wrong.
+# mV, from the 1st to the 99th percentile of the largest lead of an ECG. Outside these limits the units are wrong.
 MIN_SPREAD_MV, MAX_SPREAD_MV = 0.005, 20.0
 
 LEADS = ("unknown", "I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6",
-         "V7", "V8", "V9", "V3R", "V4R", "X", "Y", "Z")              # a lead id is the place in this tuple
+         "V7", "V8", "V9", "V3R", "V4R", "X", "Y", "Z")              # a lead id is an index into this tuple
 LEAD_IDS = {name.upper(): i for i, name in enumerate(LEADS)}
 LEAD_ALIASES = {"VX": "X", "VY": "Y", "VZ": "Z"}                     # Frank leads as PTB writes them
 for _i, _limb in enumerate(("I", "II", "III"), 1):                   # DI, D1: CODE; MLI: modified limb leads of Holters
@@ -44,7 +44,7 @@ MV_PER_UNIT = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "volt"
 
 
 class Refused(ValueError):
-    """A recording that cannot be used: `reason` is what it is counted under, the text says what to do."""
+    """A recording that cannot be used. `reason` is the category that prepare.py counts; the text says what to do."""
 
     def __init__(self, reason, text):
         super().__init__(text)
@@ -52,27 +52,27 @@ class Refused(ValueError):
 
 
 class Recording(NamedTuple):
-    """One recording as a file or a device gives it; preprocess(*recording[:4]) brings it to the one form."""
+    """One recording as a file or a device gives it; preprocess(*recording[:4]) converts it."""
     signal: np.ndarray           # (L, T) or (T, L) in `units`, NaN where missing
     fs: float                    # Hz
     leads: Sequence[str]         # L names
     units: str = "mV"
-    left_out: int = 0            # channels of the file that are no voltages
+    left_out: int = 0            # number of channels of the file that are not voltages
 
 
 def lead_id(name):
-    """Place of a lead in LEADS, whatever its spelling ("II", "lead II", "MLII", "DII" are all 2); 0 if not known."""
+    """Index of a lead in LEADS, for any spelling ("II", "lead II", "MLII" and "DII" all give 2); 0 if unknown."""
     key = "".join(str(name).upper().split()).removeprefix("LEAD")
     return LEAD_IDS.get(LEAD_ALIASES.get(key, key).upper(), 0)
 
 
 def preprocess(signal, fs, leads, units="mV"):
-    """Bring any recording to the one form that the encoder knows.
+    """Convert any recording to the one form that the encoder knows.
 
-    signal (L, T) or (T, L) in `units` (mV, uV or V) at `fs` Hz; NaN and what a NumPy mask covers is missing. leads: L
+    signal (L, T) or (T, L) in `units` (mV, uV or V) at `fs` Hz; NaN and values under a NumPy mask are missing. leads: L
     names; a single lead may be 1-D. Returns signal_mv float32 (L, ceil(T * FS / fs)), NaN where missing, and lead_ids
-    int64 (L,). No filter except the resampler's own, no normalisation; 250 Hz passes unchanged. Raises Refused, a
-    ValueError, if this is no such recording.
+    int64 (L,). Only the resampler filters, nothing is normalised, and 250 Hz passes unchanged. Raises Refused, a
+    ValueError, if the input is not such a recording.
     """
     x = as_lead_rows(signal, fs, leads, units)
     mark_missing(x, fs)
@@ -94,7 +94,7 @@ def as_list(leads):
 
 
 def as_lead_rows(signal, fs, leads, units):
-    """The signal as a fresh float64 (L, T) in mV with inf as NaN, or a ValueError that says what is wrong with it."""
+    """A new float64 array (L, T) of the signal in mV, with NaN for inf. Raises Refused if the input is wrong."""
     if not isinstance(fs, (int, float, np.integer, np.floating)) or not FS_RANGE[0] <= fs <= FS_RANGE[1]:
         raise Refused("sampling rate", f"fs is {fs!r}: expected the sampling rate in Hz, "
                                        f"a number from {FS_RANGE[0]} to {FS_RANGE[1]}")
@@ -123,15 +123,15 @@ def as_lead_rows(signal, fs, leads, units):
 def mark_missing(x, fs):
     """Write NaN into x (L, T) mV at fs wherever there is a value but no signal.
 
-    Beyond +-MAX_MV; zeros at either end for PAD_S; any value held exactly for FLAT_S; leads with a spread below
-    FLAT_STD_MV. Of 26,000 real leads (PTB-XL, MIT-BIH, Challenges 2017 and 2021) none holds a value for 1 s unless it
-    is flat throughout: the noise of a real electrode does not stand still, so the rule costs no signal.
+    These are values beyond +-MAX_MV, zeros at either end for PAD_S, any value held exactly for FLAT_S, and leads with
+    a spread below FLAT_STD_MV. Of 26,000 real leads (PTB-XL, MIT-BIH, Challenges 2017 and 2021) none holds a value for
+    1 s unless it is completely flat: a real electrode always has noise, so the rule removes no signal.
     """
     x[np.abs(x) > MAX_MV] = np.nan
     block = max(1, int(min(FLAT_S, 2 * PAD_S) * fs) // 2)
     for lead in x:
-        # A value held for FLAT_S fills a block of half of that. Hardly any lead has such a block, and measuring all its
-        # runs takes ten times as long as seeing that.
+        # A value held for FLAT_S fills a block of half that length. Few leads have such a block, and to look for it
+        # takes a tenth of the time that it takes to measure all runs of equal values.
         blocks = lead[:len(lead) // block * block].reshape(-1, block)
         if 0 in (lead[0], lead[-1]) or len(lead) <= 2 * block or (blocks.max(axis=1) == blocks.min(axis=1)).any():
             edges = np.flatnonzero(np.diff(lead)) + 1  # NaN differs from NaN, so gaps are no runs
@@ -146,7 +146,7 @@ def mark_missing(x, fs):
 
 
 def bridge_gaps(x, missing):
-    """Draw straight lines in x (L, T) over what is missing, so that the resampler neither rings nor spreads NaN."""
+    """Fill the missing samples of x (L, T) with straight lines, so that the resampler does not ring or spread NaN."""
     t = np.arange(x.shape[1])
     for lead, gap in zip(x, missing):
         if gap.any():
@@ -154,9 +154,9 @@ def bridge_gaps(x, missing):
 
 
 def resample_missing(missing, ratio):
-    """missing (L, T) at fs -> (L, T') at FS: an output sample is missing if any input sample that it stands for is.
+    """missing (L, T) at fs -> (L, T') at FS: an output sample is missing if any input sample near it is missing.
 
-    Those are the two that it lies between and, when there are more, all within half an output step of it. Integer
+    Near are the two input samples around it and, if there are more, all within half an output step. In integer
     arithmetic: output sample n lies at n * down / up input samples.
     """
     n_in = missing.shape[1]
@@ -170,10 +170,10 @@ def resample_missing(missing, ratio):
 
 
 def as_recordings(signal, fs=None, leads=None, units="mV"):
-    """(iterable of Recording, whether `signal` is several recordings).
+    """Returns an iterable of Recording, and whether `signal` holds several recordings.
 
     signal: a Recording or an array (L, T), or several: a list, any other iterable, or an array (recordings, L, T). fs,
-    leads and units are one for all, or given per recording. ValueError if they do not fit.
+    leads and units: one for all, or one for each recording. ValueError if their numbers differ.
     """
     if isinstance(signal, Recording):
         return [signal], False
@@ -194,14 +194,14 @@ def as_recordings(signal, fs=None, leads=None, units="mV"):
     counts = {len(x) for x in (signal, *own) if hasattr(x, "__len__")}
     if len(counts) > 1:
         raise ValueError(f"there are {len(signal) if hasattr(signal, '__len__') else 'some'} recordings, but fs, leads "
-                         f"or units for {' and '.join(str(len(x)) for x in own)}; give one for all, or one each")
-    # Known numbers have to be equal; a generator of recordings may go on for ever.
+                         f"or units for {' and '.join(str(len(x)) for x in own)}; give one for all, or one for each")
+    # Lengths that are known must be equal; a generator of recordings may be endless.
     columns = [itertools.repeat(x, *counts) if one else x for x, one in zip(about, shared)]
     return (complete(*item) for item in zip(signal, *columns, strict=bool(counts))), True
 
 
 def peek(signal):
-    """The items of an iterable, and a list of those that are known without computing: all, or the first."""
+    """The items of an iterable, and a list of those to look at: all of them, or the first one of a generator."""
     try:
         items = iter(signal)
     except TypeError:
@@ -220,21 +220,21 @@ def dimensions(x):
 
 
 def is_lead_set(leads):
-    """Whether `leads` is one set of names (or nonsense), and not one set per recording."""
+    """Whether `leads` is one set of names (or invalid), and not one set for each recording."""
     return isinstance(leads, str) or not hasattr(leads, "__len__") or not any(np.ndim(name) for name in leads)
 
 
 def complete(signal, fs, leads, units):
-    """A Recording; ValueError if nothing says its rate or its leads."""
+    """A Recording; ValueError if its rate or its leads are not given."""
     if isinstance(signal, Recording):
         return signal
     if fs is None or leads is None:
-        raise ValueError("fs, the sampling rate in Hz, and leads, a name per lead, are needed next to an array")
+        raise ValueError("fs or leads is absent: give fs, the sampling rate in Hz, and leads, a name per lead")
     return Recording(signal, fs, leads, units)
 
 
 def check_amplitude(signal_mv, units):
-    """Raise Refused if a recording (L, T) mV is a thousand times too large or too small to be in `units`."""
+    """Raise Refused if a recording (L, T) mV is so large or so small that `units` must be wrong."""
     missing = np.isnan(signal_mv)
     spread = max((np.ptp(np.percentile(lead[~gap], (1, 99)))
                   for lead, gap in zip(signal_mv, missing) if not gap.all()), default=0)
@@ -246,9 +246,9 @@ def check_amplitude(signal_mv, units):
 
 # ---- a recording to windows, and their features back to the recording -----------------------------------------------
 def cut_patches(recording, patch_samples):
-    """A Recording preprocessed and cut into N patches of P samples at FS: patches float32 (L, N, P), whose missing
-    samples are NaN; which of them are valid (L, N), that is without a missing sample; lead ids (L,). A rest at the end
-    is left out. ValueError if nothing is valid or the unit is wrong."""
+    """Preprocess a Recording and cut it into N patches of P samples at FS. Returns patches float32 (L, N, P), NaN where
+    samples are missing; valid (L, N) bool, the patches without a missing sample; lead ids (L,). Samples after the last
+    whole patch are left out. ValueError if no patch is valid or the unit is wrong."""
     signal_mv, lead_ids = preprocess(*recording[:4])
     N = signal_mv.shape[1] // patch_samples
     if N == 0:
@@ -264,46 +264,46 @@ def cut_patches(recording, patch_samples):
 
 
 def cut_windows(patches, window, stride):
-    """(first patch, patches (L, N, P)) of each window of a recording that has a valid patch; the last ends with it."""
+    """Yield (first patch, patches (L, N, P)) of each window with a valid patch; the last ends with the recording."""
     N = patches.shape[1]
     starts = [0] if N <= window else [*range(0, N - window, stride), N - window]
     for start in starts:
         part = patches[:, start:start + window]
         if np.isfinite(part).all(axis=2).any():
-            yield start, part.copy()             # a view would keep the whole recording until its window is run
+            yield start, part.copy()             # a view would keep the whole recording in memory
 
 
 class RecordingFeatures:
-    """Features of one recording of `shape` (L, N) patches, from those of its windows; rows: its leads in the windows.
+    """Collects the features of one recording of `shape` (L, N) patches from its windows; rows: the leads in these.
 
-    Without any window the global feature is NaN. local: keep those of the patches too.
+    local: keep the features of the patches too. Without any window the global feature is NaN.
     """
 
     def __init__(self, rows, shape, width, local):
         self.rows, self.sum, self.weight = rows, np.zeros(2 * width), 0
         self.local = np.full((*shape, width), np.nan, np.float32) if local else None
-        self.distance = np.full(shape[1] if local else 0, np.inf)            # to its window's centre, the best so far
+        self.distance = np.full(shape[1] if local else 0, np.inf)            # of each patch to a window's centre
 
     def add(self, start, pooled, weight, local):
-        """What the window from patch `start` gave: pooled (2D,), its weight, and local (L, N, D) or None."""
+        """Add the output of the window from patch `start`: pooled (2D,), its weight, and local (L, N, D) or None."""
         self.sum += weight * pooled
         self.weight += weight
         if local is not None:
-            # A quarter of a patch prevents ties, in which the order of the windows would count.
+            # The quarter of a patch prevents ties: they would make the result depend on the order of the windows.
             distance = np.abs(np.arange(local.shape[1]) - (local.shape[1] - 1) / 2 - 0.25)
             nearer = np.flatnonzero(distance < self.distance[start:start + len(distance)])
             self.local[self.rows[:, None], start + nearer] = local[:, nearer]
             self.distance[start + nearer] = distance[nearer]
 
     def whole(self, patch_s):
-        """Global feature (2D,), its first half, and if they were kept local features (L, N, D) and their times (N,)."""
+        """The global feature (2D,), its first half, and local features (L, N, D) and their times (N,), if kept."""
         feature = (self.sum / (self.weight or np.nan)).astype(np.float32)
         times_s = None if self.local is None else (np.arange(self.local.shape[1]) + 0.5) * patch_s
         return feature, feature[:len(feature) // 2], self.local, times_s
 
 
 # ---- reading one recording from a file ------------------------------------------------------------------------------
-# WFDB headers of the plain kind (see header(5) of the WFDB manual): one file, one format, no skew, no frames.
+# Plain WFDB headers: one file, one format, no skew, no frames. See header(5) of the WFDB manual.
 RECORD_LINE = re.compile(r"[^\s/]+ +(\d+) +(\d+\.?\d*)(?:[/(]\S*)? +(\d+)(?: .*)?")
 SIGNAL_LINE = re.compile(r"(\S+) +(16|212)(?:x1)?(?:\+(\d+))? +([\d.eE+-]+)(?:\((-?\d+)\))?(?:/(\S+))? +\d+ +(-?\d+)"
                          r"(?: +-?\d+ +-?\d+ +\d+(?: +(.*))?)?")
@@ -327,8 +327,8 @@ def read_wfdb(path):
 
 
 def read_plain_wfdb(path):
-    """What wfdb.rdrecord reads, sample for sample, several times as fast, of formats 16 (.mat of the Challenges too)
-    and 212 in a plain header: signal (T, L) in physical units, fs, names, units. None for all else, damage included."""
+    """Signal (T, L) in physical units, fs, names and units of a plain header with format 16 (also the .mat files of the
+    Challenges) or 212: what wfdb.rdrecord reads, several times as fast. None for other or damaged files."""
     with open(f"{path}.hea", errors="replace") as file:
         lines = [line for line in map(str.strip, file) if line and not line.startswith("#")]
     record = RECORD_LINE.fullmatch(lines[0]) if lines else None
@@ -363,10 +363,10 @@ def read_plain_wfdb(path):
 
 
 def read_any_wfdb(path):
-    """The same by wfdb, for all other formats."""
+    """The same with wfdb, for all other formats."""
     lines = header_lines(f"{path}.hea")
     claimed = int(lines[0][1]) * int(lines[0][3]) if len(lines[0]) > 3 else 0
-    if claimed > MAX_SAMPLES:                                      # wfdb would take the memory before it looks
+    if claimed > MAX_SAMPLES:                                      # wfdb would allocate before it checks
         raise ValueError(f"the header says {claimed:,} samples, more than {MAX_SAMPLES:,} are not read at once")
     record = rdrecord_any_date(path)
     return record.p_signal, record.fs, record.sig_name, record.units or []
@@ -374,13 +374,13 @@ def read_any_wfdb(path):
 
 def rdrecord_any_date(path):
     """wfdb.rdrecord, also for headers whose date and time it refuses (Challenge 2017 has them in swapped order)."""
-    import wfdb  # here: a person who only wants features of an array does not need it
+    import wfdb  # imported here: features of an array do not need it
     try:
         return wfdb.rdrecord(path)
     except ValueError:
         path = Path(path)
         record_line, *signal_lines = header_lines(f"{path}.hea")
-        if len(record_line) <= 4 or "/" in record_line[0]:  # NAME CHANNELS RATE SAMPLES: there is no date to blame
+        if len(record_line) <= 4 or "/" in record_line[0]:  # NAME CHANNELS RATE SAMPLES: no date, another error
             raise
         with tempfile.TemporaryDirectory() as folder:  # the same record, under a header that stops before the date
             lines = [record_line[:4], *signal_lines]
@@ -398,7 +398,7 @@ def header_lines(path):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 def atomic_write(path, content):
-    """A file that appears with all of its content or not at all, even if the machine stops.
+    """Write a file whole or not at all, even if the machine stops.
 
     content: bytes, text, or a function that writes into the open binary file.
     """

@@ -1,8 +1,8 @@
-"""How good features are: scores with intervals, calibration, noise and pictures for both probes; and what train.py asks
-about its own run: signs of collapse, an online probe, pictures.
+"""How good features are: scores with intervals, calibration, noise and pictures for both probes; and for train.py signs
+of collapse, an online probe and pictures of its run.
 
     number, counts = resample(patients, seed=0)                       # which patients each resample holds
-    interval(resampled_auroc(y, score, number, counts))               # one AUROC per resample, their 95 %
+    interval(resampled_auroc(y, score, number, counts))               # AUROC of each resample; their 95 % interval
     features = global_features(encoders, recordings)                  # (E, R, 2D) by encoder.embed
 
 Shapes: E encoders, R recordings or rows, D width of an encoder, C labels, G groups (patients, records), S resamples,
@@ -35,14 +35,14 @@ NOISE_DB = (24, 18, 12, 6, 0, -6)  # dB, signal-to-noise ratios of augment.add_n
 COLORS = {"untrained": "#c4c4c4", "pre-trained": "#7fb2e5", "RR intervals alone": "#d9c8a9", "raw waveform": "#e3b9b0"}
 
 COLLAPSED_RANK = 2.0             # effective rank of a batch's global features within equal lead sets
-SHARED_AT_LEAST = 4              # recordings beyond one per lead set; the rank cannot be higher
-SAME_FEATURES = 1e-3             # of the features' root mean square: a smaller difference is none
+SHARED_AT_LEAST = 4              # recordings beyond one per lead set; the rank within lead sets cannot exceed this
+SAME_FEATURES = 1e-3             # of the features' root mean square: with a smaller difference they count as equal
 COLLAPSED_ENTROPY = 0.3          # of the mean prediction, as a share of ln K; 0.95 in a good run
 UNIFORM_ENTROPY = 0.98           # of the targets after the warm-up, as a share of ln K; 0.45 in a good run
 ONE_HOT_ENTROPY = 0.1            # of the patch targets after the warm-up, as a share of ln K
 
 PROBE_RECORDINGS = 256           # of the online probe, per split
-PROBE_AT_LEAST = 20              # recordings per split, without which there is no online probe
+PROBE_AT_LEAST = 20              # recordings per split that the online probe needs
 PROBE_LEADS = 12                 # leads of its recordings
 PROBE_POSITIVES = 5              # positives and negatives per split that a label needs
 PROBE_BATCH = 64                 # windows in a forward pass
@@ -51,7 +51,7 @@ PROBE_C = (0.01, 0.1, 1.0)
 
 SHOWN_LEADS = ("I", "II", "V1", "V3", "V5")  # of features.png
 SHOWN_S = 5.0                    # s of the recording in features.png
-SHIFT_SAMPLES = 5                # at FS: its local features are computed this often
+SHIFT_SAMPLES = 5                # samples at FS between the local features in features.png
 
 
 # ---- scores and intervals -------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def both_classes(y):
 def standardized(x, x_new):
     """x (R, F) and x_new (R', F) as float64, each feature with mean 0 and deviation 1 over x.
 
-    NaN becomes 0, the mean: a recording that cannot be used counts as the mean one.
+    NaN becomes 0, the mean: a recording that cannot be used counts as an average one.
     """
     scaler = StandardScaler(copy=False).fit(x)
     return tuple(np.nan_to_num(scaler.transform(rows.astype(np.float64)), copy=False) for rows in (x, x_new))
@@ -124,13 +124,13 @@ def standardized(x, x_new):
 
 # ---- calibration ----------------------------------------------------------------------------------------------------
 def platt(logit, y, logit_new):
-    """Platt's (1999) sigmoid, fitted on logit (R,) and y (R,) bool: probabilities (R',) of logit_new (R',). Without
-    both classes in y nothing can be fitted: the probabilities are then those of the logits themselves."""
+    """Platt's (1999) sigmoid, fitted on logit (R,) and y (R,) bool: probabilities (R',) of logit_new (R',). If y has
+    only one class, nothing can be fitted: the probabilities are then those of the logits themselves."""
     identity = LogisticRegression()              # its decision function is its input
     identity.classes_, identity.coef_, identity.intercept_ = np.array([False, True]), np.ones((1, 1)), np.zeros(1)
     if y.all() or not y.any():
         return identity.predict_proba(logit_new[:, None])[:, 1]
-    rows = np.arange(len(y))                     # the one fold: a frozen classifier needs no held-out rows
+    rows = np.arange(len(y))                     # one fold with all rows: a frozen classifier needs no held-out rows
     model = CalibratedClassifierCV(FrozenEstimator(identity), method="sigmoid", cv=[(rows, rows)], ensemble=False)
     return model.fit(logit[:, None], y).predict_proba(logit_new[:, None])[:, 1]
 
@@ -149,14 +149,14 @@ def calibration(p, y):
 # ---- global features, clean and under noise -------------------------------------------------------------------------
 def global_features(encoders, recordings):
     """Global features (E, R, 2D) of R recordings by encoder.embed; NaN where a recording cannot be used. recordings: a
-    function that returns an iterator of ecg.Recording, called anew for each encoder."""
+    function that returns an iterator of ecg.Recording; it is called once for each encoder."""
     found = [encoder.embed(recordings(), local=False, on_error="nan") for encoder in encoders]
     return np.stack([[embedding.global_feature for embedding in embeddings] for embeddings in found])
 
 
 def noisy_features(encoders, recordings, noise, seed):
-    """Global features (E, H, R, 2D) as above at every level of NOISE_DB, under noise of augment.load_noise: the same
-    for a recording at every level, only stronger."""
+    """Global features (E, H, R, 2D), as above, at every level of NOISE_DB; noise of augment.load_noise. A recording has
+    the same noise at every level, only its strength differs."""
     P = encoders[0].patch_samples
     features = global_features(encoders, lambda: add_noise_levels(recordings(), noise, P, seed))
     return features.reshape(len(encoders), -1, len(NOISE_DB), features.shape[2]).swapaxes(1, 2)
@@ -168,7 +168,7 @@ def add_noise_levels(recordings, noise, patch_samples, seed):
     for number, recording in enumerate(recordings):
         try:
             signal_mv, lead_ids = preprocess(*recording[:4])
-        except Refused:                          # embed says the same about it
+        except Refused:                          # embed refuses it too
             yield from [recording] * len(NOISE_DB)
             continue
         L, N = len(signal_mv), signal_mv.shape[1] // patch_samples
@@ -191,8 +191,8 @@ def health(features, lead_sets, mean_prediction):
     features (R, 2D): the teacher's, of the recordings of all ranks. lead_sets (R, len(LEADS)) int: how often a
     recording shows each lead. mean_prediction (K,): the student's mean probability of each prototype.
 
-    cls_rank is the effective rank of the features among recordings with the same leads (among all, if hardly any have
-    the same): those of an encoder that reads lead names and ignores the ECG differ between lead sets only.
+    cls_rank is the effective rank of the features among recordings with the same leads (among all, if too few have the
+    same): the features of an encoder that reads lead names and ignores the ECG differ only between lead sets.
     """
     x = torch.nan_to_num(features).double()
     _, which, size = torch.unique(lead_sets, dim=0, return_inverse=True, return_counts=True)
@@ -209,7 +209,7 @@ def health(features, lead_sets, mean_prediction):
 def effective_rank(x):
     """exp of the entropy of the singular values of x (R, F), fp64, as shares of their sum (Roy and Vetterli 2007).
 
-    Roots of the eigenvalues of the smaller square of x: in fp64, because the root of a rounded zero is not small.
+    Roots of the eigenvalues of x x' or x' x (the smaller), in fp64, because the root of a rounding error is not small.
     """
     square = x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
     values = torch.linalg.eigvalsh(square).clamp(min=0).sqrt()
@@ -218,8 +218,8 @@ def effective_rank(x):
 
 
 def diagnose(row, warm):
-    """What the numbers of a logged step (dict) say in words: {kind: sentence}, empty in a run that learns. A value that
-    is absent, None or NaN gives no sentence. warm: whether the warm-up is over."""
+    """Warnings about the numbers of a logged step (dict): {kind: sentence}, empty in a run that learns. A value that is
+    absent, None or NaN gives no warning. warm: whether the warm-up is over."""
     names = ("cls_rank", "prediction_entropy", "target_entropy", "patch_target_entropy", "ln_k")
     rank, prediction, target, patch_target, ln_k = (math.nan if row.get(n) is None else row[n] for n in names)
     signs = {
@@ -279,7 +279,7 @@ class OnlineProbe:
 
 
 def labelled_rows(index, split, window):
-    """At most PROBE_RECORDINGS rows of a split in a corpus index: with label, PROBE_LEADS and `window` samples."""
+    """At most PROBE_RECORDINGS rows of a split of an index: with a label, PROBE_LEADS leads and `window` samples."""
     usable = (index["label"] > 0) & (index["n_leads"] == PROBE_LEADS) & (index["length"] >= window)
     return np.flatnonzero(usable & (index["split"] == SPLITS.index(split)))[:PROBE_RECORDINGS]
 
@@ -319,7 +319,7 @@ def fine_features(encoder, signal_mv, leads):
 
 
 def draw_features(encoder, corpus, row, path):
-    """features.png: an ECG whose colour is its local feature, that is the first three principal components as RGB."""
+    """features.png: an ECG coloured by its local features: their first three principal components are RGB."""
     names = [LEADS[i] for i in corpus.lead_ids(row)]
     steps = corpus.read(row)
     signal = np.where(steps == MISSING, np.nan, steps / np.float32(UV_PER_MV))
@@ -342,8 +342,8 @@ def draw_features(encoder, corpus, row, path):
 
 
 def principal_colours(features):
-    """RGB in [0, 1] (L, M, 3) of local features (L, M, D). Each lead's mean is taken off first: otherwise the colour
-    would only say which lead it is."""
+    """RGB in [0, 1] (L, M, 3) of local features (L, M, D). The mean of each lead is subtracted first: otherwise the
+    colour would only show which lead it is."""
     x = features - np.nanmean(features, axis=1, keepdims=True)
     components = PCA(3, svd_solver="full").fit_transform(np.nan_to_num(x.reshape(-1, x.shape[2])))
     low, high = np.percentile(components, (2, 98), axis=0)
@@ -366,26 +366,26 @@ def draw_bars(axis, labels, series):
 
 # ---- command line and results of both probes ------------------------------------------------------------------------
 def parser_of(description, raw_example):
-    """The flags that both probes share. raw_example: where a publisher's folder may be, for --help."""
+    """A parser with the flags that both probes share. raw_example: a publisher's folder, for --help."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--encoder", required=True,
-                        help="encoder.pt of a run; random:SIZE gives the untrained control alone")
+                        help="encoder.pt of a run; random:SIZE gives only the untrained control")
     parser.add_argument("--raw", type=Path, required=True,
-                        help=f"folder of the raw recordings as their publisher lays them out, such as {raw_example}; "
-                             "not the prepared corpus")
+                        help=f"folder of the raw recordings in their publisher's layout, such as {raw_example}; not "
+                             "the prepared corpus")
     parser.add_argument("--out", type=Path, required=True,
-                        help="folder for the results; made if absent, earlier results in it are replaced")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+                        help="folder for the results; it is made if absent, and earlier results in it are replaced")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--device", default="auto",
-                        help="any device of PyTorch (cpu, cuda, cuda:1, mps ...); default: cuda if there is one")
+                        help="a device of PyTorch: cpu, cuda, cuda:1, mps ... (default: cuda if there is a GPU)")
     return parser
 
 
 def load_encoders(path, device):
-    """The encoder and its untrained control; the control alone for random:SIZE. ValueError as model.load_encoder."""
+    """The encoder and its untrained control; only the control for random:SIZE. ValueError as in model.load_encoder."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load_encoder(path, device)         # which checks the device
+    encoder = load_encoder(path, device)         # this checks the device
     return [encoder] if path.startswith("random:") else [encoder, untrained_like(encoder)]
 
 
@@ -400,7 +400,7 @@ def show(value, ci):
 
 
 def write_results(out, name, result, arrays, figure):
-    """OUT/predictions.npz, OUT/NAME.png and OUT/NAME.json, each whole or not at all; the scores come last."""
+    """Write OUT/predictions.npz, OUT/NAME.png and, last, OUT/NAME.json with the scores, each whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "predictions.npz", lambda file: np.savez_compressed(file, **arrays))
     save_figure(figure, out / f"{name}.png", dpi=150)

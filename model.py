@@ -2,7 +2,7 @@
 
 Every lead is cut into patches of PATCH_S seconds; one linear layer, shared by all leads, turns a patch into a token.
 A lead is known by its name: a learned vector per named lead is added to its tokens. Time enters as rotary position in
-seconds, so nothing is padded or resized. What is missing has no token, or one that no other token can see.
+seconds, so nothing is padded or resized. Missing leads and patches have no token, or one that no other token can see.
 
     encoder = load_encoder("runs/real/encoder.pt")                  # or "random:tiny" for an untrained one
     out = encoder.embed(signal, fs=360, leads=["MLII", "V1"])       # any recording, or a list of recordings: Embedding
@@ -29,18 +29,18 @@ from ecg import FS, LEADS, RecordingFeatures, as_recordings, cut_patches, cut_wi
 PATCH_S = 0.2                    # s; a QRS complex is about half of it
 REGISTERS = 4                    # extra tokens that hold global scratch values (Darcet et al. 2024)
 ROPE_PERIODS_S = (0.4, 40.0)     # s; from two patches to a few windows, geometric over the frequency pairs of a head
-# The mean over this many patches (1.4 s, more than a beat) around a sample is its baseline, which is taken off.
+# The mean over this many patches (1.4 s, more than a beat) around a sample is its baseline, which is subtracted.
 BASELINE_PATCHES = 7
-# Of the lead vectors at the start, next to tokens of about unit variance: features must differ between leads before
-# they are averaged.
+# Standard deviation of the lead vectors at the start; tokens have about unit variance. Features must differ between
+# leads before they are averaged over leads.
 LEAD_STD = 0.5
-TOKEN_STD = 0.02                 # of CLS and registers at the start
-# mV; linear below, logarithmic above: P and ST count next to an R ten times as high, and higher is still more.
+TOKEN_STD = 0.02                 # standard deviation of CLS and registers at the start
+# mV; linear below, logarithmic above: P and ST still count next to an R ten times as high, and a higher R stays higher.
 COMPRESS_MV = 0.1
 NORM_EPS = 1e-5
-# {leads or more: patches}: windows of about 120 tokens of independent leads, 8 s at most. train.py stores its own.
+# {number of leads or more: patches of a lead}: 3 s for 8 leads or more, 8 s for fewer. train.py stores its own lengths.
 WINDOW_PATCHES = {8: 15, 1: 40}
-MAX_EMBED_TOKENS = 4096          # that embed() runs at once: bounds its memory, not its results
+MAX_EMBED_TOKENS = 4096          # patches that embed() runs at once; limits memory, does not change results
 FORMAT, GIVE = "ecg-dino encoder 3", "give the encoder.pt that train.py wrote"
 PREPROCESSING = dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES,
                      compress_mv=COMPRESS_MV)  # stored with the weights
@@ -58,15 +58,15 @@ SIZES = {
 
 
 class Features(NamedTuple):
-    """What the encoder says about a batch of windows."""
+    """The output of the encoder for a batch of windows."""
     cls: torch.Tensor            # (B, D)
     registers: torch.Tensor      # (B, R, D)
     patches: torch.Tensor        # (B, L, N, D) local features, NaN where not valid
     valid: torch.Tensor | None = None  # (B, L, N) bool: the patches without a missing sample; None: all of them
 
     def pooled(self):
-        """[CLS, mean of the valid patches] (B, 2D): *the* global feature of a window, which the DINO head sees, the
-        probes read and embed() averages. Of a window without any valid patch the mean is 0."""
+        """[CLS, mean of the valid patches] (B, 2D): the global feature of a window. The DINO head and the probes use
+        it, and embed() averages it over windows. Without any valid patch the mean is 0."""
         if self.valid is None:
             mean = self.patches.mean((1, 2))
         else:
@@ -76,7 +76,7 @@ class Features(NamedTuple):
 
 
 class Embedding(NamedTuple):
-    """What embed() says about a recording, as float32 arrays."""
+    """The output of embed() for a recording, as arrays."""
     global_feature: np.ndarray   # (2D,) Features.pooled(), mean over windows, each weighted by its valid patches
     cls: np.ndarray              # (D,) the first half of it
     local_features: np.ndarray | None  # (L, N, D); NaN where a patch has missing samples; None if not asked for
@@ -85,20 +85,20 @@ class Embedding(NamedTuple):
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
 def rope_table(times_s, head_width):
-    """Rotary position at times_s (M,) seconds: cosine and sine (M, E/2, 2), from fp32 angles, because bf16 loses
-    positions. At 0 s it changes nothing."""
+    """Rotary position at times_s (M,) seconds: cosine and sine (M, E/2, 2). Angles are in fp32, because bf16 loses
+    positions. At 0 s nothing is rotated."""
     shortest, longest = ROPE_PERIODS_S
     exponent = torch.arange(head_width // 2, device=times_s.device, dtype=torch.float32) / (head_width // 2 - 1)
     angle = 2 * math.pi * times_s.float()[:, None] / (shortest * (longest / shortest) ** exponent)
     if torch.compiler.is_compiling():            # see rotate
         return torch.stack((angle.cos(), angle.sin()), dim=-1)
-    return torch.view_as_real(torch.polar(torch.ones_like(angle), angle))     # the bits of all encoders so far
+    return torch.view_as_real(torch.polar(torch.ones_like(angle), angle))     # bit for bit as in training
 
 
 def rotate(x, rope):
     """Rotate the pairs (2i, 2i + 1) of x (B, H, M, E) by rope (M, E/2, 2) (Su et al. 2021)."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():            # also while exporting: neither inductor nor ONNX has complex numbers
+    if torch.compiler.is_compiling():            # also in an export: inductor and ONNX have no complex numbers
         a, b, cos, sin = *pairs.unbind(-1), *rope.unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
     else:                                        # one complex product: in eager mode 3 to 20 times as fast on one core
@@ -128,7 +128,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block with LayerScale (Touvron et al. 2021)."""
 
-    recompute = False            # keep only the input of the block, and compute it again in the backward pass
+    recompute = False            # keep only the input of the block, and compute the rest again in the backward pass
 
     def __init__(self, width, heads, layer_scale):
         super().__init__()
@@ -140,7 +140,7 @@ class Block(nn.Module):
         self.scale2 = nn.Parameter(torch.full((width,), float(layer_scale)))
 
     def forward(self, x, *layout):  # as Attention
-        if self.recompute and torch.is_grad_enabled():                                         # nothing is random
+        if self.recompute and torch.is_grad_enabled():                                         # nothing is random here
             return checkpoint(self.run, x, *layout, use_reentrant=False, preserve_rng_state=False)
         return self.run(x, *layout)
 
@@ -153,10 +153,10 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """ViT over (lead, time) patches.
 
-    `config` holds all that is needed to build it again: `init_seed` its first weights, `window_patches` the lengths of
-    the windows that it was trained on, {number of leads or more: patches}, through which longer recordings go. Under
-    torch.device("meta") it is built without memory: to_empty() and first_weights(), or load_state_dict(assign=True),
-    then fill it.
+    `config` holds all that is needed to build it again. `init_seed` decides its first weights. `window_patches`,
+    {number of leads or more: patches}, has the lengths of its training windows; embed() cuts longer recordings into
+    such windows. Under torch.device("meta") it is built without memory; to_empty() and init_weights(), or
+    load_state_dict(assign=True), then fill it. ValueError for a width that does not fit the heads.
     """
 
     def __init__(self, width, depth, heads, layer_scale, init_seed=0, window_patches=WINDOW_PATCHES,
@@ -180,10 +180,10 @@ class Encoder(nn.Module):
             self.init_weights()
 
     def first_weights(self):
-        """Yield every parameter with its first value, a CPU tensor, one after the other; config["init_seed"] decides.
+        """Yield every parameter with its first value, a CPU tensor, one by one; config["init_seed"] decides the values.
 
-        Linear layers: truncated normal with variance 1 / fan-in (0.02 is that of width 2,500: a narrow network would
-        hardly use its blocks).
+        Linear layers: truncated normal with variance 1 / fan-in. The usual deviation of 0.02 fits width 2,500; with it
+        a narrow network would hardly use its blocks.
         """
         generator = torch.Generator().manual_seed(self.config["init_seed"])
         for module in self.modules():
@@ -215,9 +215,9 @@ class Encoder(nn.Module):
         return self.encode([(signal, leads, mask)], gaps=True)[0]
 
     def encode(self, views, gaps=False):
-        """Features of each of several batches of windows (signal, leads, mask), see forward: the same as one by one,
-        but each block runs once, on the tokens of all, and under FSDP fetches its weights once. gaps: look for NaN,
-        for which the host waits for the device; otherwise the signals must be finite."""
+        """Features of each of several batches of windows (signal, leads, mask), see forward. The result is the same as
+        one by one, but each block runs once, on all tokens, and under FSDP it fetches its weights once. gaps: look for
+        NaN, and the host then waits for the device; otherwise the signals must be finite."""
         first = 1 + self.num_registers           # tokens before the patches
         tokens, shapes, ropes, keys, valid = [], [], [], [], []
         for signal, leads, mask in views:
@@ -232,7 +232,7 @@ class Encoder(nn.Module):
             x = torch.cat((self.cls_token.expand(B, -1, -1), self.register_tokens.expand(B, -1, -1),
                            patches.flatten(1, 2)), dim=1)                                              # (B, M, D)
             times_s = (torch.arange(N, device=signal.device) + 0.5) * (self.patch_samples / FS)
-            # Lead-major, like x. CLS and registers have no place in time, and at 0 s they are not rotated.
+            # Lead-major, like x. CLS and registers have no time; they are put at 0 s, where nothing is rotated.
             ropes.append(rope_table(F.pad(times_s.repeat(L), (first, 0)), self.head_width))
             keys.append(None if valid[-1] is None else F.pad(valid[-1].flatten(1), (first, 0), value=True))
             shapes.append(tuple(x.shape[:2]))
@@ -246,18 +246,18 @@ class Encoder(nn.Module):
             patches = x[:, first:].unflatten(1, (leads.shape[1], -1))
             if seen is not None:
                 patches = torch.where(seen[..., None], patches, float("nan"))
-            # Copies, not views: sharding hangs its hooks on what a module returns.
+            # Copies, not views: FSDP attaches hooks to the tensors that a module returns.
             features.append(Features(x[:, 0].contiguous(), x[:, 1:first].contiguous(), patches.contiguous(), seen))
         return features
 
     def valid_patches(self, signal):
-        """(B, L, N) bool: the patches without a missing sample; None if that is all of them, since attention is faster
-        without a mask. While a graph is traced for any signal, there is always a mask."""
+        """(B, L, N) bool: the patches without a missing sample; None if these are all, because attention is faster
+        without a mask. A graph that is being traced must fit any signal, so it always gets a mask."""
         valid = signal.isfinite().unflatten(-1, (-1, self.patch_samples)).all(dim=-1)
         return None if not torch.compiler.is_compiling() and valid.all() else valid
 
     def tokens(self, signal, mask=None, valid=None):
-        """Patch embedding (B, L, N, D), or the mask token where mask (B, L, N); what is not valid counts as hidden."""
+        """Patch embedding (B, L, N, D), the mask token where mask (B, L, N); patches that are not valid are hidden."""
         hidden = mask
         if valid is not None:
             hidden = ~valid if mask is None else mask | ~valid
@@ -270,14 +270,14 @@ class Encoder(nn.Module):
     def front_end(self, signal, hidden=None):
         """Patches (B, L, N, P) without wander and compressed, of about unit variance; signal (B, L, T) mV, finite.
 
-        Wander has most of the variance of a raw ECG and says least; what the teacher finds different between
-        recordings at first is what training then amplifies. ST levels survive, since the baseline is a mean over more
-        than a beat. Patches that are hidden (B, L, N) have no part in the baseline of the others, otherwise masked
-        content would show there.
+        Wander has most of the variance of a raw ECG and the least information. Training amplifies the differences that
+        the teacher sees between recordings at first, and these must not be wander. ST levels survive, because the
+        baseline is a mean over more than a beat. Patches that are hidden (B, L, N) are left out of the baseline of the
+        others, otherwise masked content would leak into it.
         """
         patches = signal.float().unflatten(-1, (-1, self.patch_samples))
         seen = torch.ones_like(patches[..., :1]) if hidden is None else (~hidden)[..., None].float()
-        # The lead's own mean goes first: where no patch is seen near by, the baseline is then 0.
+        # The mean of the lead is subtracted first, so that the baseline is 0 where no patch near by is seen.
         patches = (patches - (patches * seen).sum((2, 3), keepdim=True)
                    / (seen.sum((2, 3), keepdim=True) * self.patch_samples).clamp(min=1)) * seen
         near = dict(kernel_size=BASELINE_PATCHES, stride=1, padding=BASELINE_PATCHES // 2)
@@ -288,20 +288,20 @@ class Encoder(nn.Module):
 
     def embed(self, signal, *, fs=None, leads=None, units="mV", window_s=None, stride_s=None, local=True,
               on_error="raise", device=None):
-        """Features of one recording as it is, or of many: any leads, rate, duration; see ecg.preprocess.
+        """Features of one recording or of many, with any leads, rate and duration; see ecg.preprocess.
 
         One: signal (L, T) or (T, L) in `units` (mV, uV or V), fs in Hz, leads: a name per lead; or an ecg.Recording.
         Returns Embedding. Many: a list, any other iterable, or an array (recordings, L, T) of such signals or
-        Recordings; fs, leads and units are then shared by all, or given one per recording. Returns a list of Embedding.
-        Windows of equal shape go through the network together, so that is faster and gives the same numbers.
+        Recordings; fs, leads and units: one for all, or one for each recording. Returns a list of Embedding. Windows of
+        equal shape go through the network together, so this is faster than one by one and gives the same numbers.
 
-        A recording longer than window_s (the windows with as many leads in training) goes through windows every
-        stride_s (half of that). Its global feature is the mean of Features.pooled() over the windows, each weighted by
-        the number of its valid patches; each local feature is taken from the window in which its patch lies most
-        centrally. A rest shorter than a patch at the end is left out. local=False: global features only; memory then
-        does not grow with the number of recordings that an iterable yields. on_error="nan": a recording that cannot be
-        used gets global features of NaN and no local ones, instead of a ValueError that names it. device: compute there
-        (the encoder moves there, and stays).
+        A recording longer than window_s (default: the training window for as many leads) is cut into windows every
+        stride_s (default: half of window_s). Its global feature is the mean of Features.pooled() over the windows, each
+        weighted by the number of its valid patches. A local feature comes from the window whose centre is nearest.
+        Samples after the last whole patch are left out. local=False: global features only; memory then hardly grows
+        with the number of recordings that an iterable yields. on_error="nan": a recording that cannot be used gets
+        global features of NaN and no local ones, instead of a ValueError that names it. device: move the encoder there
+        first; it stays there.
         """
         if on_error not in ("raise", "nan"):
             raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'nan'")
@@ -320,7 +320,7 @@ class Encoder(nn.Module):
                     raise ValueError(f"recording {number}: {error}" if many else str(error)) from error
                 found.append(RecordingFeatures(None, (0, 0), self.width, local=False))
                 continue
-            rows = np.flatnonzero(valid.any(axis=1))                         # a dead lead is no lead
+            rows = np.flatnonzero(valid.any(axis=1))                         # leads with a valid patch
             found.append(RecordingFeatures(rows, valid.shape, self.width, local))
             window, stride = self.window_and_stride(len(rows), window_s, stride_s)
             for start, part in cut_windows(patches[rows], window, stride):
@@ -335,7 +335,7 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def run_windows(self, windows):
-        """Forward passes of windows, (RecordingFeatures, first patch, patches, lead ids): equal shapes together."""
+        """Forward passes of windows (RecordingFeatures, first patch, patches, lead ids), equal shapes together."""
         groups, device = defaultdict(list), self.cls_token.device
         for window in windows:
             L, N, _ = window[2].shape
@@ -353,18 +353,18 @@ class Encoder(nn.Module):
                     owner.add(*result)
 
     def window_length(self, num_leads):
-        """Patches of the windows that it was trained on with as many leads."""
+        """Length in patches of the training windows for this number of leads."""
         lengths = self.config["window_patches"]
         return lengths[max(n for n in lengths if n <= num_leads)]
 
     def window_and_stride(self, num_leads, window_s=None, stride_s=None):
-        """Length and step of a recording's windows, in patches; None: as trained on so many leads, half of that."""
+        """Length and step of windows, in patches. Defaults: the training length for these leads, and half of it."""
         patch_s = self.patch_samples / FS
         window = self.window_length(num_leads) if window_s is None else max(1, round(window_s / patch_s))
         stride = max(1, window // 2) if stride_s is None else max(1, round(stride_s / patch_s))
         if stride > window:
             raise ValueError(f"stride_s {stride_s:g} is longer than window_s {window * patch_s:g}: patches between "
-                             "windows would be lost")
+                             "windows would be lost; choose a shorter stride_s")
         return window, stride
 
 
@@ -380,20 +380,20 @@ def progress_bar(recordings, signal):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 def save_encoder(encoder, path, state_dict=None, **about):
-    """Write a self-describing file: architecture, weights and preprocessing, with `about` (plain types) for people."""
+    """Write architecture, weights and preprocessing into one file. about: further facts for people, of plain types."""
     torch.save(dict(format=FORMAT, config=encoder.config, state_dict=state_dict or encoder.state_dict(),
                     preprocessing=PREPROCESSING, about=about), path)
 
 
 def build_encoder(size, seed=0, **more):
-    """An untrained encoder of a named size; `more` of its config."""
+    """An untrained encoder of a named size; more: other arguments of Encoder. ValueError for an unknown size."""
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; there are {', '.join(SIZES)}")
     return Encoder(**SIZES[size], init_seed=seed, **more)
 
 
 def untrained_like(encoder):
-    """The weights that `encoder` started from: its own untrained control."""
+    """A new encoder with the first weights of `encoder`: its untrained control."""
     return Encoder(**encoder.config).eval().to(encoder.cls_token.device)
 
 
@@ -408,7 +408,7 @@ def load_encoder(path, device="cpu"):
         return build_encoder(size, int(seed[0]) if seed else 0).eval().to(device)
     saved = read_encoder(path)
     try:
-        with torch.device("meta"):               # no weights are made to be thrown away
+        with torch.device("meta"):               # do not draw weights that are replaced at once
             encoder = Encoder(**saved["config"])
         encoder.load_state_dict(saved["state_dict"], assign=True)
     except Exception as error:
@@ -459,9 +459,9 @@ def is_damaged(path):
         return False                             # another kind of file
     try:
         with zipfile.ZipFile(path) as archive:
-            # testzip takes half the time of torch.load, which fills nothing from a member that is marked as a folder.
+            # testzip takes half the time of torch.load, which reads no data from a member that is marked as a folder.
             return archive.testzip() is not None or any(member.external_attr & 16 for member in archive.infolist())
-    except Exception:                            # what is left of an archive may raise anything
+    except Exception:                            # a damaged archive may raise anything
         return True
 
 

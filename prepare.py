@@ -1,15 +1,15 @@
-"""Publishers' folders to corpora: turn raw recordings into one corpus on disk, once. Training only reads it.
+"""Turn a publisher's folder of raw recordings into a corpus on disk, once. Training only reads the corpus.
 
-Every recording goes through ecg.preprocess, which the probes and encoder.embed call too. Until all is done, the files
-are in OUT.part; after an interruption the same command continues there and ends with the same bytes. A sample takes 2
-bytes on disk, 10 s of 12 leads 60 kB; an estimate of disk and time is printed before anything is written.
+Every recording goes through ecg.preprocess, which the probes and encoder.embed call too. An estimate of disk and time
+is printed first: a sample takes 2 bytes, 10 s of 12 leads take 60 kB. Files are in OUT.part until all are done. After
+an interruption run the same command again: it continues there and ends with the same bytes.
 
 the result, in OUT (for synth in OUT/ptbxl, OUT/mitdb and OUT/nstdb)
   signal/        int16 at 250 Hz, 1 uV per step, -32768 = missing; for every recording one (leads, samples) block
   events/        only for icentia11k: beats and rhythms, by sample at 250 Hz
-  index.npy      a row per recording: where it is, its leads, split, patient, label; in the same order records.npy
-                 (names) and fingerprints.npy (to find copies); patients.npy: names of patients
-  manifest.json  what this is: counts, hours, what was rejected or changed, leak rules, checksums, the command
+  index.npy      a row per recording: its place in signal/, its leads, split, patient and label; in the same order
+                 records.npy (names) and fingerprints.npy (to find copies); patients.npy: names of the patients
+  manifest.json  counts, hours, what was rejected or changed, leak rules, checksums, the command
   rejects.csv    every recording that could not be used, and why
 
 examples
@@ -17,7 +17,7 @@ examples
   python prepare.py ptbxl --raw data/raw/ptbxl --out data/ptbxl --download
   python prepare.py heedb --raw /data/heedb    --out data/heedb --dry-run
   python prepare.py wfdb  --raw my_ecgs        --out data/mine --workers 8 --patients my_patients.csv
-  python prepare.py check data/ptbxl data/mine       are they whole, what do they share; draws DIR/check.png for each
+  python prepare.py check data/ptbxl data/mine       verify them, list copies and leaks, draw DIR/check.png for each
 """
 # Shapes: L leads, T samples (at FS unless said otherwise), N recordings, K annotations.
 import argparse
@@ -54,9 +54,9 @@ from ecg import (FS, LEAD_IDS, LEADS, MAX_LEADS, MISSING, PAD_S, UV_PER_MV, Reco
                  header_lines, preprocess, read_wfdb, sha256)
 from synth import atomic_folder, synthesize
 
-MIN_VALID_S = 2.0                # s of signal that a lead, and so a recording, needs to be kept
-SHARD_BYTES = 256 * 2**20        # of signal, about; so 12 million recordings are 2,800 files
-SHARDS_AT_LEAST = 64             # if there are as many recordings, so that a small corpus is shared among cores too
+MIN_VALID_S = 2.0                # s of signal that a lead needs to be kept
+SHARD_BYTES = 256 * 2**20        # of signal, about; 12 million recordings of 10 s and 12 leads are 2,700 files
+SHARDS_AT_LEAST = 64             # if there are as many recordings, so that a small corpus too gives work to all cores
 ESTIMATE_RECORDINGS = 5          # recordings that are read first, to estimate disk and time
 OVERVIEW_RECORDINGS = 2000       # chosen at random, for the histograms of check.png
 ROW_DTYPE = np.dtype([("index", INDEX_DTYPE), ("records", RECORD_DTYPE), ("patients", PATIENT_DTYPE),
@@ -68,17 +68,17 @@ MITDB_HELD_OUT = {*MITDB_DS2, "201"}  # 201 is the same person as 202, which is 
 # A folder of loose WFDB records may hold copies of the test sets: Challenge 2021's HRn is PTB-XL's ecg_id n.
 HELD_OUT_COPY = re.compile(r"HR\d{5}|\d{5}_[lh]r|" + "|".join(sorted(MITDB_HELD_OUT)))
 NOISE_S = 30 * 60                # s of an NSTDB record that are used
-NOISE_PARTS = (("train", 0, 2 / 3), ("test", 2 / 3, 1))  # minutes 0-20, 20-30; of a shorter record the same shares
+NOISE_PARTS = (("train", 0, 2 / 3), ("test", 2 / 3, 1))  # minutes 0-20 and 20-30; a shorter record has the same shares
 SYNTH_RECORDS = 600              # default number of synthetic 12-lead recordings
 PHYSIONET = {                    # database, and the files of it that are needed
     "ptbxl": ("ptb-xl", r"recordsRATE/.*|[^/]*\.csv|LICENSE\.txt"),
     "mitdb": ("mitdb", r"\d{3}\.(hea|dat|atr)|RECORDS"),
     "nstdb": ("nstdb", r"[^/]*\.(hea|dat|atr)|RECORDS")}
-CODE_LEADS, CODE_FS = LEADS[1:13], 400  # of code15: DI to V6, Hz
+CODE_LEADS, CODE_FS = LEADS[1:13], 400  # of code15: DI to V6, and Hz
 CODE_SCALES = {"mV": 1.0, "1e-4 V": 0.1, "uV": 1e-3}  # units that code15 may be in, as factors to mV
 ANNOTATED = {"icentia11k": "atr"}  # sources whose annotations are kept
 ANNOTATION_SYMBOLS = {label.label_store: label.symbol for label in wfdb.io.annotation.ann_labels}
-SKIP, NUM, AUX = 59, 60, 63      # codes of annot(5) that are no symbols
+SKIP, NUM, AUX = 59, 60, 63      # codes of annot(5) that are not symbols
 PATIENT_COLUMNS = (("record", "path", "file_name", "FileName"),  # names that --patients may use
                    ("patient", "patient_id", "subject_id", "BDSPPatientID"))
 NO_PATIENT = "records that the table of patients does not name, each a patient of its own"
@@ -103,15 +103,15 @@ class Job(NamedTuple):
     split: str
     label: int = 0
     n_channels: int = 0          # that the source promises; 0 = anything
-    part: tuple | None = None    # from, to: shares of the first NOISE_S
+    part: tuple | None = None    # start and end, as shares of the first NOISE_S
     row: int = -1                # in the HDF5 file
     scale: float = 1.0           # factor to mV
-    reject: tuple | None = None  # reason, detail: why it cannot be used, if the lister knows that already
+    reject: tuple | None = None  # reason and detail, if the lister knows already that it cannot be used
 
 
-# A lister yields the jobs of a source in an order that depends on the raw files alone, and writes into `notes` what a
-# user should know about all of them. It holds the publisher's tables in memory, but never a list of all recordings. Its
-# docstring is what --help says about the source.
+# A lister yields the jobs of a source in an order that depends only on the raw files, and writes into `notes` what a
+# user should know about them. It holds the publisher's tables in memory, but never a list of all recordings. --help
+# shows its docstring.
 
 def list_ptbxl(raw, args, notes):
     """PTB-XL 1.0.3: 21,799 12-lead ECGs of 10 s with labels; folds 1-8 train, 9 val, 10 test (--download: 3 GB)"""
@@ -196,7 +196,7 @@ def list_code15(raw, args, notes):
 
 
 def list_code(raw, args, notes):
-    """the whole of CODE as WFDB: TNMG{exam}_N{k} and annotations.csv"""
+    """CODE, all of it, as WFDB; --raw holds records TNMG{exam}_N{k} and annotations.csv"""
     patient_of = Lookup(raw, "annotations.csv", "id_exam", "id_patient")
     if not patient_of:
         raise ValueError(f"no annotations.csv in {raw}, or no exam in it: expected CODE's own folder, with this table")
@@ -211,7 +211,7 @@ def list_code(raw, args, notes):
 
 
 def list_icentia11k(raw, args, notes):
-    """Icentia11k: 11,000 patients, one lead, 541,794 segments of 70 minutes; beats and rhythms are kept in events/"""
+    """Icentia11k: 11,000 patients, one lead, 541,794 segments of 70 minutes; events/ gets beats and rhythms"""
     for path in find_headers(raw):
         known = re.fullmatch(r"(p\d{5})_s\d\d", path.name)
         reject = None if known else ("file name", f"{path.name}.hea: expected p, patient, _s and the segment")
@@ -219,8 +219,8 @@ def list_icentia11k(raw, args, notes):
 
 
 def list_wfdb(raw, args, notes):
-    """any folder of WFDB records (*.hea, in all subfolders); every channel in volts counts as a lead; a record named
-              like a copy of PTB-XL or of DS2 goes to the test split; --patients names the patient of each record"""
+    """any folder of WFDB records (*.hea, in all subfolders); every channel in volts is a lead; a record with a
+              name from PTB-XL or DS2 goes to the test split; --patients names the patient of each record"""
     patient_of, held_out = read_patients(args.patients)
     for folder, group in itertools.groupby(find_headers(raw), key=lambda path: path.parent):
         paths, segments = list(group), set()
@@ -242,8 +242,8 @@ LISTERS = {"ptbxl": list_ptbxl, "mitdb": list_mitdb, "nstdb": list_nstdb, "heedb
 
 
 def find_headers(folder):
-    """The WFDB records in folder and in all folders below, as paths without suffix, in sorted order, files before
-    folders. A folder that cannot be read is an OSError. Links to folders are not followed."""
+    """Yield the WFDB records in folder and in all folders below, as paths without suffix, sorted, files before folders.
+    OSError for a folder that cannot be read. Links to folders are not followed."""
     for entry in sorted(os.scandir(folder), key=lambda entry: (entry.is_dir(follow_symlinks=False), entry.name)):
         if entry.is_dir(follow_symlinks=False):
             yield from find_headers(entry.path)
@@ -252,13 +252,13 @@ def find_headers(folder):
 
 
 def hashed_job(path, raw, patient, reject=None):
-    """A job for the record `path`, in the split that the patient's hash gives."""
+    """A job for the record `path`; the hash of the patient decides the split."""
     patient = shorten(patient, 32)
     return Job(str(path), shorten(path.relative_to(raw).as_posix(), 64), patient, hashed_split(patient), reject=reject)
 
 
 def hashed_split(patient):
-    """The split of a patient where the source has none: the same in every run and on every machine."""
+    """The split of a patient if the source has no splits: the same in every run and on every machine."""
     return {0: "val", 1: "test"}.get(hash64(patient) % 100, "train")
 
 
@@ -267,7 +267,7 @@ def hash64(text):
 
 
 def shorten(name, n_bytes):
-    """A name that fits the index. One that is too long becomes its end, after enough of its hash to stay unique."""
+    """A name that fits the index. A name that is too long becomes a part of its hash, to stay unique, and its end."""
     if len(name.encode()) <= n_bytes:
         return name
     end = name.encode("ascii", "replace").decode()[13 - n_bytes:]
@@ -275,9 +275,9 @@ def shorten(name, n_bytes):
 
 
 class Lookup:
-    """A column of a CSV table by a key, for many million rows: 16 bytes per row, keys by their 64-bit hash. The table
-    is in raw, or up to two folders below; keys are compared without folder and suffix. lookup[key] is None if the table
-    is absent or lacks the key."""
+    """Looks up a column of a CSV table by a key, for many million rows: it stores the 64-bit hash of a key, 16 bytes
+    per row in all. The table is in raw, or up to two folders below; keys are compared without folder and suffix.
+    lookup[key] is None if there is no such table or key."""
 
     def __init__(self, raw, name, key, value):
         keys, values = [np.zeros(0, np.uint64)], [np.zeros(0, "S1")]
@@ -303,7 +303,7 @@ class Lookup:
 
 
 def read_table(path, columns):
-    """Yield parts of a CSV table with these columns, as text, without the rows that lack one of them."""
+    """Yield parts of a CSV table with these columns, as text, without rows in which one of them is empty."""
     try:
         found = list(pd.read_csv(path, nrows=0, encoding_errors="replace"))
         if absent := [name for name in columns if name not in found]:
@@ -330,14 +330,14 @@ def read_patients(path):
 
 @functools.lru_cache(1)
 def open_h5(path):
-    """An exams_part*.hdf5 of CODE-15%, which has the two tables that are needed."""
+    """Open an exams_part*.hdf5 of CODE-15%. ValueError if it does not hold the two tables that are needed."""
     try:
         import h5py                                                # only CODE-15% needs it
         file = h5py.File(path, "r")
     except ImportError:
         raise ValueError("CODE-15% comes as HDF5: run `pip install h5py` first") from None
     except OSError as error:
-        raise ValueError(f"{path} is no HDF5 file or cut short ({error}): download it again") from None
+        raise ValueError(f"{path} is not an HDF5 file, or incomplete ({error}): download it again") from None
     exams, tracings = (getattr(file.get(name), "shape", ()) for name in ("exam_id", "tracings"))
     if len(exams) != 1 or len(tracings) != 3 or tracings[::2] != (*exams, len(CODE_LEADS)):
         raise ValueError(f"{path} holds exam_id {exams} and tracings {tracings}: expected (N,) and (N, samples, "
@@ -346,7 +346,7 @@ def open_h5(path):
 
 
 def code15_unit(parts):
-    """The unit in which the median R wave of up to 200 exams is most usual (1 mV in lead II), and that median in mV."""
+    """The unit in which the median R wave of lead II, over up to 200 exams, is nearest to 1 mV; and that median, mV."""
     peaks, n = [], -(-200 // len(parts))
     for tracings in (open_h5(str(path))["tracings"] for path in parts):
         for row in np.unique(np.linspace(0, len(tracings) - 1, min(len(tracings), n)).astype(int)):
@@ -368,7 +368,7 @@ class Prepared(NamedTuple):
     leads: np.ndarray            # (L,) lead ids
     fs_hz: float                 # before it became FS
     events: np.ndarray           # EVENT_DTYPE (K,)
-    changes: Counter             # what was done to it
+    changes: Counter             # kind of change: how often
 
 
 def prepare_recording(job, annotator=None):
@@ -400,7 +400,7 @@ def read_exam(job):
 
 
 def drop_unusable_leads(signal_mv, ids, changes):
-    """Drop leads without signal, cut ends where no lead has signal, name every lead once; count all that in `changes`.
+    """Drop leads without signal, cut ends where no lead has signal, and make every name unique; count the changes.
     Returns int16 (L, T) uV, lead ids (L,), and the sample at which the recording begins now."""
     valid = np.isfinite(signal_mv)
     keep = np.flatnonzero(valid.sum(axis=1) >= MIN_VALID_S * FS)
@@ -419,7 +419,7 @@ def drop_unusable_leads(signal_mv, ids, changes):
             ids[i] = 0
             changes["leads renamed unknown: a second one of the name"] += 1
     steps = np.rint(signal_mv[:, start:stop] * UV_PER_MV)
-    in_range = np.abs(steps) <= np.iinfo(np.int16).max             # not NaN, and not where the resampler went beyond
+    in_range = np.abs(steps) <= np.iinfo(np.int16).max             # false for NaN, and where the resampler overshoots
     steps = np.where(in_range, steps, MISSING).astype("<i2")
     changes["samples missing"] += int((steps == MISSING).sum())
     return steps, ids, int(start)
@@ -443,8 +443,8 @@ def read_events(path, fs, start, length, changes):
 
 def decode_annotations(data):
     """The bytes of a .atr file -> sample (K,) at the record's rate and symbol (K,). ValueError if it is damaged. The
-    format is annot(5) of the WFDB manual: words of 16 bits, a code in the upper 6 and in the lower 10 the samples since
-    the last annotation. wfdb.rdann reads the same, but it never ends on some damaged files."""
+    format is annot(5) of the WFDB manual: words of 16 bits. The upper 6 bits are a code, the lower 10 the samples since
+    the last annotation. wfdb.rdann reads the same, but never returns on some damaged files."""
     words, time, samples, symbols = iter(np.frombuffer(data[:len(data) // 2 * 2], "<u2").tolist()), 0, [], []
     for word in words:
         code, step = word >> 10, word & 0x3FF
@@ -470,8 +470,8 @@ def decode_annotations(data):
 
 # ---- writing a corpus -----------------------------------------------------------------------------------------------
 # OUT.part/ holds, while a corpus is made:
-#     jobs.jsonl, plan.json                        what there is to do, fixed when the run first started
-#     signal/00000.i16 ... (events/00000.npy ...)  the shards; which shard a job belongs to is fixed from the start
+#     jobs.jsonl, plan.json                        the jobs, fixed when the run first started
+#     signal/00000.i16 ... (events/00000.npy ...)  the shards; the shard of a job is fixed from the start
 #     done/00000.npz ...                           index rows and rejects of each finished shard
 # A shard is finished when its file in done/ is there. That file is written last, and atomically.
 
@@ -481,7 +481,7 @@ def refuse_existing(out):
 
 
 def write_corpus(source, raw, out, args, command):
-    """Prepare `source` under `raw` into `out`, or go on with OUT.part. Returns the manifest, None for a dry run."""
+    """Prepare `source` under `raw` into `out`, or continue OUT.part. Returns the manifest, None for a dry run."""
     refuse_existing(out)
     part = part_of(out)
     part.mkdir(parents=True, exist_ok=True)
@@ -503,15 +503,15 @@ def write_corpus(source, raw, out, args, command):
             finish_shards(source, part, plan, args.workers or os.cpu_count())
             assemble(source, part, plan, command)
         shutil.rmtree(part / "done", ignore_errors=True)
-        # The plan goes last: as long as it is there, a run continues. dry.jsonl is left of a dry run that was killed.
+        # The plan is deleted last: while it is there, a run can continue. A dry run that was killed leaves dry.jsonl.
         for name in ("dry.jsonl", "jobs.jsonl", "lock", "plan.json"):
             (part / name).unlink(missing_ok=True)
-        part.rename(out.resolve())                                 # also onto an empty folder: refuse_existing looked
+        part.rename(out.resolve())                                 # `out` is absent or empty: see refuse_existing
     return json.loads((out / "manifest.json").read_text())
 
 
 def make_plan(source, raw, part, args, command):
-    """List the jobs, once, into OUT.part, and estimate what they cost. Returns the plan, None for a dry run."""
+    """Write the list of jobs into OUT.part, and estimate disk and time. Returns the plan, None for a dry run."""
     jobs, notes, n = part / ("dry.jsonl" if args.dry_run else "jobs.jsonl"), {}, 0
     listed = itertools.islice(LISTERS[source](raw, args, notes), args.limit or None)
     with open(jobs, "w") as file:
@@ -531,8 +531,8 @@ def make_plan(source, raw, part, args, command):
     if args.dry_run:
         return jobs.unlink()
     if n_bytes * n > free:
-        raise ValueError(f"{n:,} recordings need about {n_bytes * n / 1e9:.1f} GB, and on the disk of {part.parent} "
-                         f"{free / 1e9:.1f} GB are free: name another --out, or prepare fewer (--limit)")
+        raise ValueError(f"{n:,} recordings need about {n_bytes * n / 1e9:.1f} GB, but the disk of {part.parent} has "
+                         f"{free / 1e9:.1f} GB free: name another --out, or prepare fewer (--limit)")
     per_shard = max(1, min(int(SHARD_BYTES // max(n_bytes, 1)), -(-n // SHARDS_AT_LEAST)))
     plan = {"command": command, "format_version": FORMAT_VERSION, "jobs": n, "shard_jobs": per_shard, "notes": notes}
     for name in ("signal", "done", *(["events"] if source in ANNOTATED else [])):
@@ -550,7 +550,7 @@ def finish_shards(source, part, plan, workers):
     shards = iter(lambda: [Job(*json.loads(line)) for line in itertools.islice(file, per_shard)], [])
     tasks = ((source, part, number, jobs) for number, jobs in enumerate(shards) if number not in done)
     results = run_tasks(tasks, min(workers, -(-n_jobs // per_shard) - len(done)))
-    with (file, contextlib.closing(results),                       # closed at once: an interruption ends the workers
+    with (file, contextlib.closing(results),                       # at once, so that an interruption ends the workers
           tqdm(total=n_jobs, initial=min(n_jobs, len(done) * per_shard), unit=" records", disable=None) as bar):
         for result in results:
             totals.update(result)
@@ -564,7 +564,7 @@ def run_tasks(tasks, workers):
     if workers <= 1:
         yield from itertools.starmap(prepare_shard, tasks)
         return
-    # If a worker is killed (out of memory), the executor raises; multiprocessing.Pool would wait for ever.
+    # If a worker is killed (out of memory), the executor raises an error; multiprocessing.Pool would wait for ever.
     pool, running = ProcessPoolExecutor(workers, initializer=start_worker), deque()
     try:
         for task in tasks:
@@ -583,7 +583,7 @@ def run_tasks(tasks, workers):
 
 
 def start_worker():
-    """A worker leaves signals to its parent, and ends when its parent ends, however that happens."""
+    """Make a worker ignore Ctrl-C, which its parent handles, and end when its parent ends for any reason."""
     os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)
     os_signal.signal(os_signal.SIGTERM, os_signal.SIG_DFL)
 
@@ -622,7 +622,7 @@ def prepare_shard(source, part, number, jobs):
             atomic_write(target, lambda file: np.save(file, np.concatenate(events)))
             sums[f"events/{target.name}"] = sha256(target)
     except OSError:
-        path.unlink(missing_ok=True)                               # on a full disk: room for what comes next
+        path.unlink(missing_ok=True)                               # on a full disk this frees some space
         raise
     rows = np.array(rows, ROW_DTYPE)
     about = json.dumps({"rejects": rejects, "changes": changes, "sha256": sums, "bytes": 2 * offset}).encode()
@@ -648,7 +648,7 @@ def assemble(source, part, plan, command):
             np.concatenate([np.load(path)["rows"][name].copy() for path in shards]) for name in ROW_DTYPE.names)
         patients, index["patient"] = np.unique(patients, return_inverse=True)
         manifest = make_manifest(source, index, records, plan["notes"], command)
-    except ValueError:                                             # the same command would end in the same way
+    except ValueError:                                             # the same command would fail again
         shutil.rmtree(part)
         raise
     sums = {name: digest for about in abouts for name, digest in about["sha256"].items()}
@@ -663,7 +663,7 @@ def assemble(source, part, plan, command):
 
 
 def make_manifest(source, index, records, notes, command):
-    """All that a reader of the corpus should know. No date is in it: the same recordings give the same bytes."""
+    """Facts for readers of the corpus. There is no date, so that the same recordings give the same bytes."""
     by_split = [index[index["split"] == i] for i in range(len(SPLITS))]
     patients = [np.unique(rows["patient"]) for rows in by_split]
     _, splits_of = np.unique(np.concatenate(patients), return_counts=True)
@@ -684,18 +684,18 @@ def make_manifest(source, index, records, notes, command):
 
 # ---- download -------------------------------------------------------------------------------------------------------
 def damaged_files(raw, wanted=".*"):
-    """Names that SHA256SUMS.txt in `raw` lists, that match `wanted` in full, and that are absent or differ here."""
+    """Names in raw/SHA256SUMS.txt that match the pattern `wanted` in full, and whose file is absent or differs."""
     if not (raw / "SHA256SUMS.txt").is_file():
         raise ValueError(f"no SHA256SUMS.txt in {raw}: --download fetches the publisher's")
     lines = [line.split(maxsplit=1) for line in (raw / "SHA256SUMS.txt").read_text().splitlines() if line.strip()]
     sums = {name: digest for digest, name in lines if re.fullmatch(wanted, name)}
     if not sums:
-        raise ValueError(f"{raw / 'SHA256SUMS.txt'} lists no file like {wanted}: does it belong to another database?")
+        raise ValueError(f"{raw / 'SHA256SUMS.txt'} lists no file like {wanted}: it belongs to another database")
     return [name for name, _ in differences(raw, sums)]
 
 
 def differences(folder, sums):
-    """Yield (name, SHA-256 that was found) of the files that are absent or that do not have the SHA-256 of `sums`."""
+    """Yield (name, SHA-256 that was found) of the files that are absent or whose SHA-256 is not that in `sums`."""
     for name, digest in tqdm(sums.items(), desc=f"checking {folder}", unit=" files", disable=None):
         found = sha256(folder / name) if (folder / name).is_file() else "no such file"
         if found != digest:
@@ -703,7 +703,7 @@ def differences(folder, sums):
 
 
 def download(source, raw, rate):
-    """Fetch from PhysioNet what `raw` lacks. ValueError if it does not agree with the publisher's checksums then."""
+    """Fetch the files that `raw` lacks from PhysioNet. ValueError if they do not fit the publisher's checksums."""
     database, wanted = PHYSIONET[source]
     wanted = wanted.replace("RATE", "500" if rate == "auto" else rate)
     fetch(database, raw, ["SHA256SUMS.txt"])
@@ -718,7 +718,7 @@ def download(source, raw, rate):
 
 
 def fetch(database, raw, names):
-    """wfdb.dl_files without the two lines that it prints per call, and with one kind of error."""
+    """wfdb.dl_files, without the two lines that it prints per call. All errors become a ValueError."""
     try:
         with contextlib.redirect_stdout(None):
             wfdb.dl_files(database, str(raw), names, overwrite=True)
@@ -730,7 +730,7 @@ def fetch(database, raw, names):
 
 # ---- check: what is in a corpus, and whether it is whole ------------------------------------------------------------
 def check(dirs):
-    """Verify prepared corpora, print what they have in common, and draw DIR/check.png for each; count the faults."""
+    """Verify prepared corpora, print copies and leaks, draw DIR/check.png for each. Returns the number of faults."""
     corpora, faults = [open_corpus(dir) for dir in dirs], 0
     for corpus in corpora:
         print(summary(corpus.manifest, corpus.dir))
@@ -754,7 +754,7 @@ def check(dirs):
 
 
 def heart_rate_bpm(lead):
-    """60 / the median distance of R waves in a lead (T,) in mV at FS; NaN if there are fewer than three."""
+    """60 / the median time between R waves of a lead (T,) in mV at FS; NaN if there are fewer than three R waves."""
     band = scipy.signal.butter(2, (5, 20), "band", fs=FS, output="sos")
     steep = scipy.signal.sosfiltfilt(band, lead) ** 2
     steep = np.convolve(steep, np.ones(FS // 10) / (FS // 10), "same")
@@ -798,7 +798,7 @@ def draw_overview(corpus, path):
 
 
 def shown_lead(corpus, i):
-    """Up to a minute in the middle of recording i, in mV, of lead II (without it, of the first lead), and its name."""
+    """Up to a minute in the middle of recording i, in mV, of lead II (or of the first lead), and the lead's name."""
     ids, length = corpus.lead_ids(i), int(corpus.index["length"][i])
     k, n = int(np.argmax(ids == LEAD_IDS["II"])), min(length, 60 * FS)
     lead = corpus.read(i, (length - n) // 2, n)[k]
@@ -806,43 +806,41 @@ def shown_lead(corpus, i):
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every flag, and the lines of the epilog as they are."""
-
-
 def parse_args(argv=None):
     description, _, text = __doc__.partition("\n\n")
     sources = {name: lister.__doc__ for name, lister in LISTERS.items()} | {
-        "synth": "synthetic ECGs: written to --raw in the layouts of the first three, then prepared like these"}
+        "synth": "synthetic ECGs: written to --raw in the layouts of the first three, then prepared like them"}
     epilog = "\n".join(["sources", *(f"  {name:12}{doc}" for name, doc in sources.items()), "", text])
     parser = argparse.ArgumentParser(prog="prepare.py", description=description, epilog=epilog, allow_abbrev=False,
-                                     formatter_class=HelpFormatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("source", choices=("synth", *LISTERS), help="what --raw holds, see below")
-    add("--raw", type=Path, required=True, default=argparse.SUPPRESS,
-        help="folder of the raw recordings, in their publisher's layout; only synth writes to it")
-    add("--out", type=Path, required=True, default=argparse.SUPPRESS, help="folder to make; delete an old one first")
-    add("--download", action="store_true", help="first fetch what --raw lacks from PhysioNet, and check it by SHA-256")
-    add("--workers", type=int, default=0, help="processes; 0 = one per CPU core; any number gives the same result")
-    add("--limit", type=int, default=0, help="prepare only the first LIMIT recordings; 0 = all")
-    add("--dry-run", action="store_true",
-        help="only print how many recordings there are, and what disk and time they need")
-    add("--patients", type=Path,
-        help="wfdb only: CSV table with a column record (the path in --raw, or its last part) and a column patient")
+    add("--raw", type=Path, metavar="DIR", required=True,
+        help="folder of the raw recordings, in their publisher's layout; synth and --download write to it")
+    add("--out", type=Path, metavar="DIR", required=True, help="folder to make; delete an old one first")
+    add("--download", action="store_true",
+        help="first fetch the files that --raw lacks from PhysioNet, and check them by SHA-256")
+    add("--workers", type=int, default=0, metavar="N",
+        help="processes; any number gives the same result (default: one per CPU core)")
+    add("--limit", type=int, default=0, metavar="N", help="prepare only the first N recordings (default: all)")
+    add("--dry-run", action="store_true", help="only print the number of recordings, and the disk and time they need")
+    add("--patients", type=Path, metavar="CSV",
+        help="wfdb only: table with a column record (the path in --raw, or its last part) and a column patient")
     add("--rate", choices=("auto", "100", "500"), default="auto",
-        help="ptbxl only: which copy to read, in Hz; auto = 500 if all of it is there, otherwise 100")
-    add("--records", type=int, default=SYNTH_RECORDS, help="synth only: number of 12-lead recordings")
-    add("--seed", type=int, default=0, help="synth only: the same seed makes the same recordings")
+        help="ptbxl only: which copy to read, in Hz (default: 500 if all of it is there, otherwise 100)")
+    add("--records", type=int, default=SYNTH_RECORDS, metavar="N",
+        help="synth only: number of 12-lead recordings (default: %(default)s)")
+    add("--seed", type=int, default=0, help="synth only: the same seed, the same recordings (default: %(default)s)")
     args = parser.parse_args(argv)
     source, is_synth = args.source, args.source == "synth"
     for is_wrong, message in (
             (args.download and source not in PHYSIONET,
-             f"--download: {source} is no PhysioNet database; it works for {', '.join(PHYSIONET)}"),
+             f"--download: {source} is no PhysioNet database that it can fetch; it works for {', '.join(PHYSIONET)}"),
             (source != "ptbxl" and args.rate != "auto", f"--rate is for ptbxl; the headers of {source} give the rate"),
             (not is_synth and (args.records, args.seed) != (SYNTH_RECORDS, 0), "--records and --seed are for synth"),
             (args.records < 1 or min(args.workers, args.seed, args.limit) < 0,
              "--records must be at least 1, --workers, --seed and --limit at least 0"),
-            (is_synth and (args.limit or args.dry_run), "no --limit and --dry-run: for synth there is --records"),
+            (is_synth and (args.limit or args.dry_run), "no --limit and no --dry-run: for synth there is --records"),
             (args.patients and source != "wfdb", f"--patients is for wfdb; {source} knows its patients"),
             (args.patients and not args.patients.is_file(), f"--patients {args.patients}: there is no such file"),
             (not is_synth and not args.download and not args.raw.is_dir(), f"--raw {args.raw} is no folder")):
@@ -892,7 +890,7 @@ def main(args):
 
 
 def end_of_run(args, error):
-    """The last line of a run that did not finish: what was wrong, and what is kept."""
+    """The last line of a run that did not finish: the error, and what is kept."""
     part = part_of(args.out)
     if kept := len(list(part.glob("done/*.npz"))):
         return f"prepare.py: {error}; {kept} finished shards are kept in {part}: run the same command again to continue"
@@ -901,7 +899,7 @@ def end_of_run(args, error):
 
 def run_command():
     def interrupt(number, frame):
-        # No Exception, so that no reader takes it for a damaged file.
+        # Not an Exception, otherwise a reader would take it for a damaged file.
         raise KeyboardInterrupt("interrupted" if number == os_signal.SIGINT else "terminated")
     for number in (os_signal.SIGINT, os_signal.SIGTERM):
         os_signal.signal(number, interrupt)

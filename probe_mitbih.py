@@ -4,10 +4,10 @@
 
 The protocol is the inter-patient one (de Chazal et al. 2004): the beats of DS1 train, those of DS2 are scored, paced
 records and AAMI class Q (7 beats) are left out. A beat lies in the middle of a window, as long as in training but at
-most BEAT_WINDOW_S. It is described by the token that holds its R, mean over leads, alone (r_token) or together with
+most BEAT_WINDOW_S. Its features are the token that holds its R, mean over leads, alone (r_token) or together with
 the mean of the tokens from -300 to +400 ms (neighbourhood). Records 201 (DS1) and 202 (DS2) are the same person.
-Macro over N, S, V is the number to look at: F is one record against another. Two controls need no encoder: eight RR
-intervals (rr), and 0.75 s of the raw lead II (raw). --encoder random:SIZE gives the untrained network alone.
+The main score is the macro over N, S, V: nine in ten F beats of each set are in one record. Two controls need no
+encoder: eight RR features (rr), and 0.75 s of the raw lead II (raw). --encoder random:SIZE gives only the control.
 
 Writes OUT/mitbih.json, OUT/predictions.npz (beats of DS2) and OUT/mitbih.png.
 
@@ -34,13 +34,13 @@ from evaluate import (calibration, draw_bars, interval, label_auroc, load_encode
 from prepare import MITDB_DS1, MITDB_DS2
 
 # AAMI EC57 classes of the annotation symbols, as nearly all papers group them. WFDB's own comparator, bxb, counts the
-# escape beats e and j as S instead, which would move 32 beats of DS1 and 213 of DS2 from N to S.
+# escape beats e and j as S, which would move 32 beats of DS1 and 213 of DS2 from N to S.
 AAMI = {"N": "NLRej", "S": "AaJS", "V": "VE", "F": "F", "Q": "/fQ"}
 CLASSES = ("N", "S", "V", "F")   # trained and scored
-BEAT_WINDOW_S = 8.0              # s, the longest window of a beat: its cost does not grow with train.py's --window
+BEAT_WINDOW_S = 8.0              # s, limit for the window of a beat, so that a long --window of train.py costs no more
 AROUND_S = (-0.3, 0.4)           # s from R: the neighbourhood, from the P wave to the end of most T waves
 RAW_S = (-0.3, 0.45)             # s from R: the waveform of the raw control
-MAX_N_TRAIN = 600                # N beats of a record that are trained on, evenly spread; other classes are kept whole
+MAX_N_TRAIN = 600                # N beats per training record, evenly spread; all beats of other classes are used
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, the inverse strength of the L2 penalty
 FOLDS = 5                        # of DS1 records, to choose C
 LOCAL_BEATS = 10                 # beats whose mean RR interval a beat is compared with
@@ -49,7 +49,7 @@ BATCH = 64                       # windows, one per beat, in a forward pass
 
 # ---- beats and their features ---------------------------------------------------------------------------------------
 def read_beats(path):
-    """Times (K,) s and AAMI classes (K,) of a record's beats; symbols that are no beats are left out."""
+    """Times (K,) s and AAMI classes (K,) of a record's beats; symbols that are not beats are left out."""
     annotation = wfdb.rdann(path, "atr")
     class_of = {symbol: name for name, symbols in AAMI.items() for symbol in symbols}
     classes = pd.Series(annotation.symbol, dtype=object).map(class_of)
@@ -59,8 +59,8 @@ def read_beats(path):
 def place_windows(encoder, num_leads, num_samples, beats_s):
     """Windows of K beats in a recording: first samples (K,) at FS, and their length in patches.
 
-    R is the middle of the window's middle patch, or as near to it as an end of the recording allows: on a fixed grid a
-    QRS would fall across two patches as often as not. A recording that is shorter than a window is the window.
+    R is in the middle of the window's middle patch, or as near to it as the ends of the recording allow. On a fixed
+    grid half of the QRS complexes would lie across two patches. A recording shorter than a window is the whole window.
     """
     P = encoder.patch_samples
     N = min(encoder.window_length(num_leads), int(BEAT_WINDOW_S * FS) // P, num_samples // P)
@@ -72,7 +72,7 @@ def token_features(encoder, signal_mv, lead_ids, beats_s):
     """Features of K beats: r_token (K, D) and neighbourhood (K, 2D), the R token and the mean around it.
 
     signal_mv (L, T) and lead_ids (L,) of ecg.preprocess, beats_s (K,). Means over leads and over patches leave out
-    patches with a missing sample, which have no token. What has no token at all is NaN.
+    patches with a missing sample, which have no token. The features of a beat without any token are NaN.
     """
     start, N = place_windows(encoder, *signal_mv.shape, beats_s)
     if N == 0:
@@ -94,7 +94,7 @@ def token_features(encoder, signal_mv, lead_ids, beats_s):
 
 
 def rr_features(beats_s):
-    """Eight RR numbers per beat (K, 8), in s or as ratios: what is known without looking at the waveform."""
+    """Eight RR features per beat (K, 8), in s or as ratios: they do not use the waveform."""
     rr = pd.Series(beats_s).diff()
     usual = rr.median()
     before, after = rr.fillna(usual), rr.shift(-1).fillna(usual)
@@ -104,7 +104,7 @@ def rr_features(beats_s):
 
 
 def raw_features(signal_mv, lead_ids, beats_s):
-    """0.75 s of lead II around R at FS, or of the first lead without II, mean taken off: (K, 187) mV."""
+    """0.75 s of lead II (or of the first lead) around R at FS, minus its mean: (K, 187) mV."""
     wave = np.nan_to_num(signal_mv[np.argmax(lead_ids == LEAD_IDS["II"])])
     at = np.rint(beats_s * FS).astype(int)[:, None] + np.arange(*(int(s * FS) for s in RAW_S))
     window = wave[at.clip(0, len(wave) - 1)]
@@ -112,8 +112,8 @@ def raw_features(signal_mv, lead_ids, beats_s):
 
 
 def collect(raw, encoders):
-    """Beats of every record of DS1 and DS2 that is there: record, beat_s and cls, each (K,), and the features (K, F),
-    numbered by encoder. ValueError if a set is absent, or names a file that cannot be read."""
+    """Beats of every record of DS1 and DS2 in `raw`: record, beat_s and cls, each (K,), and features (K, F), numbered
+    by encoder. ValueError if a set is absent, or if a file cannot be read."""
     names = [n for n in MITDB_DS1 + MITDB_DS2 if (raw / f"{n}.hea").is_file()]
     if not set(names) & set(MITDB_DS1) or not set(names) & set(MITDB_DS2):
         raise ValueError(f"{raw} holds {len(names)} of the 44 records of DS1 and DS2 ({' '.join(names) or 'none'}); "
@@ -154,7 +154,7 @@ def fit(x, y, x_new):
     x, x_new = standardized(x, x_new)
     model = LogisticRegression(class_weight="balanced", warm_start=True, max_iter=500, tol=1e-3)
     p = np.zeros((len(C_GRID), len(x_new), len(CLASSES)))
-    # The loosest C may stop early; it is rarely chosen.
+    # The fit with the weakest penalty may stop early; it is rarely chosen.
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
         for g, c in enumerate(C_GRID):
             model.set_params(C=c).fit(x, y)
@@ -163,7 +163,7 @@ def fit(x, y, x_new):
 
 
 def probe(x, data, train, test):
-    """Probabilities (K', C) on the test rows, and C, chosen by macro N, S, V over folds of held-out DS1 records."""
+    """Probabilities (K', C) on the test rows, and C: the best in macro N, S, V over folds of held-out DS1 records."""
     x_train, cls, record = x[train], data["cls"][train], data["record"][train]
     held_out = np.zeros((len(C_GRID), len(cls), len(CLASSES)))
     for inner, outer in GroupKFold(min(FOLDS, len(set(record)))).split(cls, groups=record):
@@ -179,7 +179,7 @@ def one_hot(cls):
 
 
 def nsv(auroc):
-    """Mean over N, S, V of auroc (S, C) -> (S,); over those of them that can be scored."""
+    """Mean over N, S, V of auroc (S, C) -> (S,); classes that cannot be scored are left out."""
     return macro(auroc[:, :3])
 
 
@@ -194,7 +194,7 @@ def detection(p, cls):
 def score(x, data, train, test, number, counts):
     """The probe of features x on DS2: JSON entry, probabilities (K', C), macro N, S, V (S,)."""
     p, c = probe(x, data, train, test)
-    cls, without = data["cls"][test], data["record"][test] != "232"  # which has three quarters of DS2's S beats
+    cls, without = data["cls"][test], data["record"][test] != "232"  # 232 has three quarters of DS2's S beats
     y = one_hot(cls)
     auroc = label_auroc(y, p, number, counts)
     macro_nsv = nsv(auroc)
@@ -242,8 +242,9 @@ def draw(result):
     return figure
 
 
+# ---- command line ---------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    return parser_of("Linear probes of single heartbeats on MIT-BIH, of an encoder and of its untrained control.",
+    return parser_of("Linear probes of single heartbeats on MIT-BIH, for an encoder and its untrained control.",
                      "raw/mitdb").parse_args(argv)
 
 

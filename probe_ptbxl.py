@@ -5,10 +5,10 @@
 The protocol is the PTB-XL benchmark's (Strodthoff et al. 2021): six label sets, in which a statement that is present
 counts, whatever its likelihood. Folds 1-8 train, fold 9 chooses the regularisation, fold 10 is scored by macro AUROC.
 Recordings without any label of a set stay in it as rows of zeros (the benchmark drops them: about 0.001 of AUROC).
---encoder random:SIZE gives the untrained control alone. With --noise, fold 10 is also scored under real noise (minutes
-20-30 of the Noise Stress Test records, which no encoder was trained with), by the same probes.
+--encoder random:SIZE gives only the untrained control. With --noise, the same probes are also scored on fold 10 under
+real noise (minutes 20-30 of the Noise Stress Test records, which are never trained on).
 
-Writes OUT/ptbxl.json, OUT/predictions.npz (fold 10) and OUT/ptbxl.png, in 3 minutes for 2,000 records and size tiny on
+Writes OUT/ptbxl.json, OUT/predictions.npz (fold 10) and OUT/ptbxl.png. 2,000 records and size tiny take 3 minutes on
 one core.
 
 Shapes: R recordings, F features, C labels, G values of the regularisation, E encoders, S resamples of patients (the
@@ -37,7 +37,7 @@ from evaluate import (COLORS, NOISE_DB, both_classes, calibration, draw_bars, gl
                       to_json, write_results)
 
 TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
-TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's own; a patient is in one fold only
+TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's folds; a patient is in one fold only
 RECORD_S = 10                    # s that are read, the length of every PTB-XL recording
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, the inverse strength of the L2 penalty
 MIN_POSITIVES = 10               # positives in fold 10 below which the AUROC of a label is mostly noise
@@ -46,9 +46,9 @@ FEW_PATIENTS = 1000              # in fold 10 (all of PTB-XL has about 1,900), b
 
 # ---- recordings, labels and features --------------------------------------------------------------------------------
 def read_tables(raw):
-    """PTB-XL's recordings (with `codes` and `path`), its SCP statements, and the rate in Hz of what `path` leads to.
+    """PTB-XL's recordings (with `codes` and `path`), its SCP statements, and the rate in Hz of the files at `path`.
 
-    That is 500 Hz if every listed file is there, otherwise 100 Hz. ValueError if this is not PTB-XL or not all of it.
+    It is 500 Hz if every file of that rate is there, otherwise 100 Hz. ValueError if this is not PTB-XL, or incomplete.
     """
     for name in ("ptbxl_database.csv", "scp_statements.csv"):
         if not (raw / name).is_file():
@@ -65,16 +65,16 @@ def read_tables(raw):
         if not absent:
             return table, pd.read_csv(raw / "scp_statements.csv", index_col=0), rate
     raise ValueError(f"{len(absent)} of the {len(table)} recordings in {raw / 'ptbxl_database.csv'} are absent, "
-                     f"{absent[0]}.hea for one: a partial copy; fetch the rest, or take their rows out of the table")
+                     f"for example {absent[0]}.hea: fetch the rest, or delete their rows in the table")
 
 
 def split_rows(fold):
-    """Masks (R,) of the rows that train, validate and test, of folds (R,)."""
+    """Masks (R,) of the rows for training, validation and test; fold (R,)."""
     return np.isin(fold, TRAIN_FOLDS), fold == VAL_FOLD, fold == TEST_FOLD
 
 
 def label_sets(codes, statements):
-    """{task: (names, y (R, C) bool)} from the statements present in each of R recordings, as the benchmark does it."""
+    """{task: (names, y (R, C) bool)} from the statements in each of R recordings, as in the benchmark."""
     every = {*statements.index}.union(*codes)
     kinds = {kind: statements[statements[kind] == 1] for kind in ("diagnostic", "form", "rhythm")}
     labels = {kind: dict(zip(rows.index, rows.index)) for kind, rows in kinds.items()} | {  # task: {statement: label}
@@ -100,11 +100,11 @@ def read_recordings(paths):
 
 
 def extract_features(encoders, paths):
-    """Global features (E, R, 2D) of R recordings; and how many have gaps and how many are unusable, which stay NaN."""
+    """Global features (E, R, 2D) of R recordings, and how many have gaps and how many are unusable (NaN)."""
     features = global_features(encoders, lambda: read_recordings(paths))
     usable = np.isfinite(features[0]).all(axis=1)
     if not usable.any():
-        raise ValueError(f"none of the {len(paths)} recordings is usable, {paths[0]} for one: check their signals")
+        raise ValueError(f"none of the {len(paths)} recordings is usable, for example {paths[0]}: check their signals")
     gaps = [np.isnan(preprocess(*r[:4])[0]).any() for r, ok in zip(read_recordings(paths), usable) if ok]
     return features, dict(with_gaps=sum(gaps), unusable=(~usable).sum())
 
@@ -112,23 +112,23 @@ def extract_features(encoders, paths):
 # ---- probes ---------------------------------------------------------------------------------------------------------
 def fit_label(x, y, x_new):
     """Logits (G, R') of one label's logistic regression at every C; x (R, F), y (R,) bool, x_new (R', F)."""
-    # Each solution starts the next. The default tolerance costs at most 0.001 of macro AUROC up to C 0.1 (measured).
+    # Each fit starts at the last solution. The default tolerance costs at most 0.001 of macro AUROC up to C 0.1.
     model = LogisticRegression(warm_start=True, max_iter=2000)       # it takes up to 300, at the weakest penalty
     return np.array([model.set_params(C=c).fit(x, y).decision_function(x_new) for c in C_GRID])
 
 
 def fit_labels(features, y, train):
-    """Logits (G, R', C) on the rows that are not in train (R,), of labels y (R, C) fitted on those that are.
+    """Fit the labels y (R, C) on the rows in train (R,) bool. Returns logits (G, R', C) of all other rows.
 
-    features (R, F), or more rows, which follow in the logits. A label without both classes in train gets NaN. Equal
-    columns are fitted once (a statement is in several sets), in threads that share one copy of the features.
+    features (R, F), or with more rows at the end, which then follow in the logits. A label without both classes in
+    train gets NaN. Equal columns are fitted once (a statement is in several sets), in threads that share the features.
     """
     columns, where = np.unique(y[train], axis=1, return_inverse=True)
     train = np.pad(train, (0, len(features) - len(train)))
     x_train, x_new = standardized(features[train], features[~train])
     logits = np.full((len(C_GRID), len(x_new), columns.shape[1]), np.nan)
     todo = np.flatnonzero(both_classes(columns))
-    with threadpool_limits(1):  # a thread per label: more inside one small product would only wait for each other
+    with threadpool_limits(1):  # a thread per label: several threads in one small product would wait for each other
         fits = joblib.Parallel(n_jobs=-1, prefer="threads", return_as="generator")(
             joblib.delayed(fit_label)(x_train, columns[:, k], x_new) for k in todo)
         for k, fit in zip(todo, tqdm(fits, total=len(todo), desc="labels", unit="label", disable=None)):
@@ -137,15 +137,15 @@ def fit_labels(features, y, train):
 
 
 def choose_c(logits, y):
-    """Place in C_GRID of the best macro AUROC of logits (G, R, C) on y (R, C); the middle if nothing can be scored."""
+    """Index in C_GRID of the best macro AUROC of logits (G, R, C) on y (R, C); the middle if nothing can be scored."""
     usable = both_classes(y) & np.isfinite(logits).all(axis=(0, 1))
     scores = [plain_auroc(y[:, usable], z[:, usable]).mean() for z in logits] if usable.any() else []
     return int(np.argmax(scores)) if scores else len(C_GRID) // 2
 
 
 def score_task(logits, y, fold, scored, patient, counts):
-    """One encoder on one task: its C; AUROC (S, C') of the labels at the places `scored`; p raw and calibrated (R', C')
-    of fold 10; macro AUROC (S,) at each level of noise. Arguments as in compare."""
+    """One encoder on one task: its C; AUROC (S, C') of the labels with indices `scored`; probabilities (R', C') of
+    fold 10, raw and calibrated; macro AUROC (S,) at each level of noise. Arguments as in compare."""
     _, val, test = split_rows(fold)
     is_val = fold[val | test] == VAL_FOLD
     best = choose_c(logits[:, :len(is_val)][:, is_val], y[val])
@@ -160,7 +160,7 @@ def score_task(logits, y, fold, scored, patient, counts):
 
 def compare(names, y, fold, logits, patient, counts):
     """JSON entry of a task and its arrays for predictions.npz. names (C,), y (R, C), fold (R,); logits (G, rows, C) of
-    each encoder, control last: rows of folds 9 and 10, then 10 at each level of noise; patient, counts: of fold 10."""
+    each encoder, control last: folds 9 and 10, then fold 10 at each level of noise; patient, counts: see resample."""
     train, val, test = split_rows(fold)
     scored = np.flatnonzero(both_classes(y[test]) & both_classes(y[train]))
     y_test = y[test][:, scored]
@@ -211,7 +211,7 @@ def report(result):
         f"{n['unusable']} without a valid patch (taken as the mean recording)",
         "macro AUROC [95 %] over the labels with both classes in folds 1-8 and in fold 10 (of those defined); "
         f"10+: over those with {MIN_POSITIVES} positives or more in fold 10",
-        *["few test patients: the intervals are wide, and labels with few positives move the macro over all"]
+        *["few test patients: the intervals are wide, and labels with few positives change the macro over all labels"]
         * (n["test_patients"] < FEW_PATIENTS),
         table.to_string(na_rep="-", float_format="{:.3g}".format)))
 
@@ -243,7 +243,7 @@ def draw(result, arrays):
 
 
 def draw_reliability(axis, labels, y, p, p_platt):
-    """Share of positives against calibrated probability; a point holds about 40 recordings or more."""
+    """Share of positives against the calibrated probability; a point stands for about 40 recordings or more."""
     n_bins = int(np.clip(len(y) // 40, 4, 10))
     for k, name in enumerate(labels):
         truth, said = calibration_curve(y[:, k], p_platt[:, k], n_bins=n_bins, strategy="quantile")
@@ -254,9 +254,10 @@ def draw_reliability(axis, labels, y, p, p_platt):
     axis.legend(frameon=False, fontsize=8, loc="upper left")
 
 
+# ---- command line ---------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = parser_of("Linear probes on PTB-XL, of an encoder and of its untrained control.", "raw/ptbxl")
-    parser.add_argument("--noise", type=Path, help="prepared noise, such as data/nstdb: score fold 10 under it too")
+    parser = parser_of("Linear probes on PTB-XL, for an encoder and its untrained control.", "raw/ptbxl")
+    parser.add_argument("--noise", type=Path, help="prepared noise, such as data/nstdb: also score fold 10 under it")
     return parser.parse_args(argv)
 
 

@@ -1,16 +1,15 @@
-"""The run: pre-train the ECG encoder with the DINOv3 objective on prepared recordings.
+"""Pre-train the ECG encoder with the DINOv3 objective on prepared recordings.
 
-    python train.py                     # nothing prepared: synthetic recordings, minutes on a laptop
-    python train.py --data data/ptbxl data/mitdb --noise data/nstdb --out runs/a
-    torchrun --nproc-per-node 8 train.py --data ... --size base --batch 2048 --steps 100000
-    sbatch run.sbatch                   # many nodes, requeued when interrupted; the launch line is in there
+    python train.py                     # needs no data: synthetic recordings, minutes on a laptop
+    python train.py --data data/ptbxl data/mitdb --noise data/nstdb --out runs/real
+    torchrun --nproc-per-node 8 train.py --data ... --size base --batch 1024 --steps 100000 --lr 0.001
+    sbatch run.sbatch                   # on a Slurm cluster: many nodes, and it continues after interruptions
 
-One process per device; the total batch is fixed by --batch, whatever the number of processes. A batch is a pure
-function of (seed, step), so `--resume` continues exactly where the last checkpoint stands. SIGTERM, SIGUSR1 and Ctrl-C
-end the run after its step with a checkpoint and exit code 75 (under torchrun, which knows no codes: 0, and a file
-`stopped`). Writes into --out:
-    run.json        command, arguments, constants, versions, data   log.jsonl     one line per logged step
-    checkpoints/    the last ones, whole or not at all              encoder.pt    the teacher's encoder, for the probes
+One process per device; --batch is the total batch of all processes. A batch is a pure function of (seed, step), so
+--resume continues exactly from the last checkpoint. SIGTERM, SIGUSR1 and Ctrl-C end the run after the current step,
+with a checkpoint and exit code 75 (torchrun hides exit codes: there it is 0, and a file `stopped`). Writes into --out:
+    run.json        command, arguments, constants, versions, data   log.jsonl     a line per logged step (curves.png)
+    checkpoints/    the last ones, each whole or not at all         encoder.pt    the teacher's encoder, for the probes
 
 Shapes: B recordings, V views, L leads, T samples, N patches, K prototypes, D width.
 """
@@ -60,11 +59,11 @@ from ecg import LEADS, atomic_write, sha256
 from evaluate import OnlineProbe, diagnose, draw_curves, draw_features, health
 from model import SIZES, Encoder, build_encoder, load_encoder, save_encoder
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")             # one process is no mistake
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")             # one process is normal
 
-# Gram anchoring (dino.GRAM_WEIGHT), from --gram-from to the end. As in DINOv3's stage of 200,000 steps: the weight
-# rises over the first 1,000; the anchor is the teacher of its first step, and again that of the moment after every
-# 10,000, three times. Left out: DINOv3 shows the anchor the view at twice the resolution; these patches have none.
+# Gram anchoring (dino.GRAM_WEIGHT), from --gram-from to the end. In DINOv3 it lasts 200,000 steps: the weight rises
+# over the first 1,000; the anchor is the teacher of the first step, and is replaced by the current teacher after every
+# 10,000 steps, three times. Here the shares are the same. DINOv3's anchor sees twice the resolution; this one does not.
 GRAM_RAMP_SHARE = 0.005                          # of the steps from --gram-from on
 GRAM_REFRESH_SHARE, GRAM_REFRESHES = 0.05, 3
 TEACHER_TEMPERATURE = (0.015, 0.015, 0.3)       # start, end, share of the steps until the end is reached
@@ -76,17 +75,17 @@ WARMUP_SHARE = 0.1
 FINAL_LR_SHARE = 0.01
 WEIGHT_DECAY = (0.04, 0.04)                     # cosine
 ADAM_BETAS = (0.9, 0.99)
-CLIP_NORM = 3.0                                 # for encoder and heads each
+CLIP_NORM = 3.0                                 # for the encoder and for each head
 FREEZE_PROTOTYPES_SHARE = 0.01                  # of the steps, with learning rate 0 for the prototypes
 
-# Running; these change nothing that is learned.
+# Running: these do not change what is learned.
 DEFAULT_LR, DEFAULT_STEPS, DEMO_STEPS = 2e-3, 3400, 150
-KEEP_LAST = 2                    # checkpoints, next to those of --keep-every
-# Without --checkpoint-every a checkpoint is written after so many seconds, and less often where its size asks for it.
+KEEP_LAST = 2                    # checkpoints, in addition to those of --keep-every
+# Without --checkpoint-every: seconds between checkpoints, or more, so that a day does not write more than so many GB.
 CHECKPOINT_S, CHECKPOINT_GB_PER_DAY = 300, 5000
-HANG_S = 900                     # a step, a checkpoint or a collective that takes longer ends the job
-MAX_SKIPPED = 5                  # steps in a row whose loss or gradient is not finite
-LOCK_S = 120                     # how long a run waits for another one in its folder to end
+HANG_S = 900                     # s; a step, a checkpoint or a collective that takes longer ends the job
+MAX_SKIPPED = 5                  # this many steps in a row whose loss or gradient is not finite end the run
+LOCK_S = 120                     # s that a run waits for another run in its folder to end
 EXIT_STOPPED = 75                # "try again later" in sysexits.h
 # Constants of all files that a resumed run may change.
 RUNNING = {"DEFAULT_LR", "DEFAULT_STEPS", "DEMO_STEPS", "KEEP_LAST", "CHECKPOINT_S", "CHECKPOINT_GB_PER_DAY", "HANG_S",
@@ -101,7 +100,7 @@ def cosine(start, end, share):
 
 
 def schedules(step, steps, peak_lr, gram_from=-1):
-    """Everything that moves with the step."""
+    """All values that depend on the step."""
     warmup = max(1, round(WARMUP_SHARE * steps))
     lr = (peak_lr * (step + 1) / warmup if step < warmup else
           cosine(peak_lr, FINAL_LR_SHARE * peak_lr, (step - warmup) / max(1, steps - warmup)))
@@ -113,7 +112,7 @@ def schedules(step, steps, peak_lr, gram_from=-1):
 
 
 def gram_schedule(step, steps, gram_from):
-    """Weight of Gram anchoring at this step, and whether the anchor becomes the teacher of this moment before it."""
+    """Weight of Gram anchoring at this step, and whether the current teacher becomes the anchor before the step."""
     since, stage = step - gram_from, steps - gram_from
     if gram_from < 0 or since < 0:
         return dict(gram_weight=0.0, gram_refresh=False)
@@ -142,8 +141,8 @@ def set_schedules(optimizer, s):
 
 # ---- processes: how they start, stop, and are watched ---------------------------------------------------------------
 def setup_processes(device_flag):
-    """(rank, world size, device). torchrun's variables decide; a process group that cannot start is an error, never
-    one process."""
+    """(rank, world size, device), from torchrun's environment variables. A process group that cannot start is an error;
+    the run never continues as one process instead."""
     cuda = torch.cuda.is_available() if device_flag == "auto" else device_flag.startswith("cuda")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -156,7 +155,7 @@ def setup_processes(device_flag):
                 "torchrun per machine, which starts the processes: `sbatch run.sbatch`, or srun --ntasks-per-node=1 "
                 "torchrun --nnodes $SLURM_NNODES --nproc-per-node GPUS ... train.py ... (the line is in run.sbatch)")
         return 0, 1, device
-    # Tensors of the host go over gloo on GPUs too: the request to stop, and checkpoints that are written meanwhile.
+    # Gloo carries host tensors, with GPUs too: the request to stop, and checkpoints that are written during training.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=HANG_S + 60))
     return dist.get_rank(), dist.get_world_size(), device
 
@@ -170,7 +169,7 @@ def from_rank_0(value=None):
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 (Slurm's, some minutes before the time limit) or Ctrl-C on any rank end the run on all of them
+    """SIGTERM, SIGUSR1 (from Slurm, some minutes before the time limit) or Ctrl-C on any rank ends the run on all ranks
     after the same step. A second Ctrl-C ends it at once."""
 
     def __enter__(self):
@@ -188,7 +187,7 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def connect(self):
-        """Collective; what is received before is not lost."""
+        """Collective; signals that came before are not lost."""
         self.group = dist.new_group(backend="gloo") if distributed() else None
 
     def ask(self, save):
@@ -197,7 +196,7 @@ class StopRequest:
         self.work = dist.all_reduce(self.flags, dist.ReduceOp.MAX, self.group, async_op=True) if self.group else None
 
     def answer(self):
-        """(the signal that all ranks now know of or None, whether to write a checkpoint)."""
+        """(name of the signal that a rank has received, or None; whether to write a checkpoint): equal on all ranks."""
         if self.work is not None:
             self.work.wait()
         number, save = self.flags.tolist()
@@ -205,7 +204,7 @@ class StopRequest:
 
 
 class Watchdog:
-    """Ends the process if what it does lasts longer than HANG_S, and says where every thread of it stands: of several
+    """Ends the process if one activity lasts longer than HANG_S, and prints the stack of every thread. Of several
     ranks, the one that is not in a collective is the one that hangs."""
 
     def __init__(self, rank):
@@ -222,7 +221,7 @@ class Watchdog:
 
     def pat(self, what):
         self.what, self.since = what, time.monotonic()
-        faulthandler.dump_traceback_later(HANG_S + 30, exit=True)      # if not even the thread below can run
+        faulthandler.dump_traceback_later(HANG_S + 30, exit=True)      # if even the thread below cannot run
 
     def watch(self):
         while time.monotonic() - self.since < HANG_S:
@@ -238,8 +237,8 @@ class Watchdog:
 # ---- networks: sharding, first weights, gradients -------------------------------------------------------------------
 def shard(part, mesh, low_precision):
     """FSDP2 of an encoder or a head. Wrapper order: checkpointing, compile, shard. The roots reshard after forward too,
-    otherwise the EMA would meet unsharded teacher parameters."""
-    # Inputs keep their dtype: a bf16 signal would have lost its small waves before the encoder takes the baseline off.
+    otherwise the EMA would get unsharded teacher parameters."""
+    # Inputs keep their dtype: in bf16 a signal would lose its small waves before the encoder subtracts the baseline.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if low_precision else None, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for module in (*getattr(part, "blocks", ()), part):
@@ -255,12 +254,12 @@ def local(tensor):
 
 @torch.no_grad()
 def materialize(student, teacher, gram_teacher, device, watchdog):
-    """Give networks on the meta device their memory, of which each rank has its share, and the first weights: those
-    that one process would draw for the same seed. Each parameter is drawn whole on the host, one at a time, and this
-    rank keeps its part of the rows, so the host never holds a whole network."""
+    """Allocate this rank's share of networks on the meta device, and fill it with the first weights: those that one
+    process would draw for the same seed. Each parameter is drawn whole on the host, one at a time, and this rank keeps
+    its part of the rows, so the host never holds a whole network."""
     student.to_empty(device=device)
     for parameter in student.parameters():
-        local(parameter).fill_(math.nan)                               # what is forgotten below shows
+        local(parameter).fill_(math.nan)                               # a parameter that is forgotten shows
     for part in student.values():
         for parameter, value in part.first_weights():
             watchdog.pat("drawing the first weights")                  # 7b has eight billion of them
@@ -277,8 +276,8 @@ def materialize(student, teacher, gram_teacher, device, watchdog):
 
 
 def average_gradients(student):
-    """For a student that every rank holds, what FSDP does for a sharded one: one sum over the ranks of all
-    gradients."""
+    """Average the gradients over the ranks, in one sum, for a student that every rank holds whole. (FSDP does it for a
+    sharded one.)"""
     gradients = [p.grad for p in student.parameters()]
     everyone = reduce_(torch.cat([g.flatten() for g in gradients])) / num_ranks()
     torch._foreach_copy_(gradients, [mean.view_as(g) for mean, g in
@@ -286,8 +285,8 @@ def average_gradients(student):
 
 
 def skip_if_not_finite(optimizer, loss, norms):
-    """Let the next step of the optimiser do nothing, on all ranks alike, if the loss or a gradient is not finite; 1.0
-    then, as a tensor. Fused AdamW looks at `found_inf` on the device, as for a GradScaler, and the host does not wait.
+    """Make the next step of the optimiser do nothing, on all ranks, if the loss or a gradient is not finite. Returns a
+    tensor, 1.0 in this case. Fused AdamW reads `found_inf` on the device, as with a GradScaler: the host does not wait.
     """
     bad = reduce_((~loss.detach().isfinite()).float()) + sum((~norm.isfinite()).float() for norm in norms)
     optimizer.found_inf = (bad > 0).float()
@@ -296,24 +295,24 @@ def skip_if_not_finite(optimizer, loss, norms):
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 def training_state(student, teacher, gram_teacher, optimizer):
-    """Everything that a checkpoint holds next to the step: all else is a function of the step."""
+    """Everything that a checkpoint holds, except the step; the rest of a run is a function of the step."""
     networks = dict(student=student, teacher=teacher) | (dict(gram_teacher=gram_teacher) if gram_teacher else {})
     return {name: get_model_state_dict(network) for name, network in networks.items()} | dict(
         optimizer=get_optimizer_state_dict(student, optimizer))
 
 
 def seconds_between_checkpoints(*networks):
-    """CHECKPOINT_S, and more where the state (weights and two moments of the student, which comes first, and weights of
-    the others, in fp32, of all ranks) would write more than CHECKPOINT_GB_PER_DAY."""
+    """CHECKPOINT_S, or more if a day would then write more than CHECKPOINT_GB_PER_DAY. The state of all ranks, in fp32,
+    is weights and two moments of the student (the first network), and weights of the others."""
     numbers = [sum(p.numel() for p in network.parameters()) for network in networks if network is not None]
     return max(CHECKPOINT_S, 4 * (2 * numbers[0] + sum(numbers)) / (CHECKPOINT_GB_PER_DAY * 1e9) * 86400)
 
 
 class Checkpoints:
-    """checkpoints/step_0001234 of a run, written under another name and renamed, while training goes on.
+    """checkpoints/step_0001234 of a run, written under another name and then renamed, while training goes on.
 
     Each holds weights and moments in the shards of its writers (torch.distributed.checkpoint; any number of ranks can
-    read it) and meta.json: step, flags, SHA-256 of every file. KEEP_LAST stay, and multiples of keep_every.
+    read it) and meta.json: step, flags, SHA-256 of every file. The last KEEP_LAST and multiples of keep_every stay.
     """
 
     def __init__(self, out, keep_every, rank, world_size):
@@ -323,7 +322,7 @@ class Checkpoints:
         self.thread, self.pending, self.last_s = ThreadPoolExecutor(1), None, time.monotonic()
 
     def claim(self, resume):
-        """Lock the folder while this process lives; ValueError if its run is not to be resumed. Collective."""
+        """Lock the folder while this process lives; ValueError if it holds a run and resume is False. Collective."""
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.out, LOCK_S)
@@ -331,12 +330,12 @@ class Checkpoints:
             raise ValueError(f"{self.out} already holds a run; continue it with --resume, or choose another --out")
 
     def clean(self):
-        """Take away what a killed run left half written or half deleted."""
+        """Delete the files that a killed run left half written or half deleted."""
         for path in [*self.folder.glob("step_*.tmp"), *self.folder.glob("step_*.old"), *self.out.glob("*.tmp")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def save(self, step, state, about, config):
-        """Copy the state to the host, and write it and encoder.pt from it in a thread; collective."""
+        """Copy the state to the host; a thread writes it, and encoder.pt from it. Collective."""
         self.wait()
         self.last_s = time.monotonic()
         part = self.folder / f"step_{step:07d}.tmp"
@@ -368,14 +367,14 @@ class Checkpoints:
     def forget_old(self):
         for old in checkpoints(self.folder)[:-KEEP_LAST]:
             if not (self.keep_every and int(old.name[5:]) % self.keep_every == 0):
-                shutil.rmtree(old.rename(old.with_suffix(".old")))     # gone at once, whatever happens meanwhile
+                shutil.rmtree(old.rename(old.with_suffix(".old")))     # renamed first: no half-deleted checkpoint
 
     def wait(self):
         pending, self.pending = self.pending, None
         try:
             if pending is not None:
                 pending.result()
-        # Whatever the disk, a library or another rank came up with; the second is no Exception.
+        # The disk, a library or another rank may raise anything, and CheckpointException is not an Exception.
         except (Exception, dcp.CheckpointException) as error:
             kept = checkpoints(self.folder)
             raise ValueError(
@@ -426,7 +425,7 @@ def read_meta(path):
 
 
 def innermost_cause(error):
-    """The innermost cause of an error in one line."""
+    """The cause of an error in one line: a full disk if it is named, otherwise the last line of the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     full = next((line for line in lines if "No space left" in line), None)
     return full or (lines[-1] if lines else type(error).__name__)
@@ -442,8 +441,8 @@ def load_checkpoint(path, student, teacher, gram_teacher, optimizer):
 
 
 def export_encoder(checkpoint, path, config, meta):
-    """encoder.pt with the teacher's weights, read back from a finished checkpoint: no rank has to wait, and what was
-    written has been read once."""
+    """encoder.pt with the teacher's weights, read from a finished checkpoint. So no rank has to wait, and it is known
+    that the checkpoint can be read."""
     with torch.device("meta"):
         encoder = Encoder(**config)
     encoder.to_empty(device="cpu")
@@ -454,7 +453,7 @@ def export_encoder(checkpoint, path, config, meta):
 
 # ---- what a run is, and whether a resumed one is the same -----------------------------------------------------------
 def science_constants():
-    """Constants that decide what is learned, of all files of the training."""
+    """The constants that decide what is learned, from all files that training uses."""
     modules = {"train": globals(), **{m.__name__: vars(m) for m in (augment, corpus, dino, model)}}
     return {f"{file}.{name}": json.loads(json.dumps(value)) for file, names in modules.items()
             for name, value in names.items()
@@ -462,7 +461,7 @@ def science_constants():
 
 
 def identity(args, corpora, noise, excluded):
-    """What decides the losses, so that a resumed run must share it. Of a corpus its content: it may have moved."""
+    """What decides the losses, and must be equal in a resumed run. A corpus may have moved: only its content counts."""
     def named(corpora, weights):
         return [f"{c.dir.resolve().name}:{weight:g} with content {c.content()}" for c, weight in zip(corpora, weights)]
     return {k: getattr(args, k) for k in ("size", "batch", "prototypes", "seed", "gram_from", "window")} | dict(
@@ -471,7 +470,7 @@ def identity(args, corpora, noise, excluded):
 
 
 def check_resume(meta, same, args):
-    """ValueError unless the run of a checkpoint and this one are the same."""
+    """ValueError if this run differs from the run that wrote the checkpoint."""
     def nameless(key, value):
         return [text.rsplit(":", 1)[1] for text in value or []] if key in ("data", "noise", "exclude") else value
     def shown(value):
@@ -490,8 +489,8 @@ def check_resume(meta, same, args):
 
 
 def settle_flags(args, meta, device, rank):
-    """Learning rate, number of steps and precision: as given, or else as in the checkpoint of a resumed run, or else
-    their defaults. Where a resumed run changes them it says so."""
+    """Set learning rate, number of steps and precision: as given, otherwise as in the checkpoint of a resumed run,
+    otherwise their defaults. A resumed run prints what it changes."""
     settled = dict(lr=DEFAULT_LR, steps=DEFAULT_STEPS, precision="bf16" if device.type == "cuda" else "fp32")
     before = meta["adjustable"] if meta else settled
     for name in settled:
@@ -536,7 +535,7 @@ def signs_of_health(groups, parts, target_cls, logits):
 
 
 def build(args, mesh, device, watchdog):
-    """Student, teacher and Gram teacher (None if it is not wanted), without memory until materialize() at the end."""
+    """Student, teacher and Gram teacher (None without --gram-from). They get memory in materialize(), at the end."""
     with torch.device("meta"):
         encoder = build_encoder(args.size, args.seed,
                                 window_patches={g.leads: g.global_patches for g in lead_groups(args.window)})
@@ -671,7 +670,7 @@ def train(args, rank, world_size, device, stop, watchdog):
             saved.wait()                                               # ValueError if it could not be written
         if save:
             if rank == 0:
-                os.fsync(log.fileno())                                 # what the checkpoint stands for is on disk first
+                os.fsync(log.fileno())                                 # the log must not be behind the checkpoint
             watchdog.pat(f"the checkpoint of step {step + 1}")
             saved.save(step + 1, training_state(student, teacher, gram_teacher, optimizer), about, encoder.config)
         if stopped_by and not last:
@@ -697,7 +696,7 @@ def write_row(log, **row):
 
 
 def trim_log(path, start):
-    """Drop what a killed run logged after its last checkpoint, which the resumed one logs again."""
+    """Delete the lines after the last checkpoint of a killed run: the resumed run logs these steps again."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines()
                 if line.endswith("}") and json.loads(line)["step"] < start]
@@ -717,7 +716,7 @@ def print_header(about, args, start):
 
 # ---- nothing prepared: the whole way on synthetic recordings --------------------------------------------------------
 def prepare_demo(args, rank):
-    """Write and prepare synthetic recordings under args.out (once), and point args at them."""
+    """Make and prepare synthetic recordings in args.out, if they are not there, and set args.data and args.noise."""
     data = args.out / "data"
     if rank == 0 and not data.exists():
         print(f"no --data given: making synthetic recordings in {args.out}\n")
@@ -730,7 +729,7 @@ def prepare_demo(args, rank):
 
 
 def show_demo(args):
-    """Probe the demo's encoder and its untrained control, draw its features, and print what was seen."""
+    """Probe the demo's encoder and its untrained control, draw its features, and print the scores."""
     out, encoder = args.out, str(args.out / "encoder.pt")
     probe_ptbxl.main(probe_ptbxl.parse_args(
         ["--encoder", encoder, "--raw", str(out / "raw/ptbxl"), "--out", str(out / "ptbxl")]))
@@ -749,7 +748,7 @@ def show_demo(args):
               f"[{r['difference_ci95'][0]:+.3f}, {r['difference_ci95'][1]:+.3f}]")
     print(f"""
 wrote {out}/encoder.pt, log.jsonl, curves.png, features.png (an ECG coloured by its local features), ptbxl/, mitbih/
-These recordings are synthetic: the table shows that the machine runs, not how good it is on patients. \
+These recordings are synthetic: the table shows that the program works, not how good the features are on patients. \
 Next, with real ones:
   python prepare.py ptbxl --raw raw/ptbxl --out data/ptbxl --download
   python prepare.py mitdb --raw raw/mitdb --out data/mitdb --download
@@ -763,7 +762,7 @@ def corpus_and_weight(text):
     dir, colon, weight = text.rpartition(":")
     try:
         weight = float(weight) if colon else 1.0
-    except ValueError:                                             # a colon of the folder's name
+    except ValueError:                                             # the colon is part of the folder's name
         return Path(text), 1.0
     if not 0 < weight < math.inf:
         raise argparse.ArgumentTypeError(f"the weight of {text} must be a number above 0")
@@ -775,54 +774,54 @@ def parse_args(argv=None):
                                 allow_abbrev=False)
     add = p.add_argument_group("data").add_argument
     add("--data", nargs="+", type=corpus_and_weight, default=[], metavar="DIR[:WEIGHT]",
-        help="corpora that prepare.py wrote; only their train split is used. A:0.5 is drawn from half as often as by "
-             "default, which is (patients x hours) ** 0.25. Without: synthetic recordings are made, used and probed")
+        help="corpora that prepare.py wrote; only their train split is used. Each has the weight (patients x hours) "
+             "** 0.25; DIR:0.5 halves it. Without --data: synthetic recordings are made, used and probed")
     add("--exclude", nargs="+", type=Path, default=[], metavar="DIR",
-        help="corpora that are kept out: what equals one of their recordings is not trained on, whatever its name. (Of "
-             "--data, val and test are kept out in the same way)")
-    add("--noise", type=Path, metavar="DIR", help="noise corpus (prepare.py nstdb) for the student's views")
-    add("--out", type=Path, default=Path("runs/demo"), help="folder of this run (default: %(default)s)")
+        help="corpora that are never trained on: copies of their recordings in --data are left out, even under another "
+             "name. (The same is true for the splits val and test of --data)")
+    add("--noise", type=Path, metavar="DIR", help="noise corpus (prepare.py nstdb), mixed into the student's views")
+    add("--out", type=Path, metavar="DIR", default=Path("runs/demo"), help="folder of this run (default: %(default)s)")
     add("--resume", action="store_true",
-        help="continue from the last checkpoint in --out, exactly, or start if there is none. Data, flags and "
-             "constants must be those of the start; --lr, --steps and --precision may be given again to change them")
+        help="continue exactly from the last checkpoint in --out, or start if there is none. Data, flags and constants "
+             "must be those of the start, except --lr, --steps, --precision and the system flags")
     add = p.add_argument_group("model and optimisation (all else is a constant at the top of a file)").add_argument
     add("--size", choices=SIZES, default="tiny",
-        help="tiny trains on a laptop, the others want GPUs (default: %(default)s)")
+        help="tiny trains on a laptop, the others need GPUs (default: %(default)s)")
     add("--steps", type=int, help=f"length of the schedules (default: {DEFAULT_STEPS}; without --data {DEMO_STEPS})")
     add("--batch", type=int, default=32,
-        help="recordings per step over all processes; never depends on their number (default: %(default)s)")
+        help="recordings per step, of all processes together (default: %(default)s)")
     add("--window", type=float, default=WINDOW_S, metavar="SECONDS",
-        help="stretch of a recording from which its views are cut, 4 to 600: views of 1 and 2 leads grow with it, "
-             "those of 8 stay at 3 s; what is shorter is left out, or shows 8 leads (default: %(default)g)")
+        help="part of a recording from which its views are cut, 4 to 600: views of 1 and 2 leads grow with it, views "
+             "of 8 leads stay at 3 s. Shorter recordings show only 8 leads or are left out (default: %(default)g)")
     add("--lr", type=float, help=f"peak learning rate; halve it if the loss rises or is NaN (default: {DEFAULT_LR})")
     add("--prototypes", type=int, default=512,
-        help="K of both heads; at most 16 to 32 times the batch, or targets cannot be sharp (default: %(default)s)")
+        help="K of both heads; at most 16 to 32 times the batch, otherwise targets stay flat (default: %(default)s)")
     add("--gram-from", type=int, default=-1, metavar="STEP",
-        help="anchor patch similarities to the teacher of this step, if local features decay (default: never)")
-    add("--seed", type=int, default=0, help="of initial weights, batches and views (default: %(default)s)")
+        help="Gram anchoring from this step on, if local features get worse in a long run (default: never)")
+    add("--seed", type=int, default=0, help="seed of first weights, batches and views (default: %(default)s)")
     add = p.add_argument_group("system").add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: cuda if there is a GPU)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="bf16: matrix products in bf16, stored weights and losses in fp32 (sharded, what lies between the layers "
-             "is bf16 too); on a CPU with AVX-512 BF16 or AMX 1.4 times as fast (default: bf16 on GPUs, fp32 on CPUs)")
+        help="bf16: matrix products in bf16, stored weights and losses in fp32 (if sharded, bf16 between the layers "
+             "too); on a CPU with AVX-512 BF16 or AMX 1.4 times as fast (default: bf16 on GPUs, fp32 on CPUs)")
     add("--shard", choices=("full", "none"), default="full",
-        help="full: weights, gradients and moments are split over all ranks (FSDP); none: every rank holds them, for "
-             "models so small that fetching them costs more (default: %(default)s)")
+        help="full: weights, gradients and moments are split over all ranks (FSDP); none: every rank holds all of "
+             "them, which is faster for small models (default: %(default)s)")
     add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
-        help="keep only the input of each block, compute it again in the backward pass: a third more work, less memory")
+        help="compute each block again in the backward pass: much less memory, a third more work")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="torch.compile each block: slow first steps, faster later on GPUs (on CPUs it gains nothing)")
-    add("--log-every", type=int, default=10, metavar="STEPS", help="(default: %(default)s)")
+        help="torch.compile each block: the first steps are slow, later ones faster on GPUs, but not on CPUs")
+    add("--log-every", type=int, default=10, metavar="STEPS", help="steps between log lines (default: %(default)s)")
     add("--checkpoint-every", type=int, metavar="STEPS",
-        help=f"(default: every {CHECKPOINT_S / 60:g} minutes, of a large state {CHECKPOINT_GB_PER_DAY:,} GB a day)")
+        help=f"(default: {CHECKPOINT_S / 60:g} minutes; longer if that is over {CHECKPOINT_GB_PER_DAY:,} GB a day)")
     add("--keep-every", type=int, default=10_000, metavar="STEPS",
-        help=f"keep the checkpoints of these steps next to the last {KEEP_LAST}; 0 for none (default: %(default)s)")
+        help=f"keep these checkpoints too, not only the last {KEEP_LAST}; 0: only the last (default: %(default)s)")
     add("--probe-every", type=int, default=100, metavar="STEPS", help="online probe; 0: never (default: %(default)s)")
     return p.parse_args(argv)
 
 
 def check_args(args):
-    """Everything that can be wrong with the flags alone, before anything slow."""
+    """ValueError for flags that cannot be right, before anything slow."""
     least = dict(steps=1, batch=1, prototypes=1, log_every=1, checkpoint_every=1, keep_every=0, probe_every=0)
     for name, lowest in least.items():
         if getattr(args, name) is not None and getattr(args, name) < lowest:
@@ -838,10 +837,10 @@ def check_args(args):
 
 
 def main(args):
-    """Train, and with no data show what came out. Returns the exit code."""
+    """Train; without --data also probe and show the result. Returns the exit code."""
     check_args(args)
     demo = not args.data
-    with StopRequest() as stop:                                        # first: a signal while all starts counts too
+    with StopRequest() as stop:                                        # first, so that no early signal is lost
         rank, world_size, device = setup_processes(args.device)
         stop.connect()
         if demo:
@@ -861,7 +860,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
 
 
 def explain(error, args):
-    """What happened and what to do, in one line if a user can put it right."""
+    """What happened and what to do, in one line if a user can fix it."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
@@ -871,7 +870,7 @@ def explain(error, args):
                 f"bf16; or start again in another --out with a smaller --batch (now {args.batch}) or a shorter "
                 f"--window (now {args.window:g} s)")
     if isinstance(error, OSError):
-        return f"error: {error}; what is on disk is whole; put that right, then --resume"
+        return f"error: {error}; the checkpoints on disk are whole; put that right, then --resume"
     return f"error: {error}" if isinstance(error, ValueError) else traceback.format_exc()
 
 
@@ -880,7 +879,7 @@ def cli():
     try:
         sys.exit(main(args))
     except (Exception, KeyboardInterrupt) as error:
-        # At once: other ranks wait in a collective, and an orderly end would wait for them, and for threads.
+        # End at once: other ranks wait in a collective, and a normal exit would wait for them and for threads.
         print(explain(error, args), file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)

@@ -521,7 +521,7 @@ def test_checksums_pass_and_damaged_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="2 files in .* differ .*: RECORDS, records100/1.dat; run again"):
         verify()
     assert fetched[-2:] == [["SHA256SUMS.txt"], ["RECORDS", "records100/1.dat"]]
-    with pytest.raises(ValueError, match="lists no file like .*: does it belong to another database"):
+    with pytest.raises(ValueError, match="lists no file like .*: it belongs to another database"):
         verify(r".*\.mat")
 
 
@@ -763,7 +763,7 @@ def test_faults_of_code15_are_counted(shared_data, tmp_path):
     assert np.abs(np.where(corpus.read(rows["101"]) == MISSING, 0, corpus.read(rows["101"]))).max() < 6000
     shutil.copy(raw / "exams_part1.hdf5", raw / "exams_part2.hdf5")
     os.truncate(raw / "exams_part2.hdf5", 30_000)
-    with pytest.raises(ValueError, match="exams_part2.hdf5 is no HDF5 file or cut short .*: download it again"):
+    with pytest.raises(ValueError, match="exams_part2.hdf5 is not an HDF5 file, or incomplete .*: download it again"):
         run("code15", raw, tmp_path / "again")
 
 
@@ -909,7 +909,7 @@ def run_dry(folder):
 def test_a_disk_that_is_too_small_is_told_beforehand(tmp_path, monkeypatch):
     write(tmp_path / "raw", "r", noise(0))
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 6, 10 ** 6, 9_000))
-    refusal = "1 recordings need about 0.0 GB, and on the disk of .* 0.0 GB are free: name another"
+    refusal = "1 recordings need about 0.0 GB, but the disk of .* has 0.0 GB free: name another"
     with pytest.raises(ValueError, match=refusal):
         run("wfdb", tmp_path / "raw", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
