@@ -349,7 +349,7 @@ def write_index(folder, size):
 
 
 def bench_index(args):
-    for size in (args.index // 1000, args.index):
+    for size in (max(20_000, args.index // 1000), args.index):
         with tempfile.TemporaryDirectory() as folder:
             write_index(Path(folder), size)
             before, opened = memory_mb("RssAnon"), []

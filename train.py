@@ -870,7 +870,7 @@ def explain(error, args):
                 f"bf16; or start again in another --out with a smaller --batch (now {args.batch}) or a shorter "
                 f"--window (now {args.window:g} s)")
     if isinstance(error, OSError):
-        return f"error: {error}; the checkpoints on disk are whole; put that right, then --resume"
+        return f"error: {error}; put that right, then --resume: what checkpoints there are, are whole"
     return f"error: {error}" if isinstance(error, ValueError) else traceback.format_exc()
 
 

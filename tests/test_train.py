@@ -245,7 +245,7 @@ def test_a_rank_never_holds_whole_networks(tmp_path):
     run(PYTHON, script)
     first, second, alone = (float(Path(f"{script}.{name}").read_text()) for name in (0, 1, "alone"))
     print(f"peak of each rank {first:.2f} and {second:.2f} GB, of one process with whole networks {alone:.2f} GB")
-    assert max(first, second) < 0.6 * alone
+    assert max(first, second) < 0.65 * alone                             # measured: 0.58 to 0.59
 
 
 # ---------------------------------------------------------------------------------------------------------------------
