@@ -131,50 +131,37 @@ def gather_rows(x):
 
 
 # ---- targets --------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def sinkhorn_knopp(logits, temperature, iterations=3):
-    """Teacher probabilities (R, K): rows sum to 1, and prototypes share all rows of all ranks about equally.
-
-    It starts from exp(logits / temperature). Each iteration scales every prototype (column) to 1/K of the mass and then
-    every row to 1/rows. It works on logarithms: the numbers are those of the plain form, but nothing overflows. Ranks
-    may hold different numbers of rows R. `temperature` may be a float or a tensor.
-    """
-    logits = logits.float()
-    R, K = logits.shape
-    rows = reduce_(logits.new_full((), R))                             # made on the device: the host does not wait
-    # A constant per prototype cancels in the first column step. So the maxima can be subtracted before the division,
-    # and nothing exceeds 0.
-    top = logits.amax(dim=0) if R else logits.new_full((K,), torch.finfo(torch.float32).min)
-    log_q = (logits - reduce_(top, dist.ReduceOp.MAX)).clamp(min=LOWEST) / temperature
-    for _ in range(iterations):
-        log_q = log_q - log_column_sums(log_q) - math.log(K)
-        log_q = log_q - log_q.logsumexp(dim=1, keepdim=True) - rows.log()
-    return (log_q + rows.log()).exp()
-
-
-def log_column_sums(log_q):
-    """log of the column sums of exp(log_q) (R, K) over the rows of all ranks: (K,)."""
-    if log_q.shape[0] == 0:
-        local = log_q.new_full((log_q.shape[1],), torch.finfo(torch.float32).min)
-    else:
-        local = log_q.logsumexp(dim=0)
-    if not distributed():
-        return local
-    top = reduce_(local.clone(), dist.ReduceOp.MAX)
-    return reduce_((local - top).exp()).log() + top
-
-
-# ---- losses ---------------------------------------------------------------------------------------------------------
 def full_precision(x):
     """Context without autocast, which would compute matrix products of fp32 values in bf16."""
     return torch.autocast(x.device.type, enabled=False)
 
 
+@torch.no_grad()
+def sinkhorn_knopp(logits, temperature, iterations=3):
+    """Teacher probabilities (R, K): rows sum to 1, and prototypes share all rows of all ranks about equally.
+
+    It starts from exp(logits / temperature). Each iteration scales every prototype (column) to an equal mass and then
+    every row to 1. Ranks may hold different numbers of rows R. `temperature` may be a float or a tensor.
+    """
+    logits = logits.float()
+    R, K = logits.shape
+    # A constant of a column cancels. Without it, and with the largest number of a row in of_row, nothing overflows, and
+    # every column and every row of q has an entry of 1: what exp() rounds to 0 has no weight.
+    top = logits.amax(dim=0) if R else logits.new_full((K,), torch.finfo(torch.float32).min)
+    log_q = (logits - reduce_(top, dist.ReduceOp.MAX)).clamp(min=LOWEST) / temperature
+    row_top = log_q.amax(dim=1, keepdim=True)
+    q, of_row = (log_q - row_top).exp(), row_top.exp()[:, 0]
+    with full_precision(q):
+        for _ in range(iterations):
+            of_column = 1 / reduce_(of_row @ q)
+            of_row = 1 / (q @ of_column)
+    return of_row[:, None] * q * of_column
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
 def student_log_probs(logits):
     """log softmax(logits / STUDENT_TEMPERATURE) over the last axis, in fp32, finite for any finite logits."""
-    logits = logits.float()
-    shifted = (logits - logits.amax(dim=-1, keepdim=True).detach()).clamp(min=LOWEST)
-    return F.log_softmax(shifted / STUDENT_TEMPERATURE, dim=-1)
+    return F.log_softmax(logits.float().clamp(LOWEST, -LOWEST) / STUDENT_TEMPERATURE, dim=-1)
 
 
 def dino_loss(student_logits, teacher_probs, ignore_diagonal=False):

@@ -12,6 +12,7 @@ Shapes: B batch, L leads, T samples, P samples of a patch, N patches of a lead (
 R registers, H heads, E width of a head, D width, Z tokens of several batches of windows, one after the other (the sum
 of B * M). Signals are in mV at FS Hz.
 """
+import contextlib
 import math
 import zipfile
 from collections import defaultdict
@@ -41,6 +42,9 @@ NORM_EPS = 1e-5
 # {number of leads or more: patches of a lead}: 3 s for 8 leads or more, 8 s for fewer. train.py stores its own lengths.
 WINDOW_PATCHES = {8: 15, 1: 40}
 MAX_EMBED_TOKENS = 4096          # patches that embed() runs at once; limits memory, does not change results
+# Up to so many tokens, plain batched products are 3 to 6 times as fast in bf16 on a CPU as torch's flash kernel.
+MAX_BATCHED_TOKENS = 512
+ONE_BY_ONE_WIDTH = 256           # up to this width a CPU is faster if it takes batches of windows one after the other
 FORMAT, GIVE = "ecg-dino encoder 3", "give the encoder.pt that train.py wrote"
 PREPROCESSING = dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES,
                      compress_mv=COMPRESS_MV)  # stored with the weights
@@ -96,14 +100,38 @@ def rope_table(times_s, head_width):
 
 
 def rotate(x, rope):
-    """Rotate the pairs (2i, 2i + 1) of x (B, H, M, E) by rope (M, E/2, 2) (Su et al. 2021)."""
-    pairs = x.float().unflatten(-1, (-1, 2))
+    """Rotate the pairs (2i, 2i + 1) of x (B, M, 2, H, E), queries and keys, by rope (M, E/2, 2) (Su et al. 2021)."""
+    pairs, rope = x.float().unflatten(-1, (-1, 2)), rope[:, None, None]
     if torch.compiler.is_compiling():            # also in an export: inductor and ONNX have no complex numbers
         a, b, cos, sin = *pairs.unbind(-1), *rope.unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
     else:                                        # one complex product: in eager mode 3 to 20 times as fast on one core
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     return turned.flatten(-2).to(x.dtype)
+
+
+def attend(q, k, v, seen=None):
+    """softmax(q k^T / sqrt(E)) v of q, k, v (B, H, M, E) -> (B, H, M, E); seen (B, M) bool: the tokens that can be
+    seen; None: all."""
+    B, H, M, E = q.shape
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or M > MAX_BATCHED_TOKENS:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if seen is None else seen[:, None, None])
+    q, k, v = (t.reshape(B * H, M, E) for t in (q, k, v))
+    hidden = q.new_zeros(1, 1, 1)
+    if seen is not None:
+        hidden = q.new_zeros(seen.shape).masked_fill(~seen, -math.inf).repeat_interleave(H, dim=0)[:, None]
+    scores = torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=E ** -0.5)                              # (B * H, M, M)
+    return torch.bmm(scores.softmax(dim=-1), v).view(B, H, M, E)
+
+
+def join(parts):
+    """torch.cat, without a copy of a single tensor."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def scaled_linear(x, linear, scale):
+    """scale * linear(x), as one matrix product: x (..., in), scale (out,)."""
+    return F.linear(x, linear.weight * scale[:, None], linear.bias * scale)
 
 
 class Attention(nn.Module):
@@ -113,16 +141,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, shapes, ropes, keys):
-        """x (Z, D), tokens of several batches: shapes ((B, M), ...), ropes (one (M, E/2, 2) each) and keys (one
-        (B, M) bool each, the tokens that can be seen; None: all) say what belongs together."""
+    def forward(self, x, scale, shapes, ropes, keys):
+        """scale (D,) times the attention of x (Z, D), tokens of several batches: shapes ((B, M), ...), ropes (one
+        (M, E/2, 2) each) and keys (one (B, M) bool each, the tokens that can be seen; None: all) say what belongs
+        together."""
         parts = []
         for qkv, (B, M), rope, seen in zip(self.qkv(x).split([B * M for B, M in shapes]), shapes, ropes, keys):
-            q, k, v = qkv.view(B, M, 3, self.heads, -1).permute(2, 0, 3, 1, 4)                   # (B, H, M, E) each
-            part = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v,
-                                                  attn_mask=None if seen is None else seen[:, None, None])
-            parts.append(part.transpose(1, 2).reshape(B * M, -1))
-        return self.proj(torch.cat(parts))
+            qk, v = qkv.view(B, M, 3, self.heads, -1).split([2, 1], dim=2)
+            q, k, v = (t.transpose(1, 2) for t in (*rotate(qk, rope).unbind(2), v[:, :, 0]))       # (B, H, M, E) each
+            parts.append(attend(q, k, v, seen).transpose(1, 2).reshape(B * M, -1))
+        return scaled_linear(join(parts), self.proj, scale)
 
 
 class Block(nn.Module):
@@ -139,14 +167,14 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.scale2 = nn.Parameter(torch.full((width,), float(layer_scale)))
 
-    def forward(self, x, *layout):  # as Attention
+    def forward(self, x, *layout):               # shapes, ropes, keys: see Attention
         if self.recompute and torch.is_grad_enabled():                                         # nothing is random here
             return checkpoint(self.run, x, *layout, use_reentrant=False, preserve_rng_state=False)
         return self.run(x, *layout)
 
     def run(self, x, *layout):
-        x = x + self.scale1 * self.attention(self.norm1(x), *layout)
-        return x + self.scale2 * self.mlp(self.norm2(x))
+        x = x + self.attention(self.norm1(x), self.scale1, *layout)
+        return x + scaled_linear(self.mlp[:-1](self.norm2(x)), self.mlp[-1], self.scale2)
 
 
 # ---- the encoder ----------------------------------------------------------------------------------------------------
@@ -158,6 +186,9 @@ class Encoder(nn.Module):
     such windows. Under torch.device("meta") it is built without memory; to_empty() and init_weights(), or
     load_state_dict(assign=True), then fill it. ValueError for a width that does not fit the heads.
     """
+
+    sharded = False              # whether FSDP holds the weights, see encode
+    precision = "auto"           # of embed(), see precision_of
 
     def __init__(self, width, depth, heads, layer_scale, init_seed=0, window_patches=WINDOW_PATCHES,
                  patch_samples=round(PATCH_S * FS), registers=REGISTERS):
@@ -215,9 +246,14 @@ class Encoder(nn.Module):
         return self.encode([(signal, leads, mask)], gaps=True)[0]
 
     def encode(self, views, gaps=False):
-        """Features of each of several batches of windows (signal, leads, mask), see forward. The result is the same as
-        one by one, but each block runs once, on all tokens, and under FSDP it fetches its weights once. gaps: look for
-        NaN, and the host then waits for the device; otherwise the signals must be finite."""
+        """Features of each of several batches of windows (signal, leads, mask), see forward. gaps: look for NaN, and
+        the host then waits for the device; otherwise the signals must be finite.
+
+        Each block runs once, on the tokens of all batches, and FSDP then fetches its weights once. On a CPU a narrow
+        network takes the batches one by one, because these fit the cache. The result is the same."""
+        small = self.width <= ONE_BY_ONE_WIDTH and self.cls_token.device.type == "cpu"
+        if small and len(views) > 1 and not self.sharded:
+            return [features for view in views for features in self.encode([view], gaps)]
         first = 1 + self.num_registers           # tokens before the patches
         tokens, shapes, ropes, keys, valid = [], [], [], [], []
         for signal, leads, mask in views:
@@ -237,7 +273,7 @@ class Encoder(nn.Module):
             keys.append(None if valid[-1] is None else F.pad(valid[-1].flatten(1), (first, 0), value=True))
             shapes.append(tuple(x.shape[:2]))
             tokens.append(x.flatten(0, 1))
-        x = torch.cat(tokens)
+        x = join(tokens)
         for block in self.blocks:
             x = block(x, shapes, ropes, keys)
         features = []
@@ -246,8 +282,10 @@ class Encoder(nn.Module):
             patches = x[:, first:].unflatten(1, (leads.shape[1], -1))
             if seen is not None:
                 patches = torch.where(seen[..., None], patches, float("nan"))
-            # Copies, not views: FSDP attaches hooks to the tensors that a module returns.
-            features.append(Features(x[:, 0].contiguous(), x[:, 1:first].contiguous(), patches.contiguous(), seen))
+            parts = x[:, 0], x[:, 1:first], patches
+            if self.sharded:                     # FSDP attaches hooks to what a module returns: copies, not views
+                parts = (part.contiguous() for part in parts)
+            features.append(Features(*parts, seen))
         return features
 
     def valid_patches(self, signal):
@@ -301,7 +339,8 @@ class Encoder(nn.Module):
         Samples after the last whole patch are left out. local=False: global features only; memory then hardly grows
         with the number of recordings that an iterable yields. on_error="nan": a recording that cannot be used gets
         global features of NaN and no local ones, instead of a ValueError that names it. device: move the encoder there
-        first; it stays there.
+        first; it stays there. The attribute `precision` of the encoder ("auto", "fp32", "bf16") decides how it
+        computes, see precision_of; bf16 moves a global feature by about .5 % of its length.
         """
         if on_error not in ("raise", "nan"):
             raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'nan'")
@@ -337,6 +376,7 @@ class Encoder(nn.Module):
     def run_windows(self, windows):
         """Forward passes of windows (RecordingFeatures, first patch, patches, lead ids), equal shapes together."""
         groups, device = defaultdict(list), self.cls_token.device
+        context = low_precision(device, precision_of(device, self.precision))
         for window in windows:
             L, N, _ = window[2].shape
             groups[L, N, bool(np.isnan(window[2]).any())].append(window)
@@ -344,8 +384,9 @@ class Encoder(nn.Module):
             at_once = max(1, MAX_EMBED_TOKENS // (L * N))
             for i in range(0, len(group), at_once):
                 owners, starts, patches, lead_ids = zip(*group[i:i + at_once])
-                out = self(torch.from_numpy(np.stack(patches)).flatten(2).to(device),
-                           torch.from_numpy(np.stack(lead_ids)).to(device))
+                with context:
+                    out = self(torch.from_numpy(np.stack(patches)).flatten(2).to(device),
+                               torch.from_numpy(np.stack(lead_ids)).to(device))
                 pooled = out.pooled().float().cpu().numpy()
                 weights = [L * N] * len(starts) if out.valid is None else out.valid.sum((1, 2)).tolist()
                 local = [None] * len(starts) if owners[0].local is None else out.patches.float().cpu().numpy()
@@ -394,7 +435,9 @@ def build_encoder(size, seed=0, **more):
 
 def untrained_like(encoder):
     """A new encoder with the first weights of `encoder`: its untrained control."""
-    return Encoder(**encoder.config).eval().to(encoder.cls_token.device)
+    control = Encoder(**encoder.config).eval().to(encoder.cls_token.device)
+    control.precision = encoder.precision
+    return control
 
 
 def load_encoder(path, device="cpu"):
@@ -415,6 +458,22 @@ def load_encoder(path, device="cpu"):
         raise ValueError(f"{path} is damaged: its weights do not fit its architecture ({first_line(error)}); copy or "
                          "export it again") from error
     return encoder.eval().to(device, torch.float32)
+
+
+def precision_of(device, asked="auto"):
+    """"fp32" or "bf16" (matrix products in bf16, weights and losses in fp32). "auto" is bf16 on a GPU and on a CPU that
+    multiplies bf16 natively (AVX-512 BF16, AMX), fp32 elsewhere."""
+    if asked != "auto":
+        return asked
+    # The capability obeys the environment variable ATEN_CPU_CAPABILITY.
+    native = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if torch.device(device).type == "cuda" or native else "fp32"
+
+
+def low_precision(device, precision):
+    """Context in which matrix products run in bf16, if `precision` is "bf16"."""
+    low = precision == "bf16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16) if low else contextlib.nullcontext()
 
 
 def checked_device(device):

@@ -263,7 +263,7 @@ def parse_args(argv=None):
 
 def main(args):
     table, statements, rate = read_tables(args.raw)
-    encoders = load_encoders(args.encoder, args.device)
+    encoders = load_encoders(args.encoder, args.device, args.precision)
     noise = load_noise(open_corpus(args.noise), "test") if args.noise else None
     fold, patients = table.strat_fold.to_numpy(), table.patient_id.to_numpy()
     train, val, test = split_rows(fold)

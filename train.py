@@ -14,7 +14,6 @@ with a checkpoint and exit code 75 (torchrun hides exit codes: there it is 0, an
 Shapes: B recordings, V views, L leads, T samples, N patches, K prototypes, D width.
 """
 import argparse
-import contextlib
 import copy
 import faulthandler
 import json
@@ -57,7 +56,7 @@ from dino import (STUDENT_TEMPERATURE, build_networks, distributed, gather_rows,
                   update_teacher)
 from ecg import LEADS, atomic_write, sha256
 from evaluate import OnlineProbe, diagnose, draw_curves, draw_features, health
-from model import SIZES, Encoder, build_encoder, load_encoder, save_encoder
+from model import SIZES, Encoder, build_encoder, load_encoder, low_precision, precision_of, save_encoder
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")             # one process is normal
 
@@ -244,6 +243,7 @@ def shard(part, mesh, low_precision):
     for module in (*getattr(part, "blocks", ()), part):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if hasattr(part, "encode"):
+        part.sharded = True
         register_fsdp_forward_method(part, "encode")
 
 
@@ -491,7 +491,7 @@ def check_resume(meta, same, args):
 def settle_flags(args, meta, device, rank):
     """Set learning rate, number of steps and precision: as given, otherwise as in the checkpoint of a resumed run,
     otherwise their defaults. A resumed run prints what it changes."""
-    settled = dict(lr=DEFAULT_LR, steps=DEFAULT_STEPS, precision="bf16" if device.type == "cuda" else "fp32")
+    settled = dict(lr=DEFAULT_LR, steps=DEFAULT_STEPS, precision=precision_of(device))
     before = meta["adjustable"] if meta else settled
     for name in settled:
         given = getattr(args, name)
@@ -591,9 +591,7 @@ def train(args, rank, world_size, device, stop, watchdog):
         print_header(about, args, start)
     from_rank_0()
     probe = OnlineProbe(corpora, encoder.window_length(12) * encoder.patch_samples)
-    # Sharded parameters are bf16 already.
-    autocast = (torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" and not sharded else
-                contextlib.nullcontext())
+    autocast = low_precision(device, "fp32" if sharded else args.precision)                # sharded weights are bf16
     between_s = seconds_between_checkpoints(student, teacher, gram_teacher)
 
     log = open(out / "log.jsonl", "a") if rank == 0 else None
@@ -662,7 +660,8 @@ def train(args, rank, world_size, device, stop, watchdog):
                         told.add(kind)
         if probe.usable and args.probe_every and (step == 0 or last or (step + 1) % args.probe_every == 0):
             watchdog.pat(f"the online probe of step {step + 1}")
-            auroc = probe.score(encoder, device)
+            with autocast:
+                auroc = probe.score(encoder, device)
             if rank == 0:
                 write_row(log, step=step, online_auroc=auroc)
                 progress.write(f"step {step + 1}: online probe AUROC {auroc:.3f}")
@@ -803,7 +802,8 @@ def parse_args(argv=None):
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: cuda if there is a GPU)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="bf16: matrix products in bf16, stored weights and losses in fp32 (if sharded, bf16 between the layers "
-             "too); on a CPU with AVX-512 BF16 or AMX 1.4 times as fast (default: bf16 on GPUs, fp32 on CPUs)")
+             "too); auto: bf16 on a GPU and on a CPU with AVX-512 BF16 or AMX, where a step is two to three times as "
+             "fast, fp32 on other CPUs (default: auto)")
     add("--shard", choices=("full", "none"), default="full",
         help="full: weights, gradients and moments are split over all ranks (FSDP); none: every rank holds all of "
              "them, which is faster for small models (default: %(default)s)")

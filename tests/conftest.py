@@ -9,9 +9,11 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+os.environ["ATEN_CPU_CAPABILITY"] = "avx2"       # --precision auto is then fp32 on every CPU
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

@@ -21,7 +21,8 @@ import model
 from conftest import ROOT, draw_ecg
 from ecg import FS, LEADS, Recording, RecordingFeatures, lead_id
 from model import (BASELINE_PATCHES, COMPRESS_MV, FORMAT, PATCH_S, REGISTERS, ROPE_PERIODS_S, SIZES, Attention, Encoder,
-                   build_encoder, load_encoder, rope_table, rotate, save_encoder, untrained_like)
+                   attend, build_encoder, load_encoder, precision_of, rope_table, rotate, save_encoder, scaled_linear,
+                   untrained_like)
 
 TWELVE = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 P = round(PATCH_S * FS)
@@ -185,10 +186,11 @@ def test_attention_equals_plain_code():
     for i, p in enumerate(attention.parameters()):
         p.data.copy_(0.4 * randn(*p.shape, seed=i))
     x, times_s = randn(1, 7, 24), torch.tensor([0.1, 0.3, 5.0, 0.3, 31.4, 2.0, 9.9])
+    scale = randn(24, seed=9)
     weights = {k: v.double() for k, v in attention.state_dict().items()}
     expected = plain_attention(weights, x[0].double(), times_s.tolist(), 3)
     for seen in (None, torch.ones(1, 7, dtype=torch.bool)):
-        assert_close(attention(x[0], [(1, 7)], [rope_table(times_s, 8)], [seen]), expected.float(),
+        assert_close(attention(x[0], scale, [(1, 7)], [rope_table(times_s, 8)], [seen]), scale * expected.float(),
                      atol=1e-4)                                         # fp32 angles of 500 radians
 
 
@@ -220,7 +222,7 @@ def test_rope_periods():
 def test_rope_tables_are_fp32():
     times_s = torch.arange(64) * 0.2 + 0.1
     assert rope_table(times_s, 16).dtype == torch.float32
-    x = randn(1, 2, 64, 16).bfloat16()
+    x = randn(1, 64, 2, 2, 16).bfloat16()
     turned = rotate(x, rope_table(times_s, 16))
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned, rotate(x.float(), rope_table(times_s, 16)).bfloat16())
@@ -228,7 +230,7 @@ def test_rope_tables_are_fp32():
 
 def test_both_forms_of_the_rotation_agree(monkeypatch):
     """The complex product of eager mode, and the real one that compilers and exporters get."""
-    x, rope = randn(2, 3, 16, 8), rope_table(torch.arange(16) * 0.2, 8)
+    x, rope = randn(2, 16, 2, 3, 8), rope_table(torch.arange(16) * 0.2, 8)
     expected = rotate(x, rope)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert_close(rotate(x, rope), expected, atol=1e-6)
@@ -339,7 +341,9 @@ def test_missing_patches_are_hidden_altogether(encoder):
             assert_close(a, b)
 
 
-def test_several_batches_at_once_are_as_one_by_one(encoder):
+@pytest.mark.parametrize("one_by_one_width", [0, 256])
+def test_several_batches_at_once_are_as_one_by_one(encoder, monkeypatch, one_by_one_width):
+    monkeypatch.setattr(model, "ONE_BY_ONE_WIDTH", one_by_one_width)
     views = [(0.3 * randn(2, 3, 5 * P), ids("I", "V1", "V3").expand(2, -1), randn(2, 3, 5) > 0.5),
              (0.3 * randn(3, 1, 9 * P), ids("II").expand(3, -1), None)]
     views[1][0][1, 0, 77] = float("nan")
@@ -350,6 +354,69 @@ def test_several_batches_at_once_are_as_one_by_one(encoder):
     for out, view in zip(encoder.encode(views), views):                 # as train.py calls it
         assert out.valid is None
         assert_close(out.pooled(), encoder(*view).pooled())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# precision
+
+@pytest.mark.parametrize("kernel", ["batched products", "flash"])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_attention_in_bf16(monkeypatch, kernel, hidden):
+    """Both kernels against float64, values and gradients, to what bf16 can hold."""
+    if kernel == "flash":
+        monkeypatch.setattr(model, "MAX_BATCHED_TOKENS", 0)
+    q, k, v, weight = (randn(3, 2, 17, 8, seed=seed).bfloat16() for seed in range(4))
+    seen = torch.rand(3, 17, generator=torch.Generator().manual_seed(5)) > 0.4 if hidden else None
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    low = [t.clone().requires_grad_() for t in (q, k, v)]
+    with torch.enable_grad():
+        scores = exact[0] @ exact[1].mT / math.sqrt(8)
+        if hidden:
+            scores = scores.masked_fill(~seen[:, None, None], -math.inf)
+        outs = scores.softmax(-1) @ exact[2], attend(*low, seen)
+        grads = [torch.autograd.grad((out * weight).sum(), x) for out, x in zip(outs, (exact, low))]
+    assert outs[1].dtype == torch.bfloat16
+    for expected, found in zip((outs[0], *grads[0]), (outs[1], *grads[1])):
+        assert (found.double() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_attention_chooses_its_kernel(monkeypatch):
+    """Batched products for bf16 on a CPU up to MAX_BATCHED_TOKENS, otherwise torch's kernel."""
+    called = []
+    monkeypatch.setattr(torch, "baddbmm", lambda *a, real=torch.baddbmm, **k: called.append("batched") or real(*a, **k))
+    x = randn(1, 1, 6, 4)
+    for t, limit, batched in ((x, 6, False), (x.bfloat16(), 6, True), (x.bfloat16(), 5, False)):
+        called.clear()
+        monkeypatch.setattr(model, "MAX_BATCHED_TOKENS", limit)
+        attend(t, t, t)
+        assert called == ["batched"] * batched
+
+
+def test_layer_scale_is_part_of_the_product():
+    layer, scale, x = nn.Linear(6, 5), randn(5), randn(3, 7, 6)
+    torch.testing.assert_close(scaled_linear(x, layer, scale), scale * layer(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("capability, native, expected", [("AVX512", True, "bf16"), ("AVX512", False, "fp32"),
+                                                          ("AVX2", True, "fp32")])
+def test_auto_is_bf16_where_the_hardware_has_it(monkeypatch, capability, native, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert precision_of("cpu") == expected and precision_of("cuda:1") == "bf16"
+    assert precision_of("cpu", "bf16") == "bf16" and precision_of("cuda", "fp32") == "fp32"
+
+
+def test_embed_in_bf16():
+    """bf16 changes a feature by less than 2 % of its length; gaps and sizes stay; `precision` decides."""
+    encoder, signal = build_encoder("tiny").eval(), draw_ecg(250, 9.6, ("I", "II", "V1"))
+    signal[:, 300:310] = np.nan
+    exact = encoder.embed(signal, fs=250, leads=["I", "II", "V1"])
+    encoder.precision = "bf16"
+    low = encoder.embed(signal, fs=250, leads=["I", "II", "V1"])
+    assert untrained_like(encoder).precision == "bf16"
+    for a, b in ((exact.global_feature, low.global_feature), (exact.local_features, low.local_features)):
+        assert (np.isnan(a) == np.isnan(b)).all() and b.dtype == np.float32
+        assert 0 < np.linalg.norm(np.nan_to_num(a - b)) < 0.02 * np.linalg.norm(np.nan_to_num(a))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
