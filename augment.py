@@ -1,16 +1,16 @@
 """The views of a batch: their shapes, time windows, lead subsets, gain, real noise, and masks for iBOT; made one step
 ahead.
 
-Randomness and tensor work are kept apart. The draw_* functions pick all random numbers on the host with NumPy, for the
-whole batch, from a generator that the step seeds; a rank then takes its rows. What is left is plain arithmetic on
-tensors, the same on any device.
+Randomness and tensor work are kept apart. Each place of a batch has its own row of uniform random numbers, so a rank
+draws only the rows of its places. The draw_* functions make all choices from them, on the host with NumPy. What is left
+is plain arithmetic on tensors, the same on any device.
 
 Noise is real: baseline wander, electrode motion and muscle artefact of the MIT-BIH Noise Stress Test Database. It is
 drawn per electrode and goes through the definitions of the leads, so the noise of any lead subset obeys Einthoven's
 law, as an electrode's noise does in a patient. The signal-to-noise ratio is defined in add_noise.
 
 Shapes: B recordings, V views of one list, S slots (leads of the batch), L leads of a view, W samples of the batch,
-T samples of a view, E electrodes, N patches of a lead.
+T samples of a view, E = 3 + L electrodes (of three limbs, and each lead's own), N patches of a lead, C global views.
 """
 import functools
 import itertools
@@ -40,8 +40,6 @@ MASKED_CROPS = 1.0                   # share of the global views with a mask (DI
 MASK_RATIO = (0.2, 0.6)              # share of patches in a masked view, on an even grid, so that the total is fixed
 MASK_KINDS = dict(time=0.6, lead=0.2, mixed=0.2)
 MASK_SPAN_PATCHES = (2, 5)           # length of masked spans in time
-
-ELECTRODES = ("RA", "LA", "LL") + tuple(name for name in LEADS if name[0] in "VXYZ") + ("other",)
 
 
 # ---- shapes of views ------------------------------------------------------------------------------------------------
@@ -85,26 +83,32 @@ def view_specs(shape, few):
 
 # ---- lead definitions -----------------------------------------------------------------------------------------------
 @functools.cache
-def lead_electrode_matrix(device="cpu"):
-    """(len(LEADS), E): weight of each electrode in each lead.
+def electrode_weights(device="cpu"):
+    """(len(LEADS), 4): weights of right arm, left arm, left leg and the lead's own electrode in each lead.
 
     Limb leads by Einthoven and Goldberger, chest leads against Wilson's central terminal. The orthogonal leads X, Y, Z
     and unknown leads get an electrode of their own against that terminal: their wiring is not known, and for noise this
     is enough.
     """
-    matrix = torch.zeros(len(LEADS), len(ELECTRODES))
-    limb = {"I": (-1, 1, 0), "II": (-1, 0, 1), "III": (0, -1, 1),
-            "aVR": (1, -0.5, -0.5), "aVL": (-0.5, 1, -0.5), "aVF": (-0.5, -0.5, 1)}
-    for i, name in enumerate(LEADS):
-        if name in limb:
-            matrix[i, :3] = torch.tensor(limb[name], dtype=torch.float32)
-        else:
-            matrix[i, :3] = -1 / 3
-            matrix[i, ELECTRODES.index(name if name in ELECTRODES else "other")] = 1.0
-    return matrix.to(device)
+    limb = {"I": (-1, 1, 0, 0), "II": (-1, 0, 1, 0), "III": (0, -1, 1, 0),
+            "aVR": (1, -0.5, -0.5, 0), "aVL": (-0.5, 1, -0.5, 0), "aVF": (-0.5, -0.5, 1, 0)}
+    return torch.tensor([limb.get(name, (-1 / 3, -1 / 3, -1 / 3, 1)) for name in LEADS], device=device)
 
 
 # ---- windows and leads ----------------------------------------------------------------------------------------------
+def random_numbers(seed, places, views, **sizes):
+    """Uniform random numbers in [0, 1) for each of `views` views of `places` (range) of a batch: arrays (V, B, size) by
+    name. The generator skips those of the places in between, so a place has the same ones on any rank."""
+    n = views * sum(sizes.values())
+    rng, numbers = np.random.default_rng(seed), np.empty((len(places), n))
+    rng.bit_generator.advance(places.start * n)
+    for row in numbers:
+        rng.random(out=row)
+        rng.bit_generator.advance((places.step - 1) * n)
+    numbers = numbers.reshape(len(places), views, -1).swapaxes(0, 1)
+    return dict(zip(sizes, np.split(numbers, np.cumsum(list(sizes.values()))[:-1], axis=2)))
+
+
 def choose_leads(order, available, leads):
     """Slots (V, B, L) of `leads` random leads among the first available[b] slots of each recording; order (V, B, S):
     uniform random numbers."""
@@ -113,57 +117,52 @@ def choose_leads(order, available, leads):
     return np.sort(slots, axis=2)
 
 
-def draw_views(rng, spec, recordings, slots, window, noise_length, patch_samples):
-    """All random numbers of one view list for a whole batch, a dict of arrays (V, B, ...); see the constants above."""
-    V, L, T = spec.views, spec.leads, spec.patches * patch_samples
-    shape, types = (V, recordings), len(NOISE_TYPES)
-    noisy = rng.random(shape) < NOISY_SHARE
-    snr_db = np.where(noisy, rng.uniform(*SNR_DB, shape), np.inf)
-    present = rng.random(shape + (types,)) < NOISE_TYPE_SHARE
-    present[~present.any(-1)] = True
-    amplitude = rng.uniform(0.3, 1.0, shape + (types,)) * present
-    electrodes = shape + (len(ELECTRODES), types)
-    return dict(
-        order=rng.random(shape + (slots,)),
-        start=rng.integers(0, window - T + 1, shape),
-        gain=np.exp(rng.uniform(*np.log(GAIN), shape)).astype(np.float32),
-        hidden=rng.random(shape + (L,)) < UNKNOWN_SHARE,
-        snr_db=snr_db.astype(np.float32),
-        amplitude=amplitude.astype(np.float32),
-        sign=rng.choice(np.float32([-1, 1]), electrodes),
-        channel=rng.integers(0, 2, electrodes),
-        offset=rng.integers(0, noise_length - T + 1, electrodes),
-    )
+def draw_views(seed, places, spec, leads, available, window, noise_length, patch_samples):
+    """All choices for a view list at `places` (range) of a batch: arrays (V, B, ...) by name; see the constants above.
 
-
-def share_of_rank(draws, rows, spec, available):
-    """This rank's part of the draws, as tensors: recordings `rows`, whose first available[b] slots hold a lead.
-
-    The leads of each view are chosen here: the first slots (see ViewSpec.independent), or random ones.
+    leads (B, S) ids, of which the first available[b] are those of recording b. A view shows the first slots (see
+    ViewSpec.independent), or random ones. A lead that it shows twice has the noise of one electrode.
     """
-    draws = {name: values[:, rows] for name, values in draws.items()}
-    order = draws.pop("order")
-    if spec.independent:
-        draws["slots"] = np.broadcast_to(np.arange(spec.leads), order.shape[:2] + (spec.leads,))
-    else:
-        draws["slots"] = choose_leads(order, available, spec.leads)
-    return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in draws.items()}
+    V, B, L, T, types = spec.views, len(leads), spec.leads, spec.patches * patch_samples, len(NOISE_TYPES)
+    u = random_numbers(seed, places, V, order=leads.shape[1], start=1, gain=1, noisy=1, snr=1, hidden=L, present=types,
+                       amplitude=types, limb=3 * types, own=L * types)
+    slots = np.tile(np.arange(L), (V, B, 1)) if spec.independent else choose_leads(u["order"], available, L)
+    shown = np.take_along_axis(leads[None], slots, axis=2)
+    first = (shown[..., None] == shown[..., None, :]).argmax(axis=3)     # (V, B, L) where the same lead comes first
+    limb, own = (u[name].reshape(V, B, -1, types) for name in ("limb", "own"))
+    electrodes = np.concatenate((limb, np.take_along_axis(own, first[..., None], axis=2)), axis=2)
+    stretch = (electrodes * 4 * (noise_length - T + 1)).astype(np.int64)             # of two channels, with two signs
+    present = u["present"] < NOISE_TYPE_SHARE
+    present |= ~present.any(axis=2, keepdims=True)
+    snr_db = np.where(u["noisy"] < NOISY_SHARE, np.interp(u["snr"], (0, 1), SNR_DB), np.inf)[..., 0]
+    return dict(
+        slots=slots, hidden=u["hidden"] < UNKNOWN_SHARE, snr_db=snr_db.astype(np.float32),
+        start=(u["start"][..., 0] * (window - T + 1)).astype(np.int64),
+        gain=np.exp(np.interp(u["gain"][..., 0], (0, 1), np.log(GAIN))).astype(np.float32),
+        amplitude=(np.interp(u["amplitude"], (0, 1), (0.3, 1.0)) * present).astype(np.float32),
+        sign=(stretch % 2 * 2 - 1).astype(np.float32), channel=stretch // 2 % 2, offset=stretch // 4)
+
+
+def stretches(signal, row, start, length):
+    """signal (..., samples), its rows numbered throughout, from `start` on: row's shape + (length,)."""
+    first = row * signal.shape[-1] + start
+    # On a CPU index_select copies whole stretches, and takes half the time of an index.
+    return signal.flatten().unfold(0, length, 1).index_select(0, first.flatten()).unflatten(0, first.shape)
 
 
 def make_views(batch_uv, slot_leads, draws, spec, patch_samples, noise=None):
     """Cut one view list out of a batch.
 
-    batch_uv (B, S, W) int16 uV, slot_leads (B, S) lead ids, draws of share_of_rank, noise of load_noise or None.
+    batch_uv (B, S, W) int16 uV, slot_leads (B, S) ids, draws of draw_views as tensors, noise of load_noise or None.
     Returns noisy and clean signal, each (V*B, L, T) mV, and the leads (V*B, L) with some names hidden and as they are;
     all view-major (row = view * B + recording).
     """
     device = batch_uv.device
     draws = {name: values.to(device, non_blocking=True) for name, values in draws.items()}
-    row = torch.arange(len(batch_uv), device=device)[None, :, None]
-    time = draws["start"][..., None, None] + torch.arange(spec.patches * patch_samples, device=device)  # (V, B, 1, T)
-    clean = batch_uv[row[..., None], draws["slots"][..., None], time].float() * 1e-3              # (V, B, L, T) mV
-    clean = (clean * draws["gain"][..., None, None]).flatten(0, 1)
-    leads = slot_leads[row, draws["slots"]].flatten(0, 1)
+    row = torch.arange(len(batch_uv), device=device)[:, None] * batch_uv.shape[1] + draws["slots"]      # (V, B, L)
+    clean = stretches(batch_uv, row, draws["start"][..., None], spec.patches * patch_samples).float().mul_(1e-3)  # mV
+    clean = clean.mul_(draws["gain"][..., None, None]).flatten(0, 1)
+    leads = slot_leads.flatten()[row].flatten(0, 1)
     noisy = clean
     if noise is not None:
         with torch.autocast(device.type, enabled=False):  # bf16 would miss the stated level
@@ -196,11 +195,10 @@ def load_noise(corpus, split="train"):
 
 def electrode_noise(noise, amplitude, sign, channel, offset, length):
     """Sum over types of random noise windows at each electrode: (B, E, T). Draws are (B, types) and (B, E, types)."""
-    steps = torch.arange(length, device=noise.device)
     total = 0.0
     for t in range(len(NOISE_TYPES)):
-        window = noise[t][channel[..., t, None], offset[..., t, None] + steps]                    # (B, E, T)
-        total = total + window * (sign[..., t] * amplitude[:, None, t])[..., None]
+        window = stretches(noise[t], channel[..., t], offset[..., t], length)                     # (B, E, T)
+        total = window.mul_((sign[..., t] * amplitude[:, None, t])[..., None]).add_(total)
     return total
 
 
@@ -213,18 +211,17 @@ def add_noise(signal, leads, noise, snr_db, amplitude, sign, channel, offset):
     lead with a flat signal is not counted. Most papers on deep learning use this definition; the `nst` program has
     another, whose 0 dB is about -10 dB here.
     """
-    matrix = lead_electrode_matrix(signal.device)
     at_electrodes = electrode_noise(noise, amplitude, sign, channel, offset, signal.shape[-1])
-    lead_noise = matrix[leads] @ at_electrodes                                                    # (B, L, T)
-    lead_noise = lead_noise - lead_noise.mean(dim=-1, keepdim=True)
+    weights = electrode_weights(signal.device)[leads]                                             # (B, L, 4)
+    lead_noise = (weights[..., :3] @ at_electrodes[:, :3]).addcmul_(weights[..., 3:], at_electrodes[:, 3:])
+    lead_noise -= lead_noise.mean(dim=-1, keepdim=True)
     power = signal.var(dim=-1, correction=0)                                                      # (B, L) mV^2
     ratio_db = 10 * torch.log10(power / lead_noise.var(dim=-1, correction=0).clamp(min=1e-12))
-    flat = power < 1e-10
-    ratio_db = torch.where(flat, torch.nan, ratio_db).nanquantile(0.5, dim=-1)                    # (B,)
+    ratio_db = torch.where(power < 1e-10, torch.nan, ratio_db).nanquantile(0.5, dim=-1)           # (B,)
     factor = 10 ** ((ratio_db - snr_db) / 20)
     # The factor is NaN if all leads are flat: such a recording gets no noise. At +inf dB it is 0 already.
     factor = torch.where(factor.isfinite(), factor, 0.0)
-    return signal + factor[:, None, None] * lead_noise
+    return lead_noise.mul_(factor[:, None, None]).add_(signal)
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
@@ -237,30 +234,33 @@ def mask_counts(crops, tokens):
     return np.concatenate([np.zeros(crops - masked, np.int64), counts])
 
 
-def draw_masks(rng, crops, leads, patches):
-    """Masks (crops, L, N) bool with exactly mask_counts() patches each, over shuffled crops, always the same total.
+def draw_masks(seed, places, counts, leads, patches):
+    """Masks (V*B, L, N) bool with exactly counts (V, B) patches each, for the views at `places` (range) of a batch.
 
     time: spans of time over all leads together, because a masked limb lead could be computed from the others; lead:
     whole leads; mixed: one lead in four, then spans of time. Each kind ranks the patches, and the first `count` are
     masked, so the last span or lead may be masked only in part.
     """
-    counts = rng.permutation(mask_counts(crops, leads * patches))
-    kind = rng.choice(list(MASK_KINDS), crops, p=list(MASK_KINDS.values()))[:, None, None]
+    crops, u = counts.size, random_numbers(seed, places, len(counts), kind=1, span=1, phase=1,
+                                           time=patches // MASK_SPAN_PATCHES[0] + 2, lead=leads, lead_in_span=leads)
+    u = {name: values.reshape(crops, -1) for name, values in u.items()}
+    kind = np.searchsorted(np.cumsum(list(MASK_KINDS.values()))[:-1], u["kind"], side="right")
+    kind = np.array(list(MASK_KINDS))[kind][:, None]                     # (C, 1, 1)
     if leads == 1:
         kind[:] = "time"                                                 # of one lead only spans of time can be masked
-    span = rng.integers(MASK_SPAN_PATCHES[0], MASK_SPAN_PATCHES[1] + 1, (crops, 1))
-    block = (np.arange(patches) + rng.integers(0, span)) // span         # (crops, N) the span that a patch is in
-    time_rank = np.take_along_axis(rng.random((crops, patches // MASK_SPAN_PATCHES[0] + 2)), block, axis=1)[:, None, :]
-    lead_rank = rng.random((crops, leads, 1))
-    lead_in_span, early_first = rng.random((crops, leads, 1)), np.arange(patches)      # order within the last span
+    (low, high), steps = MASK_SPAN_PATCHES, np.arange(patches)
+    span = low + (u["span"] * (high - low + 1)).astype(np.int64)         # (C, 1)
+    block = (steps + (u["phase"] * span).astype(np.int64)) // span       # (C, N) the span that a patch is in
+    time_rank = np.take_along_axis(u["time"], block, axis=1)[:, None, :]
+    lead_rank, lead_in_span = u["lead"][..., None], u["lead_in_span"][..., None]
 
     one_in_four = lead_rank <= np.quantile(lead_rank, 0.25, axis=1, keepdims=True)
-    by_lead = (kind == "lead") | (kind == "mixed") & one_in_four         # (crops, L, 1)
-    first = np.where(by_lead, np.where(kind == "mixed", lead_rank - 1, lead_rank), time_rank)      # (crops, L, N)
-    then = np.where(by_lead, time_rank + 1e-6 * early_first, lead_in_span + 1e-3 * early_first)
+    by_lead = (kind == "lead") | (kind == "mixed") & one_in_four         # (C, L, 1)
+    first = np.where(by_lead, np.where(kind == "mixed", lead_rank - 1, lead_rank), time_rank)      # (C, L, N)
+    then = np.where(by_lead, time_rank + 1e-6 * steps, lead_in_span + 1e-3 * steps)   # early first in the last span
     order = np.lexsort((then.reshape(crops, -1), first.reshape(crops, -1)), axis=1)
     masks = np.zeros((crops, leads * patches), bool)
-    np.put_along_axis(masks, order, np.arange(leads * patches) < counts[:, None], axis=1)
+    np.put_along_axis(masks, order, np.arange(leads * patches) < counts.reshape(-1, 1), axis=1)
     return masks.reshape(crops, leads, patches)
 
 
@@ -271,16 +271,17 @@ def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
     few = int(np.random.default_rng([sampler.seed, step, 99]).choice(FEW_LEADS))
     groups, chosen = [], sampler.choose(step)
     for g, group in enumerate(sampler.groups):
-        rng = np.random.default_rng([sampler.seed, step, g, 2])
-        rows = slice(rank, group["size"], world_size)
-        batch, leads, available = sampler.draw(step, g, chosen[g], rows)
-        specs = view_specs(group["shape"], few)
-        draws = [share_of_rank(draw_views(rng, spec, group["size"], group["shape"].slots, group["window"], noise_length,
-                                      patch_samples), rows, spec, available) for spec in specs]
-        masks = draw_masks(rng, GLOBAL_VIEWS * group["size"], specs[0].leads, specs[0].patches)
-        masks = masks.reshape(GLOBAL_VIEWS, group["size"], *masks.shape[1:])[:, rows].reshape(-1, *masks.shape[1:])
-        groups.append(dict(batch=torch.from_numpy(batch), leads=torch.from_numpy(leads), specs=specs, draws=draws,
-                           masks=torch.from_numpy(masks)))
+        batch, leads, available = sampler.draw(step, g, chosen[g], slice(rank, group["size"], world_size))
+        specs, seed = view_specs(group["shape"], few), [sampler.seed, step, g]
+        places = range(rank, group["size"], world_size)
+        draws = [draw_views([*seed, 2, k], places, spec, leads, available, group["window"], noise_length, patch_samples)
+                 for k, spec in enumerate(specs)]
+        # How much is masked is drawn for the whole batch, as its total is fixed.
+        counts = mask_counts(GLOBAL_VIEWS * group["size"], specs[0].leads * specs[0].patches)
+        counts = np.random.default_rng([*seed, 3]).permutation(counts).reshape(GLOBAL_VIEWS, -1)[:, places]
+        masks = draw_masks([*seed, 4], places, counts, specs[0].leads, specs[0].patches)
+        groups.append(dict(batch=torch.from_numpy(batch), leads=torch.from_numpy(leads), masks=torch.from_numpy(masks),
+                           specs=specs, draws=[{name: torch.from_numpy(d[name]) for name in d} for d in draws]))
     return groups
 
 

@@ -296,10 +296,13 @@ class Sampler:
 
     def _common_patients(self):
         """(G, G): number of patients that two lead groups have in common; on the diagonal, of patients of each."""
-        patients = [{m["corpus"]: self.corpora[m["corpus"]].index["patient"][m["rows"][m["first"]]]    # each once
-                     for m in group["members"]} for group in self.groups]
-        return np.array([[sum(len(np.intersect1d(a[c], b[c], assume_unique=True)) for c in a.keys() & b.keys())
-                          for b in patients] for a in patients])
+        people = [np.concatenate([self._people(m) for m in group["members"]]) for group in self.groups]
+        return np.array([[len(np.intersect1d(a, b, assume_unique=True)) for b in people] for a in people])
+
+    def _people(self, member, patients=slice(None)):
+        """A number for each patient of a member of a group; the same person has the same one in every group."""
+        rows = member["rows"][member["first"][patients]]
+        return (member["corpus"] << 32) + self.corpora[member["corpus"]].index["patient"][rows].astype(np.int64)
 
     def _share_batch(self, ranks):
         """Set the number of recordings of every group in the batch; ValueError that names a possible batch."""
@@ -344,21 +347,20 @@ class Sampler:
         return sizes if fit(grains) and not any(size % ranks for size in sizes) else None
 
     def choose(self, step):
-        """For each group, (member, patient) of each of its places in the batch of `step`, no patient twice. The cost
-        does not depend on the size of the corpora."""
-        taken, chosen = set(), []
+        """For each group, (member, patient) of its places in the batch of `step`: (places, 2), no patient twice. The
+        cost does not depend on the size of the corpora."""
+        taken, chosen = np.zeros(0, np.int64), []
         for g, group in enumerate(self.groups):
-            rng, places = np.random.default_rng([self.seed, step, g, 0]), []
+            rng, places = np.random.default_rng([self.seed, step, g, 0]), np.zeros((0, 2), np.int64)
             while len(places) < group["size"]:
                 member = rng.choice(len(group["weight"]), 4 * group["size"], p=group["weight"] / group["weight"].sum())
                 patient = (rng.random(len(member)) * group["patients"][member]).astype(np.int64)
-                for m, p in zip(member.tolist(), patient.tolist()):
-                    pool = group["members"][m]
-                    index = self.corpora[pool["corpus"]].index
-                    who = pool["corpus"], index["patient"][pool["rows"][pool["first"][p]]]
-                    if who not in taken and len(places) < group["size"]:
-                        taken.add(who)
-                        places.append((m, p))
+                who = np.empty(len(member), np.int64)
+                for m, pool in enumerate(group["members"]):
+                    who[member == m] = self._people(pool, patient[member == m])
+                new = np.sort(np.unique(who, return_index=True)[1])      # where each person comes first
+                new = new[~np.isin(who[new], taken)][:group["size"] - len(places)]
+                taken, places = np.append(taken, who[new]), np.append(places, np.c_[member, patient][new], axis=0)
             chosen.append(places)
         return chosen
 
@@ -391,19 +393,19 @@ class Sampler:
         Leads from which all others follow come first; in a group of few leads the order is random. A window with too
         few complete leads is drawn again. After WINDOW_TRIES such windows, missing samples of the last one become 0.
         """
-        rng = np.random.default_rng([self.seed, step, g, 1, place])
-        group = self.groups[g]
+        rng, group = np.random.default_rng([self.seed, step, g, 1, place]), self.groups[g]
         member, shape = group["members"][m], group["shape"]
         corpus = self.corpora[member["corpus"]]
         for _ in range(WINDOW_TRIES):
             row = member["rows"][member["first"][patient] + rng.integers(member["count"][patient])]
             start = int(rng.integers(0, corpus.index["length"][row] - group["window"] + 1))
             window, ids = np.asarray(corpus.read(row, start, group["window"])), corpus.lead_ids(row)
-            complete = ~(window == MISSING).any(axis=1)
-            if complete.sum() >= shape.leads:
-                window, ids = window[complete], ids[complete]
+            kept = np.flatnonzero(~(window == MISSING).any(axis=1))
+            if len(kept) >= shape.leads:
                 break
-        window = np.where(window == MISSING, 0, window)
-        any_will_do = len(ids) > shape.slots and shape.leads < max(s.leads for s in self.shapes)
-        order = rng.permutation(len(ids)) if any_will_do else np.argsort(LEAD_PRIORITY[ids], kind="stable")
-        return window[order[:shape.slots]], ids[order[:shape.slots]].astype(np.int64), (row, start)
+        else:
+            kept, window = np.arange(len(ids)), np.where(window == MISSING, 0, window)
+        any_will_do = len(kept) > shape.slots and shape.leads < max(s.leads for s in self.shapes)
+        kept = rng.permutation(kept) if any_will_do else kept[np.argsort(LEAD_PRIORITY[ids[kept]], kind="stable")]
+        kept = kept[:shape.slots]
+        return window[kept], ids[kept].astype(np.int64), (row, start)

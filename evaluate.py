@@ -175,8 +175,8 @@ def add_noise_levels(recordings, noise, patch_samples, seed):
         T = N * patch_samples
         clean = np.ma.masked_invalid(signal_mv[:, :T])
         filled = np.where(clean.mask, clean.mean(axis=1, keepdims=True).filled(0), clean.data).astype(np.float32)
-        draws = draw_views(np.random.default_rng([seed, number]), ViewSpec(1, L, N, True), 1, L, T, noise.shape[-1],
-                           patch_samples)
+        draws = draw_views([seed, number], range(1), ViewSpec(1, L, N, True), lead_ids[None], np.array([L]), T,
+                           noise.shape[-1], patch_samples)
         arrays = filled, lead_ids, *(draws[name][0, 0] for name in ("amplitude", "sign", "channel", "offset"))
         x, leads, *same = (torch.from_numpy(a).expand(len(NOISE_DB), *a.shape) for a in arrays)
         for noisy in add_noise(x, leads, noise, snr_db, *same).numpy():

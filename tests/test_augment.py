@@ -7,9 +7,9 @@ import torch
 import wfdb
 
 import augment
-from augment import (ELECTRODES, GAIN, MASK_RATIO, MASK_SPAN_PATCHES, MASKED_CROPS, NOISE_TYPES, NOISY_SHARE, SNR_DB,
-                     UNKNOWN_SHARE, Batches, ViewSpec, cut_views, draw_masks, draw_views, host_batch,
-                     lead_electrode_matrix, lead_groups, load_noise, make_views, mask_counts, share_of_rank)
+from augment import (GAIN, MASK_RATIO, MASK_SPAN_PATCHES, MASKED_CROPS, NOISE_TYPES, NOISY_SHARE, SNR_DB, UNKNOWN_SHARE,
+                     Batches, ViewSpec, cut_views, draw_masks, draw_views, electrode_weights, host_batch, lead_groups,
+                     load_noise, make_views, mask_counts, random_numbers)
 from conftest import TWELVE, draw_ecg, run
 from corpus import INDEX_DTYPE, Corpus, Sampler, open_corpus
 from ecg import FS, LEADS, MISSING, lead_id
@@ -43,9 +43,10 @@ def batch():
 def views_of(batch, spec, noise=None, seed=0, rows=slice(None), available=None, **changed):
     """Draws and the resulting (noisy, clean, leads, all_leads) of `rows` of a batch; `changed` replaces draws."""
     signal, leads = batch
-    draws = draw_views(np.random.default_rng(seed), spec, *leads.shape, signal.shape[2], 20 * FS, PATCH) | changed
     available = np.full(len(leads), leads.shape[1]) if available is None else available
-    draws = share_of_rank(draws, rows, spec, available[rows])
+    draws = draw_views(seed, range(len(leads))[rows], spec, leads[rows].numpy(), available[rows], signal.shape[2],
+                       20 * FS, PATCH)
+    draws = {name: torch.from_numpy(values) for name, values in (draws | changed).items()}
     return draws, make_views(signal[rows], leads[rows], draws, spec, PATCH, noise)
 
 
@@ -61,18 +62,18 @@ def assert_limb_laws(leads, **tolerance):
 
 
 def test_leads_follow_from_electrodes():
-    potentials = torch.randn(len(ELECTRODES), 100, generator=torch.Generator().manual_seed(0))
-    at = dict(zip(ELECTRODES, potentials))
-    leads = dict(zip(LEADS, lead_electrode_matrix() @ potentials))
+    right, left, foot, *own = torch.randn(3 + len(LEADS), 100, generator=torch.Generator().manual_seed(0))
+    leads = {name: weights @ torch.stack((right, left, foot, at))
+             for name, weights, at in zip(LEADS, electrode_weights(), own)}
     assert_limb_laws(leads, rtol=0, atol=1e-5)
-    torch.testing.assert_close(leads["I"], at["LA"] - at["RA"])
-    torch.testing.assert_close(leads["II"], at["LL"] - at["RA"])
-    terminal = (at["RA"] + at["LA"] + at["LL"]) / 3
-    for name in ("V1", "V6", "V9", "V4R"):
-        torch.testing.assert_close(leads[name], at[name] - terminal)
+    torch.testing.assert_close(leads["I"], left - right)
+    torch.testing.assert_close(leads["II"], foot - right)
+    for name, at in zip(LEADS, own):
+        if name not in LIMB:
+            torch.testing.assert_close(leads[name], at - (right + left + foot) / 3)
     # What all electrodes share is in no lead.
-    torch.testing.assert_close(lead_electrode_matrix().sum(dim=1), torch.zeros(len(LEADS)), rtol=0, atol=1e-6)
-    assert len({tuple(row.tolist()) for row in lead_electrode_matrix()}) == len(LEADS)
+    torch.testing.assert_close(electrode_weights().sum(dim=1), torch.zeros(len(LEADS)), rtol=0, atol=1e-6)
+    assert len({tuple(row.tolist()) for row in electrode_weights()[ids(*LIMB)]}) == len(LIMB)
 
 
 @pytest.mark.parametrize("names", [TWELVE, ("III", "V3", "II", "aVF", "I"), ("aVL", "aVR", "I", "II")])
@@ -142,16 +143,52 @@ def test_noise_is_a_sum_over_electrodes_and_types(batch, noise):
     draws, (noisy, clean, *_) = views_of(batch, ViewSpec(1, 12, 5, True), noise, snr_db=np.full((1, 6), 2, np.float32))
     d = {name: values[0].numpy() for name, values in draws.items()}
     for b in range(6):
-        at = np.zeros((len(ELECTRODES), 250))
-        for e in range(len(ELECTRODES)):
+        at = np.zeros((3 + 12, 250))
+        for e in range(3 + 12):
             for t in range(len(NOISE_TYPES)):
                 start = d["offset"][b, e, t]
                 stretch = noise[t, d["channel"][b, e, t], start:start + 250].numpy()
                 at[e] += d["sign"][b, e, t] * d["amplitude"][b, t] * stretch
-        expected = lead_electrode_matrix()[ids(*TWELVE)].numpy() @ at
+        weights = electrode_weights()[ids(*TWELVE)].numpy()
+        expected = weights[:, :3] @ at[:3] + weights[:, 3:] * at[3:]
         expected -= expected.mean(axis=1, keepdims=True)
         added = (noisy - clean)[b].numpy()
         np.testing.assert_allclose(added / added.std(), expected / expected.std(), atol=1e-4)
+
+
+def gathered(batch, draws, spec, noise):
+    """What make_views returns first, gathered sample by sample, with the weights of all electrodes in one matrix."""
+    signal, leads = batch
+    time, row = torch.arange(spec.patches * PATCH), torch.arange(len(signal))[:, None]
+    d = {name: values.flatten(0, 1) for name, values in draws.items()}
+    shown = leads[row, draws["slots"]].flatten(0, 1)
+    clean = signal[row[..., None], draws["slots"][..., None], draws["start"][..., None, None] + time].float() * 1e-3
+    clean = (clean * draws["gain"][..., None, None]).flatten(0, 1)
+    total = 0.0
+    for t in range(len(NOISE_TYPES)):
+        window = noise[t][d["channel"][..., t, None], d["offset"][..., t, None] + time]
+        total = total + window * (d["sign"][..., t] * d["amplitude"][:, None, t])[..., None]
+    weights = electrode_weights()[shown]
+    added = torch.cat((weights[..., :3], torch.diag_embed(weights[..., 3])), dim=-1) @ total
+    added = added - added.mean(dim=-1, keepdim=True)
+    ratio_db = 10 * torch.log10(clean.var(dim=-1, correction=0) / added.var(dim=-1, correction=0).clamp(min=1e-12))
+    factor = 10 ** ((ratio_db.nanquantile(0.5, dim=-1) - d["snr_db"]) / 20)
+    return clean + factor[:, None, None] * added
+
+
+@pytest.mark.parametrize("spec", [ViewSpec(2, 8, 15, True), ViewSpec(3, 3, 10, False), ViewSpec(2, 1, 20, False)])
+def test_views_are_those_of_a_gather_sample_by_sample(batch, noise, spec):
+    """To the bit: limb and chest leads, X, Y, Z, unknown ones, and leads that come twice, which have the same noise."""
+    leads = ids("I", "II", "V1", "X", "unknown", "aVF", "unknown", "V1", "Y", "Z", "V4R", "I").repeat(6, 1)
+    leads[1::2] = ids(*TWELVE)
+    draws, (noisy, clean, _, shown) = views_of((batch[0], leads), spec, noise,
+                                               snr_db=np.full((spec.views, 6), 5, np.float32))
+    assert torch.equal(noisy, gathered((batch[0], leads), draws, spec, noise))
+    if spec.independent:
+        added = noisy - clean
+        torch.testing.assert_close(added[0, 2], added[0, 7], rtol=0, atol=1e-5)
+        torch.testing.assert_close(added[0, 4], added[0, 6], rtol=0, atol=1e-5)
+        assert (added[0, 2] - added[0, 4]).abs().max() > 0.01
 
 
 def test_autocast_does_not_lower_the_precision(batch, noise):
@@ -199,7 +236,8 @@ def test_random_leads_are_those_that_there_are(batch):
 
 def test_draws_stay_in_their_ranges():
     spec = ViewSpec(50, 4, 10, False)
-    draws = draw_views(np.random.default_rng(0), spec, 100, 12, WINDOW, 20 * FS, PATCH)
+    leads = ids(*TWELVE).expand(100, -1).numpy()
+    draws = draw_views(0, range(100), spec, leads, np.full(100, 12), WINDOW, 20 * FS, PATCH)
     finite = draws["snr_db"][np.isfinite(draws["snr_db"])]
     assert len(finite) / 5000 == pytest.approx(NOISY_SHARE, abs=0.05)
     assert SNR_DB[0] <= finite.min() < SNR_DB[0] + 1 and SNR_DB[1] - 1 < finite.max() <= SNR_DB[1]
@@ -207,10 +245,16 @@ def test_draws_stay_in_their_ranges():
     assert GAIN[0] <= draws["gain"].min() < 1.02 * GAIN[0] and 0.98 * GAIN[1] < draws["gain"].max() <= 1.0001 * GAIN[1]
     assert np.log(draws["gain"]).mean() == pytest.approx(np.log(GAIN).mean(), abs=0.01)
     assert draws["start"].min() == 0 and draws["start"].max() == WINDOW - 10 * PATCH
-    assert draws["offset"].min() >= 0 and draws["offset"].max() <= 20 * FS - 10 * PATCH
+    last = 20 * FS - 10 * PATCH
+    assert 0 <= draws["offset"].min() < 10 and last - 10 < draws["offset"].max() <= last
+    assert draws["offset"].mean() == pytest.approx(last / 2, rel=0.01)
     assert draws["hidden"].mean() == pytest.approx(UNKNOWN_SHARE, abs=0.01)
     assert (draws["amplitude"].max(axis=-1) > 0).all() and ((draws["amplitude"] == 0).mean(axis=(0, 1)) > 0.1).all()
     assert set(np.unique(draws["sign"])) == {-1, 1} and set(np.unique(draws["channel"])) == {0, 1}
+    kinds = np.stack((draws["sign"], draws["channel"], draws["offset"])).reshape(3, -1)
+    np.testing.assert_allclose(np.corrcoef(kinds), np.eye(3), atol=0.01)
+    assert draws["sign"].mean() == pytest.approx(0, abs=0.01)
+    assert draws["channel"].mean() == pytest.approx(0.5, abs=0.01)
 
 
 def test_a_view_as_long_as_the_window_starts_with_it(batch):
@@ -226,7 +270,7 @@ def test_same_seed_same_views(batch, noise):
 
 
 @pytest.mark.parametrize("independent", [True, False])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_together_make_the_views_of_one_process(batch, noise, independent, world_size):
     spec = ViewSpec(3, 4, 10, independent)
     _, whole = views_of(batch, spec, noise)
@@ -235,6 +279,15 @@ def test_ranks_together_make_the_views_of_one_process(batch, noise, independent,
         _, part = views_of(batch, spec, noise, rows=rows)
         for a, b in zip(part, whole):
             torch.testing.assert_close(a.unflatten(0, (3, -1)), b.unflatten(0, (3, 6))[:, rows], rtol=1e-6, atol=1e-6)
+
+
+def test_a_place_has_the_same_random_numbers_whichever_others_are_drawn():
+    """Those of the whole batch are drawn in one go; no two views, places or steps have the same."""
+    whole = np.random.default_rng([1, 2]).random((12, 2, 7)).swapaxes(0, 1)
+    for places in (range(12), range(5, 12, 3), range(3, 12, 4), range(11, 12, 64)):
+        numbers = random_numbers([1, 2], places, 2, a=3, b=4)
+        assert np.array_equal(np.concatenate((numbers["a"], numbers["b"]), axis=2), whole[:, places])
+    assert len(np.unique(whole)) == whole.size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,7 +363,8 @@ def masks_of(monkeypatch, kind=None, crops=CROPS, leads=8, patches=N, seed=0):
     """Masks (crops, L, N) as a NumPy array; with `kind`, all of that kind and without the crops that have no mask."""
     if kind:
         monkeypatch.setattr(augment, "MASK_KINDS", {name: float(name == kind) for name in augment.MASK_KINDS})
-    masks = np.asarray(draw_masks(np.random.default_rng(seed), crops, leads, patches))
+    counts = np.random.default_rng(seed).permutation(mask_counts(crops, leads * patches))
+    masks = draw_masks([seed, 1], range(crops), counts[None], leads, patches)
     assert masks.shape == (crops, leads, patches) and masks.dtype == bool
     return masks[masks.any(axis=(1, 2))] if kind else masks
 
@@ -408,16 +462,22 @@ def test_batch_is_a_pure_function_of_seed_and_step(synth):
     assert not torch.equal(draw(5, 7)[0], draw(6, 7)[0])
 
 
-def test_ranks_share_the_batch_of_one_process(synth):
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_batch_of_one_process(synth, noise, world_size):
+    """To the bit; only noise is scaled by arithmetic that rounds differently in a batch of another size."""
     whole = host_batch(sampler(synth), 3, 0, 1, 5000, PATCH)
-    parts = [host_batch(sampler(synth), 3, rank, 2, 5000, PATCH) for rank in (0, 1)]
-    for g, group in enumerate(whole):
-        for rank in (0, 1):
-            part = parts[rank][g]
-            assert torch.equal(part["batch"], group["batch"][rank::2])
-            assert torch.equal(part["masks"], group["masks"].unflatten(0, (2, -1))[:, rank::2].flatten(0, 1))
+    for rank in range(world_size):
+        for part, group in zip(host_batch(sampler(synth), 3, rank, world_size, 5000, PATCH), whole):
+            rows = slice(rank, None, world_size)
+            assert torch.equal(part["batch"], group["batch"][rows]) and torch.equal(part["leads"], group["leads"][rows])
+            assert torch.equal(part["masks"], group["masks"].unflatten(0, (2, -1))[:, rows].flatten(0, 1))
             for mine, everyone in zip(part["draws"], group["draws"]):
-                assert all(torch.equal(mine[k], everyone[k][:, rank::2]) for k in everyone)
+                assert all(torch.equal(mine[k], everyone[k][:, rows]) for k in everyone)
+            made, expected = (cut_views(g, noise, PATCH, "cpu") for g in (part, group))
+            for spec, mine, everyone in zip(part["specs"], made["views"], expected["views"]):
+                noisy, *rest = (x.unflatten(0, (spec.views, -1))[:, rows].flatten(0, 1) for x in everyone)
+                torch.testing.assert_close(mine[0], noisy, rtol=1e-6, atol=1e-6)
+                assert all(torch.equal(a, b) for a, b in zip(mine[1:], rest, strict=True))
 
 
 def test_recordings_with_many_leads_show_few_of_them_for_longer(synth):

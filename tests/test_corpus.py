@@ -165,6 +165,26 @@ def test_batch_holds_one_window_per_patient_of_the_train_split(synth):
     assert len(set(patients)) == 32                # once in a batch, though those with many leads are in every group
 
 
+def test_a_batch_takes_the_first_of_each_person_that_is_drawn(synth):
+    """choose against a loop over the places."""
+    s = sampler(synth, 48, names=("ptbxl", "mitdb", "ptbxl"))
+    for step in range(5):
+        taken, chosen = set(), s.choose(step)
+        for g, group in enumerate(s.groups):
+            rng, places = np.random.default_rng([s.seed, step, g, 0]), []
+            while len(places) < group["size"]:
+                member = rng.choice(len(group["weight"]), 4 * group["size"], p=group["weight"] / group["weight"].sum())
+                patient = (rng.random(len(member)) * group["patients"][member]).astype(np.int64)
+                for m, p in zip(member.tolist(), patient.tolist()):
+                    pool = group["members"][m]
+                    index = s.corpora[pool["corpus"]].index
+                    who = pool["corpus"], index["patient"][pool["rows"][pool["first"][p]]]
+                    if who not in taken and len(places) < group["size"]:
+                        taken.add(who)
+                        places.append([m, p])
+            assert chosen[g].tolist() == places
+
+
 def test_a_corpus_given_twice_fills_its_batches(synth):
     """Its patients count twice there; the draw must come to an end all the same."""
     s = sampler(synth, 64, names=("mitdb", "mitdb", "ptbxl", "ptbxl"))
