@@ -1,25 +1,26 @@
 """Speed and memory of the hot paths, each as a ratio to something measured in the same run, because machines differ.
 
-    python bench.py [--data DIR [DIR ...]] [--noise DIR] [--size tiny] [--batch 64] [--device auto]
+    python bench.py [--data DIR [DIR ...]] [--noise DIR] [--size tiny] [--batch 64] [--device auto] [--precision auto]
+    python bench.py --peers [--size tiny] [--batch 32] | --loader [--data ... --noise ...] [--batch 256]
     python bench.py --sizes | --ranks 2 [--size small] | --index 12000000
 
 Without --data, synthetic recordings are prepared in a temporary folder. One line per path, medians after a warm-up:
-    matmul    matrix multiplication on this machine, fp32 (bf16 on a GPU); `step` and `embed` are compared with it
-    step      training step: FLOP/s of its matrix products as a share of the matmul rate, the share of each part, and
-              the share of the time in which the loop waits for data
+    matmul    matrix multiplication in the precision of the step; `step` and `embed` are compared with it
+    step      training step: FLOP/s of its matrix products as a share of the matmul rate; the share of its forward pass
     loader    augment.host_batch per second, and as a share of a step (a thread does this during the step)
     views     augment.cut_views, the same
     embed     ten-second 12-lead recordings per second through a frozen encoder, FLOP/s as a share of the matmul rate
+--peers: the step in turns with that of a plain reference made of library parts, on one thread of a CPU
+--loader: host_batch and cut_views on one thread in turns with a plain torch DataLoader that makes such views in NumPy
 --sizes: parameters, state, start, FLOPs and activations of every size, computed with tensors that have no memory
 --ranks: state of a rank, step and checkpoint, sharded and replicated; `alone`: ranks that do not communicate
 --index: a simulated index of N recordings: seconds to open it and to build the sampler, memory, choice of a batch
 """
 import argparse
 import contextlib
+import copy
+import itertools
 import json
-import multiprocessing
-import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -31,118 +32,97 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import dino
 import prepare
 import train
-from augment import Batches, cut_views, host_batch, lead_groups, load_noise, mask_counts, view_specs
+from augment import (GAIN, NOISY_SHARE, SNR_DB, Batches, cut_views, host_batch, lead_groups, load_noise, mask_counts,
+                     view_specs)
 from corpus import (FINGERPRINT_BYTES, FORMAT_VERSION, INDEX_DTYPE, MAGIC, PATIENT_DTYPE, RECORD_DTYPE, Sampler,
                     open_corpus)
-from dino import build_networks, distributed, update_teacher
-from ecg import FS
-from model import PATCH_S, SIZES, build_encoder
+from ecg import FS, LEADS
+from model import PATCH_S, REGISTERS, ROPE_PERIODS_S, SIZES, build_encoder, low_precision, precision_of
 
-REPEATS = 5
-MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+REPEATS, ROUNDS = 5, 9
 PROTOTYPES = 512
 TEMPERATURE = 0.02               # of the teacher; the time does not depend on it
+P = round(PATCH_S * FS)          # samples of a patch
 CPU = torch.device("cpu")
 
 
-def clock(function):
-    start = time.perf_counter()
+def clock(function, device=CPU, now=time.perf_counter):
+    start = now()
     function()
-    return time.perf_counter() - start
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return now() - start
 
 
 def seconds(function, device=CPU, repeats=REPEATS):
     """Median wall time of function() after one warm-up call."""
-    def once():
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    once()
-    return statistics.median(clock(once) for _ in range(repeats))
+    clock(function, device)
+    return statistics.median(clock(function, device) for _ in range(repeats))
 
 
-def flops(function):
-    """Floating-point operations of the matrix products in function()."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
+def compare(plain, ours, device, scale, unit):
+    """Print the time of plain() and ours(), in turns, so that other work on the machine slows both; on a CPU the time
+    is that of this process."""
+    now = time.perf_counter if device.type == "cuda" else time.process_time
+    times = scale * np.array([[clock(f, device, now) for f in (plain, ours)] for _ in range(1 + ROUNDS)][1:])
+    ratio, (theirs, own) = times[:, 0] / times[:, 1], np.median(times, axis=0)
+    print(f"plain {theirs:.3f}, ours {own:.3f} {unit}; plain / ours {np.median(ratio):.2f} (above 1: ours is faster; "
+          f"{ratio.min():.2f} to {ratio.max():.2f} in {ROUNDS} rounds)")
 
 
-def matmul_rate(device=CPU):
+def matmul_rate(device, precision):
     """FLOP/s of a large matrix product."""
-    n, dtype = MATMUL_SIZE[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
-    a = torch.randn(n, n, device=device, dtype=dtype)
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     return 2 * n ** 3 / seconds(lambda: a @ a, device)
-
-
-def memory_mb(field):
-    """Memory of this process in MB: `field` of /proc/self/status."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[field].split()[0]) / 1024
 
 
 # ---- a training step ------------------------------------------------------------------------------------------------
 class Run:
     """Networks, optimiser and the views of one batch: all that a training step needs."""
 
-    def __init__(self, size, device, groups=None, recompute=False, mesh=None):
-        self.student, self.teacher = build_networks(build_encoder(size), train.HEAD_HIDDEN, train.HEAD_BOTTLENECK,
+    def __init__(self, size, device, groups=None, precision="fp32", recompute=False, mesh=None):
+        self.student, self.teacher = dino.build_networks(build_encoder(size), train.HEAD_HIDDEN, train.HEAD_BOTTLENECK,
                                                     PROTOTYPES, PROTOTYPES)
         for block in self.student["encoder"].blocks:
             block.recompute = recompute
         for network in (self.student, self.teacher):
             network.to(device)
             for part in network.values() if mesh is not None else ():
-                train.shard(part, mesh, low_precision=device.type == "cuda")
+                train.shard(part, mesh, low_precision=False)
         self.optimizer = train.build_optimizer(self.student)
         train.set_schedules(self.optimizer, train.schedules(50, 100, 1e-3))
-        self.groups, self.device, self.sharded = groups, device, mesh is not None
-
-    def autocast(self):
-        low = self.device.type == "cuda" and not self.sharded
-        return torch.autocast("cuda", torch.bfloat16) if low else contextlib.nullcontext()
+        self.groups, self.device, self.precision, self.sharded = groups, device, precision, mesh is not None
 
     def loss(self):
-        with self.autocast():
+        with low_precision(self.device, self.precision):
             return dino.objective(self.student, self.teacher, None, self.groups, TEMPERATURE)[0]
-
-    @torch.no_grad()
-    def encode_clean(self):
-        """The forward pass of the teacher's encoder."""
-        with self.autocast():
-            return self.teacher["encoder"].encode([(v[1], v[3], None) for g in self.groups for v in g["views"][:1]])
-
-    def encode_noisy(self):
-        """The forward pass of the student's encoder."""
-        with self.autocast():
-            return self.student["encoder"].encode([(v[0], v[2], mask) for g in self.groups
-                                                   for v, mask in zip(g["views"], (g["masks"], None, None))])
-
-    def update(self):
-        if distributed() and not self.sharded:
-            train.average_gradients(self.student)
-        for part in self.student.values():
-            torch.nn.utils.clip_grad_norm_(part.parameters(), train.CLIP_NORM)
-        self.optimizer.step()
 
     def step(self):
         self.loss().backward()
-        self.update()
+        if dino.distributed() and not self.sharded:
+            train.average_gradients(self.student)
+        for part in self.student.values():
+            nn.utils.clip_grad_norm_(part.parameters(), train.CLIP_NORM)
+        self.optimizer.step()
         self.optimizer.zero_grad()
-        update_teacher(self.teacher, self.student, 0.99)
+        dino.update_teacher(self.teacher, self.student, 0.99)
 
     def state_bytes(self):
         """Weights, gradients and moments of the student and weights of the teacher, as this rank holds them."""
         self.loss().backward()
         self.optimizer.step()
-        moments = [t for state in self.optimizer.state.values() for t in state.values() if t.dim()]
-        held = [t for p in self.student.parameters() for t in (p, p.grad)] + list(self.teacher.parameters()) + moments
+        held = [t for p, moments in self.optimizer.state.items()
+                for t in (p, p.grad, *moments.values()) if t.dim()] + list(self.teacher.parameters())
         return sum(train.local(t).nbytes for t in held)
 
 
@@ -150,167 +130,230 @@ def random_views(batch, device):
     """Views of a batch as cut_views makes them, with random signal: time and memory depend only on the shapes."""
     made = []
     for shape in lead_groups():
-        n, P = max(1, round(batch * shape.share)), round(PATCH_S * FS)
-        views = []
+        n, views = max(1, round(batch * shape.share)), []
         for spec in view_specs(shape, few=2):
             signal = torch.randn(spec.views * n, spec.leads, spec.patches * P, device=device) * 0.2
             leads = torch.arange(1, 1 + spec.leads, device=device).expand(len(signal), -1)
             views.append((signal, signal, leads, leads))
         crops, tokens = len(views[0][0]), shape.leads * shape.global_patches
         masked = int(mask_counts(crops, tokens).sum())
-        masks = torch.zeros(crops * tokens, dtype=torch.bool, device="cpu")
-        place = torch.linspace(0, crops * tokens - 1, masked, device="cpu").long()
-        masks[place] = True
-        made.append(dict(views=views, masks=masks.view(crops, shape.leads, -1).to(device), place=place.to(device),
-                         weights=torch.full((masked,), 0.1, device=device), recordings=n))
+        masks = (torch.arange(crops * tokens, device=device) < masked).view(crops, shape.leads, -1)
+        made.append(dict(views=views, masks=masks, place=torch.arange(masked, device=device), recordings=n,
+                         weights=torch.full((masked,), 0.1, device=device)))
     return made
 
 
-def waiting_share(run, batches):
-    """The share of the time in which the loop waits for data, over REPEATS steps as train.py makes them."""
-    batches.start(0)
-    run.groups, begun, waited = batches.take(), time.perf_counter(), 0.0       # the first batch cannot be ahead
-    for step in range(1, 1 + REPEATS):
-        batches.start(step)
-        run.step()
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()                                   # or the host would wait for steps, not for data
-        before = time.perf_counter()
-        run.groups = batches.take()
-        waited += time.perf_counter() - before
-    return waited / (time.perf_counter() - begun)
+def open_batches(args, device):
+    """The batches of a run on args.data and args.noise."""
+    noise = load_noise(open_corpus(args.noise)).to(device)
+    return Batches(Sampler([open_corpus(d) for d in args.data], args.batch, 0, lead_groups()), 0, 1, noise, P, device)
 
 
 def bench(args):
-    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else
-                          "cpu" if args.device == "auto" else args.device)
-    corpora, noise = [open_corpus(d) for d in args.data], load_noise(open_corpus(args.noise)).to(device)
-    run = Run(args.size, device)
-    P = run.student["encoder"].patch_samples
-    batches = Batches(Sampler(corpora, args.batch, 0, lead_groups()), 0, 1, noise, P, device)
+    device, precision, batches = args.device, args.precision, open_batches(args, args.device)
+    noise, run = batches.noise, Run(args.size, device, batches.make(0)[0], precision)
     host = host_batch(batches.sampler, 0, 0, 1, noise.shape[-1], P)
-    run.groups = batches.make(0)[0]
     signal, leads = torch.randn(32, 12, 10 * FS, device=device) * 0.2, torch.arange(1, 13, device=device).expand(32, -1)
-
-    @torch.inference_mode()
-    def embed():
-        run.student["encoder"](signal, leads)
-
-    rate, step = matmul_rate(device), seconds(run.step, device)
-    forward = seconds(run.loss, device)
-    run.loss().backward()
-    parts = {"teacher": seconds(run.encode_clean, device), "student forward": seconds(run.encode_noisy, device)}
-    parts["heads and losses"] = forward - sum(parts.values())
-    parts |= {"clip and AdamW": seconds(run.update, device),
-              "EMA": seconds(lambda: update_teacher(run.teacher, run.student, 0.99), device)}
-    parts["backward"] = step - sum(parts.values())
+    embed = torch.inference_mode()(lambda: run.student["encoder"](signal, leads))
+    rate, step = matmul_rate(device, precision), seconds(run.step, device)
+    forward, embedding = seconds(run.loss, device), seconds(embed, device)
     views = seconds(lambda: [cut_views(g, noise, P, device) for g in host], device)
     loader = seconds(lambda: host_batch(batches.sampler, 1, 0, 1, noise.shape[-1], P), device)
-    embedding, work = seconds(embed, device), step_flops(on_paper(args.size, args.batch))
+    work = on_paper(args.size, args.batch)[1]
+    with FlopCounterMode(display=False) as counter:
+        run.student["encoder"](signal, leads)                          # the counter fails in inference mode
+    of_rate = 100 * counter.get_total_flops() / embedding / rate
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"size {args.size}, batch {args.batch}, {name}, torch {torch.__version__}\n"
+    print(f"size {args.size}, batch {args.batch}, {precision}, {name}, torch {torch.__version__}\n"
           f"matmul  {rate / 1e9:10.1f} GFLOP/s\n"
           f"step    {args.batch / step:10.1f} recordings/s  {100 * work / step / rate:6.1f} % of the matmul rate   "
-          f"({step:.3f} s)\n        " + ", ".join(f"{k} {100 * v / step:.1f} %" for k, v in parts.items())
-          + f"; waiting for data {100 * waiting_share(run, batches):.2f} %\n"
+          f"({step:.3f} s, "
+          f"{100 * forward / step:.1f} % of it forward)\n"
           f"loader  {1 / loader:10.1f} batches/s     {100 * loader / step:6.1f} % of a step (in a thread, meanwhile)\n"
           f"views   {1 / views:10.1f} batches/s     {100 * views / step:6.1f} % of a step (the same)\n"
-          f"embed   {32 / embedding:10.1f} recordings/s  {100 * flops(embed) / embedding / rate:6.1f} % of the matmul "
-          "rate")
+          f"embed   {32 / embedding:10.1f} recordings/s  {of_rate:6.1f} % of the matmul rate")
+
+
+# ---- peers: the same work from library parts -------------------------------------------------------------------------
+class PlainBlock(nn.Module):
+    def __init__(self, width, heads, layer_scale):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.scale1, self.scale2 = (nn.Parameter(torch.full((width,), layer_scale)) for _ in range(2))
+
+    def forward(self, x, cos, sin):
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = (y * cos + torch.cat((-y.chunk(2, -1)[1], y.chunk(2, -1)[0]), dim=-1) * sin for y in (q, k))
+        x = x + self.scale1 * self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.scale2 * self.mlp(self.norm2(x))
+
+
+class PlainNetwork(nn.Module):
+    """Encoder, without a front end, and heads; RMSNorm is F.normalize times a constant."""
+
+    def __init__(self, width, depth, heads, layer_scale, hidden=train.HEAD_HIDDEN, bottleneck=train.HEAD_BOTTLENECK):
+        super().__init__()
+        self.patches, self.leads, self.norm = nn.Linear(P, width), nn.Embedding(len(LEADS), width), nn.LayerNorm(width)
+        self.first, self.masked = nn.Parameter(torch.randn(1 + REGISTERS, width)), nn.Parameter(torch.randn(width))
+        self.blocks = nn.ModuleList(PlainBlock(width, heads, layer_scale) for _ in range(depth))
+        self.cls_head, self.patch_head = (nn.Sequential(
+            nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck),
+            nn.RMSNorm(bottleneck, elementwise_affine=False), nn.Linear(bottleneck, PROTOTYPES, bias=False))
+            for inputs in (2 * width, width))
+        times_s = torch.cat((torch.zeros(1), (torch.arange(100) + 0.5) * PATCH_S))     # the first: CLS and registers
+        angle = 2 * torch.pi * times_s[:, None] / torch.logspace(*np.log10(ROPE_PERIODS_S), width // heads // 2)
+        self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())).repeat(1, 1, 2))          # (2, 101, E)
+
+    def forward(self, signal, leads, mask=None):
+        x = self.patches(signal.unflatten(-1, (-1, P)))
+        x = (x if mask is None else torch.where(mask[..., None], self.masked, x)) + self.leads(leads)[:, :, None]
+        place = F.pad(torch.arange(1, 1 + x.shape[2], device=x.device).repeat(x.shape[1]), (1 + REGISTERS, 0))
+        x, rope = torch.cat((self.first.expand(len(x), -1, -1), x.flatten(1, 2)), dim=1), self.rope[:, place]
+        for block in self.blocks:
+            x = block(x, *rope)
+        x = self.norm(x)
+        return torch.cat((x[:, 0], x[:, 1 + REGISTERS:].mean(1)), dim=1), x[:, 1 + REGISTERS:].flatten(0, 1)
+
+
+def plain_loss(student, teacher, centers, g):
+    """Loss of a lead group, one forward pass per view list: as in dino.py, but with DINO v1's centred targets and
+    without the contrast, which is less work."""
+    n, place, log_probs = g["recordings"], g["place"], lambda x: F.log_softmax(x.float() / 0.1, dim=-1)
+    views = [student(v[0], v[2], mask) for v, mask in zip(g["views"], (g["masks"], None, None))]
+    x = torch.cat([cls for cls, _ in views]).unflatten(0, (-1, n))                                      # (S, n, 2D)
+    with torch.no_grad():
+        clean_cls, clean_patches = teacher(g["views"][0][1], g["views"][0][3])
+        logits = [teacher.cls_head(clean_cls.unflatten(0, (-1, n))).float(),
+                  teacher.patch_head(clean_patches[place]).float()]                             # (T, n, K), (M, K)
+        target, patch_target = (((y - c) / TEMPERATURE).softmax(dim=-1) for y, c in zip(logits, centers))
+        centers.lerp_(torch.stack([y.flatten(0, -2).mean(0) for y in logits]), 0.1)
+    pairs = (log_probs(student.cls_head(x))[:, None] * target).sum(-1).mean(-1)                         # (S, T)
+    patches = (log_probs(student.patch_head(views[0][1][place])) * patch_target).sum(-1) * g["weights"]
+    x = F.normalize(x[:len(target)].float(), dim=-1)
+    nearest = (torch.cdist(x, x) + 2 * torch.eye(n, device=x.device)).amin(-1)
+    own = torch.eye(*pairs.shape, dtype=torch.bool, device=x.device)
+    return -(pairs[~own].mean() + patches.sum() / nearest.numel() + 0.1 * nearest.log().mean())
+
+
+def bench_peers(args):
+    """The training step beside the plain one, on the same views, which have random signals."""
+    torch.set_num_threads(1)
+    device, precision, groups = args.device, args.precision, random_views(args.batch, args.device)
+    ours, student = Run(args.size, device, groups, precision), PlainNetwork(**SIZES[args.size]).to(device)
+    teacher, centers = copy.deepcopy(student).requires_grad_(False), torch.zeros(2, PROTOTYPES, device=device)
+    optimizer = torch.optim.AdamW(student.parameters(), fused=True)
+
+    def plain_step():
+        with low_precision(device, precision):
+            loss = sum(g["recordings"] / args.batch * plain_loss(student, teacher, centers, g) for g in groups)
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), train.CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in student.parameters()], 0.01)
+    plain, own = (sum(p.numel() for p in network.parameters()) / 1e6 for network in (student, ours.student))
+    print(f"step, {args.size}, batch {args.batch}, {precision}: {plain:.2f} M parameters (plain), {own:.2f} M (ours)")
+    compare(plain_step, ours.step, device, 1.0, "s a step")
+
+
+class PlainViews(IterableDataset):
+    """Views of recordings of a lead group, one by one in NumPy: noise per lead, so no electrodes; no masks."""
+
+    def __init__(self, sampler, group, noise):
+        self.group, self.noise, self.specs = group, noise, view_specs(group["shape"], few=2)
+        self.rng, self.places = np.random.default_rng(0), [(sampler.corpora[m["corpus"]], m["rows"])
+                                                           for m in group["members"]]
+
+    def view(self, signal, ids, spec):
+        rng, T = self.rng, spec.patches * P
+        leads, start = np.sort(rng.permutation(len(ids))[:spec.leads]), rng.integers(signal.shape[1] - T + 1)
+        clean = signal[leads, start:start + T] * np.float32(1e-3 * rng.uniform(*GAIN))
+        if rng.random() >= NOISY_SHARE:
+            return clean, clean, ids[leads]
+        offset = rng.integers(0, self.noise.shape[-1] - T + 1, (len(self.noise), spec.leads, 1)) + np.arange(T)
+        noise = sum(kind[rng.integers(2)][at] for kind, at in zip(self.noise, offset))                  # (L, T)
+        power = clean.var(1) / noise.var(1) / 10 ** (rng.uniform(*SNR_DB, spec.leads).astype(np.float32) / 10)
+        return clean + np.sqrt(power)[:, None] * noise, clean, ids[leads]
+
+    def __iter__(self):
+        for _ in range(self.group["size"]):
+            corpus, rows = self.places[self.rng.integers(len(self.places))]
+            i, length = rows[self.rng.integers(len(rows))], self.group["window"]
+            start = int(self.rng.integers(corpus.index["length"][i] - length + 1))
+            signal, ids = corpus.read(i, start, length), corpus.lead_ids(i).astype(np.int64)
+            yield [self.view(signal, ids, spec) for spec in self.specs for _ in range(spec.views)]
+
+
+def bench_loader(args):
+    """The loader beside a plain DataLoader, on one thread."""
+    torch.set_num_threads(1)
+    batches, steps = open_batches(args, CPU), itertools.count()
+    loaders = [DataLoader(PlainViews(batches.sampler, group, batches.noise.numpy()), batch_size=group["size"])
+               for group in batches.sampler.groups]
+    compare(lambda: deque(itertools.chain(*loaders), 0), lambda: batches.make(next(steps)), CPU, 1e6 / args.batch,
+            f"us a recording (loader, batch {args.batch}, one thread)")
 
 
 # ---- sizes and ranks ------------------------------------------------------------------------------------------------
+@patch("dino.full_precision", contextlib.nullcontext)                  # there is no autocast without memory
 def on_paper(size, batch, recompute=False):
-    """A Run whose tensors have shapes and no memory."""
-    meta = torch.device("meta")
+    """A Run whose tensors have shapes and no memory; FLOP of the matrix products of its step, with those of attention,
+    which torch does not count on a CPU; bytes that autograd keeps for the backward pass, without the weights."""
+    kept, meta = {}, torch.device("meta")
     with meta:
-        return Run(size, meta, random_views(batch, meta), recompute)
-
-
-def step_flops(run):
-    """FLOP of the matrix products of a step on paper, with those of attention, which torch does not count on a CPU."""
-    with patch("dino.full_precision", contextlib.nullcontext):
-        return flops(lambda: run.loss().backward())
-
-
-def saved_bytes(run):
-    """Bytes that autograd keeps for the backward pass of a step on paper: each storage once, without the weights."""
-    kept, weights = {}, {p.untyped_storage()._cdata for p in run.student.parameters()}
+        run = Run(size, meta, random_views(batch, meta), recompute=recompute)
 
     def keep(t):
-        storage = t.untyped_storage()                                  # kept alive, so that its address stays unique
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
+        kept[t.untyped_storage()._cdata] = t.untyped_storage()         # kept alive, so that its address stays unique
         return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), patch("dino.full_precision",
-                                                                            contextlib.nullcontext):
-        loss = run.loss()
-    del loss
-    return sum(storage.nbytes() for storage in kept.values())
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = run.loss()
+        for p in run.student.parameters():
+            kept.pop(p.untyped_storage()._cdata, None)
+        held = sum(storage.nbytes() for storage in kept.values())      # before a recomputation
+        loss.backward()
+    return run, counter.get_total_flops(), held
 
 
 def bench_sizes(args):
     """What each size needs, computed with tensors that have no memory."""
     drawn = build_encoder("small")
     per_number_s = clock(lambda: deque(drawn.first_weights(), 0)) / sum(p.numel() for p in drawn.parameters())
-    print("state: weights, gradients and two moments of the student and weights of the teacher, 4 bytes each; with "
-          "--shard full the ranks share it.\nstart: drawing the first weights; every rank draws all of them, one by "
-          "one.\nactivations: in fp32, without the teacher's; recomp.: with --checkpoint-activations\n"
+    print("state: with --shard full the ranks share it. start: every rank draws all first weights. activations: fp32, "
+          "without the teacher's; recomp.: with --checkpoint-activations\n"
           f"{'':7}{'encoder':>10}{'all':>9}{'state':>10}{'start':>9}{'GFLOP per':>12}{'MB of activations':>20}\n"
           f"{'':7}{'M params':>10}{'M params':>9}{'GB':>10}{'s':>9}{'recording':>12}{'per rec.':>10}{'recomp.':>10}")
     for size in SIZES:
-        run = on_paper(size, 16)
+        run, work, kept = on_paper(size, 16)
         n_encoder, n_all = (sum(p.numel() for p in x.parameters()) for x in (run.student["encoder"], run.student))
-        kept, kept_less = saved_bytes(run) / 16, saved_bytes(on_paper(size, 16, recompute=True)) / 16
+        kept_less = on_paper(size, 16, recompute=True)[2]
         print(f"{size:7}{n_encoder / 1e6:10.1f}{n_all / 1e6:9.1f}{20 * n_all / 1e9:10.2f}{n_all * per_number_s:9.1f}"
-              f"{step_flops(run) / 16e9:12.1f}{kept / 1e6:10.1f}{kept_less / 1e6:10.1f}", flush=True)
+              f"{work / 16e9:12.1f}{kept / 16e6:10.1f}{kept_less / 16e6:10.1f}", flush=True)
 
 
-def rank_worker(rank, world_size, port, size, batch, shard, folder, queue):
+def rank_worker(rank, world_size, size, batch, shard, folder):
     torch.set_num_threads(1)
-    mesh = None
-    if world_size > 1:
-        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
-        dist.init_process_group("gloo")
-        mesh = init_device_mesh("cpu", (world_size,)) if shard == "full" else None
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world_size)
+    mesh = init_device_mesh("cpu", (world_size,)) if shard == "full" else None
     torch.manual_seed(rank)
     run = Run(size, CPU, random_views(batch // world_size, CPU), mesh=mesh)
     if shard == "alone":                                       # no collectives: the others are compared with this
         dino.reduce_, dino.gather_rows = lambda tensor, op=None: tensor, lambda x: (x, 0)
         train.reduce_ = dino.reduce_
-    held, step, stall, written = run.state_bytes(), seconds(run.step, repeats=3), 0.0, 0.0
+    found = dict(held=run.state_bytes(), step=seconds(run.step, repeats=3))
     if shard != "alone":
-        saved = train.Checkpoints(folder, 0, rank, world_size)
-        about = dict(command="bench.py", commit=None)
-        start = time.perf_counter()
+        saved = train.Checkpoints(Path(folder), 0, rank, world_size)
         state = train.training_state(run.student, run.teacher, None, run.optimizer)
-        saved.save(1, state, about, run.teacher["encoder"].config)
-        stall = time.perf_counter() - start
-        saved.wait()
-        written = time.perf_counter() - start
+        about, config = dict(command="bench.py", commit=None), run.teacher["encoder"].config
+        found["stall"] = clock(lambda: saved.save(1, state, about, config))
+        found["written"] = found["stall"] + clock(saved.wait)
     if rank == 0:
-        queue.put((held, step, stall, written))
-    if world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def on_ranks(world_size, shard, args):
-    """The measurements of rank 0 of rank_worker."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        workers = [context.Process(target=rank_worker, args=(rank, world_size, port, args.size, args.batch, shard,
-                                                             Path(folder), queue)) for rank in range(world_size)]
-        for worker in workers:
-            worker.start()
-        found = queue.get(timeout=600)
-        for worker in workers:
-            worker.join()
-    return found
+        Path(folder, "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def bench_ranks(args):
@@ -318,14 +361,16 @@ def bench_ranks(args):
     print(f"size {args.size}, batch {args.batch} in all, one thread per process, gloo\n"
           f"{'ranks':>5} {'shard':>6} {'state per rank':>15} {'step':>9} {'over alone':>11} "
           f"{'checkpoint: loop waits':>23} {'on disk after':>14}")
+    alone = None
     for world_size in range(1, args.ranks + 1):
-        alone = None
         for shard in (("alone", "full", "none") if world_size > 1 else ("one",)):
-            held, step, stall, written = on_ranks(world_size, shard, args)
-            alone = step if shard == "alone" else alone
-            over = "" if alone is None or shard == "alone" else f"{100 * (step / alone - 1):+.1f} %"
-            print(f"{world_size:5} {shard:>6} {held / 1e6:12.1f} MB {step:7.2f} s {over:>11} "
-                  + (f"{stall:21.3f} s {written:12.2f} s" if shard != "alone" else ""), flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                torch.multiprocessing.spawn(rank_worker, (world_size, args.size, args.batch, shard, folder), world_size)
+                found = json.loads(Path(folder, "found.json").read_text())
+            alone = found["step"] if shard == "alone" else alone
+            over = f"{100 * (found['step'] / alone - 1):+.1f} %" if shard in ("full", "none") else ""
+            print(f"{world_size:5} {shard:>6} {found['held'] / 1e6:12.1f} MB {found['step']:7.2f} s {over:>11} "
+                  + (f"{found['stall']:21.3f} s {found['written']:12.2f} s" if shard != "alone" else ""), flush=True)
 
 
 # ---- an index of millions -------------------------------------------------------------------------------------------
@@ -349,15 +394,17 @@ def write_index(folder, size):
 
 
 def bench_index(args):
+    def anonymous_mb():
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
     for size in (max(20_000, args.index // 1000), args.index):
         with tempfile.TemporaryDirectory() as folder:
             write_index(Path(folder), size)
-            before, opened = memory_mb("RssAnon"), []
+            before, opened = anonymous_mb(), []
             t_open = clock(lambda: opened.append(open_corpus(folder)))
             t_sampler = clock(lambda: opened.append(Sampler(opened[:1], 1024, 0, lead_groups())))
             t_batch = statistics.median(clock(lambda: opened[1].choose(step)) for step in range(20))
             print(f"index of {size:12,}: open {t_open:.3f} s, sampler {t_sampler:.2f} s and "
-                  f"{memory_mb('RssAnon') - before:,.0f} MB, choice of a batch of 1,024 {1000 * t_batch:.1f} ms")
+                  f"{anonymous_mb() - before:,.0f} MB, choice of a batch of 1,024 {1000 * t_batch:.1f} ms")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -367,9 +414,11 @@ def parse_args(argv=None):
     p.add_argument("--data", nargs="+", type=Path, metavar="DIR", default=[], help="prepared corpora; needs --noise")
     p.add_argument("--noise", type=Path, metavar="DIR", help="prepared noise corpus; needs --data")
     p.add_argument("--size", choices=SIZES, default="tiny", help="size of the encoder (default: %(default)s)")
-    p.add_argument("--batch", type=int, default=64, help="recordings per step (default: %(default)s)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                   help="auto: cuda if there is a GPU (default: %(default)s)")
+    p.add_argument("--batch", type=int, help="recordings per step (default: 64; --peers 32, --loader --data 256)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: cuda if there is one)")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as in train.py")
+    p.add_argument("--peers", action="store_true", help="compare only the step with a plain one")
+    p.add_argument("--loader", action="store_true", help="compare only the loader with a plain one")
     p.add_argument("--sizes", action="store_true", help="print only what every size needs")
     p.add_argument("--ranks", type=int, metavar="N", help="measure only sharding, over 1 to N processes")
     p.add_argument("--index", type=int, metavar="N", help="measure only an index of N recordings")
@@ -379,16 +428,18 @@ def parse_args(argv=None):
 def main(args):
     if bool(args.data) != bool(args.noise):
         raise ValueError("give both --data and --noise, or neither")
-    for wanted, function in ((args.sizes, bench_sizes), (args.ranks, bench_ranks), (args.index, bench_index)):
+    args.batch = args.batch or (32 if args.peers else 256 if args.loader and args.data else 64)
+    args.device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    args.precision = precision_of(args.device, args.precision)
+    for wanted, function in ((args.sizes, bench_sizes), (args.ranks, bench_ranks), (args.index, bench_index),
+                             (args.peers, bench_peers)):
         if wanted:
             return function(args)
-    if args.data:
-        return bench(args)
     with tempfile.TemporaryDirectory() as folder:
-        prepare.main(prepare.parse_args(["synth", "--raw", f"{folder}/raw", "--out", f"{folder}/data",
-                                         "--records", "200"]))
-        args.data, args.noise = [Path(folder, "data/ptbxl"), Path(folder, "data/mitdb")], Path(folder, "data/nstdb")
-        bench(args)
+        if not args.data:
+            prepare.main(prepare.parse_args(["synth", f"--raw={folder}/raw", f"--out={folder}/data", "--records=200"]))
+            args.data, args.noise = [Path(folder, "data/ptbxl"), Path(folder, "data/mitdb")], Path(folder, "data/nstdb")
+        (bench_loader if args.loader else bench)(args)
 
 
 if __name__ == "__main__":

@@ -384,7 +384,7 @@ def parser_of(description, raw_example):
     return parser
 
 
-def load_encoders(path, device, precision):
+def load_encoders(path, device, precision="auto"):
     """The encoder and its untrained control; only the control for random:SIZE. ValueError as in model.load_encoder."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
