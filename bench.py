@@ -238,7 +238,7 @@ def plain_loss(student, teacher, centers, g):
 
 
 def bench_peers(args):
-    """The training step beside the plain one, on the same views, which have random signals."""
+    """The training step next to a plain one, on the same views, which have random signals."""
     torch.set_num_threads(1)
     device, precision, groups = args.device, args.precision, random_views(args.batch, args.device)
     ours, student = Run(args.size, device, groups, precision), PlainNetwork(**SIZES[args.size]).to(device)

@@ -16,7 +16,6 @@ the whole batch, if every rank holds the same number of rows (sinkhorn_knopp and
 Shapes: S student views, T teacher views, B recordings, K prototypes, M masked patches, R rows, N patches, D width.
 """
 import copy
-import math
 
 import torch
 import torch.distributed as dist
