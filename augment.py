@@ -24,11 +24,14 @@ from scipy.signal import butter, sosfiltfilt
 from corpus import SPLITS
 from ecg import FS, LEADS, MISSING
 
-WINDOW_S = 9.0                   # s, the part of a recording from which its views are cut (--window)
-# Patches of a lead in a global and in a local view: of many leads, and of few (these grow with the window).
-MANY_PATCHES, FEW_PATCHES = (15, 8), (40, 15)
-GLOBAL_VIEWS, LOCAL_FULL_VIEWS, LOCAL_FEW_VIEWS = 2, 3, 1
-FEW_LEADS = (1, 2, 3)            # number of leads of LOCAL_FEW_VIEWS, drawn per step
+# {leads of a recording: (leads that a batch carries, s of a global view, s of a local view, share of the batch)}. The
+# first group takes every recording with I, II and V1 to V6, whatever else it shows.
+LEAD_GROUPS = {8: (15, 5.0, 1.6, 0.5), 4: (4, 8.0, 3.0, 0.0625), 3: (3, 8.0, 3.0, 0.0625), 2: (2, 8.0, 3.0, 0.1875),
+               1: (1, 8.0, 3.0, 0.1875)}
+GLOBAL_VIEWS, LOCAL_VIEWS, FEW_VIEWS = 2, 2, 2      # of each recording; half of each from either stretch
+MOST_FEW_LEADS = 12              # a view of few leads shows 1 to so many (drawn for each step, few more often)
+FEW_TOKENS, FEW_PATCHES = 96, 8  # patches of such a view, together (at most) and of a lead (at least)
+ASKED_PATCHES = 16               # patches of such a view that are compared with the teacher's
 NOISE_TYPES = ("bw", "em", "ma")     # baseline wander, electrode motion, muscle artefact: records of the noise corpus
 NOISE_TYPE_SHARE = 0.7               # chance of each type in a noisy view
 NOISY_SHARE = 0.5                    # share of the student's views with noise; the others stay clean
@@ -36,6 +39,7 @@ SNR_DB = (0.0, 24.0)                 # uniform; mean-square definition, see add_
 MUSCLE_HIGHPASS_HZ = 1.0             # below that `ma` is mostly wander, and its power would say nothing about muscle
 GAIN = (0.9, 1.1)                    # log-uniform; small, as voltage is diagnostic; one per view, to keep lead ratios
 UNKNOWN_SHARE = 0.02                 # share of a view's leads whose name is replaced by "unknown"
+NAMELESS_SHARE = 0.25                # share of the views of few leads that show no name at all
 MASKED_CROPS = 1.0                   # share of the global views with a mask (DINOv3: half; a short run needs all)
 MASK_RATIO = (0.2, 0.6)              # share of patches in a masked view, on an even grid, so that the total is fixed
 MASK_KINDS = dict(time=0.6, lead=0.2, mixed=0.2)
@@ -45,40 +49,35 @@ MASK_SPAN_PATCHES = (2, 5)           # length of masked spans in time
 # ---- shapes of views ------------------------------------------------------------------------------------------------
 class LeadGroup(NamedTuple):
     """A part of every batch whose views have one shape."""
-    leads: int                   # of a global view; recordings with as many or more take part
+    leads: int                   # of a global view
     slots: int                   # leads that a batch carries
-    window_s: float              # the part of a recording from which its views are cut
-    global_patches: int          # of a lead of a global view
-    local_patches: int           # of a lead of a local view
+    window_s: float              # length of a global view, and of the stretches from which all views are cut
+    local_s: float               # length of a local view
     share: float                 # of the batch
 
 
 class ViewSpec(NamedTuple):
     """A list of equally shaped views of each recording."""
-    views: int                   # per recording
+    views: int                   # per recording; view v comes from stretch v % 2
     leads: int                   # of each view
     patches: int                 # of each lead
     independent: bool            # take the first slots: the sampler puts leads there from which all others follow
 
 
-def lead_groups(window_s=WINDOW_S):
-    """The lead groups of a run, views as long as the window allows.
-
-    Groups of few leads get longer views: few leads show mainly rhythm, and rhythm needs several beats. Recordings with
-    many leads take part in the groups of few leads too, with a random choice of their leads. A longer window makes only
-    the views of few leads longer; a recording that is too short for it can still be in the group of many leads.
-    """
-    few = [round(patches * window_s / WINDOW_S) for patches in FEW_PATCHES]
-    return (LeadGroup(8, 12, min(window_s, WINDOW_S), *MANY_PATCHES, share=0.5),
-            LeadGroup(2, 4, window_s, *few, share=0.25), LeadGroup(1, 1, window_s, *few, share=0.25))
+def lead_groups():
+    return tuple(LeadGroup(leads, *about) for leads, about in LEAD_GROUPS.items())
 
 
-def view_specs(shape, few):
-    """View lists of a lead group: global views, local views with all its leads, local views with `few` leads (or fewer,
-    if the group has fewer)."""
-    return (ViewSpec(GLOBAL_VIEWS, shape.leads, shape.global_patches, True),
-            ViewSpec(LOCAL_FULL_VIEWS, shape.leads, shape.local_patches, True),
-            ViewSpec(LOCAL_FEW_VIEWS, min(few, shape.leads), shape.local_patches, False))
+def view_specs(shape, patch_samples, few):
+    """View lists of a lead group: global views, local views with all its leads, and, if it has several leads, views of
+    `few` of them (one of the least to most of the group, by a number in [0, 1))."""
+    patches, local = (round(s * FS / patch_samples) for s in (shape.window_s, shape.local_s))
+    specs = [ViewSpec(GLOBAL_VIEWS, shape.leads, patches, True), ViewSpec(LOCAL_VIEWS, shape.leads, local, True)]
+    most = MOST_FEW_LEADS if shape.slots > shape.leads else shape.leads - 1
+    if most > 0:
+        leads = int((most + 1) ** few)                                 # the chance of L leads is about 1 / L
+        specs.append(ViewSpec(FEW_VIEWS, leads, min(patches, max(FEW_PATCHES, FEW_TOKENS // leads)), False))
+    return specs
 
 
 # ---- lead definitions -----------------------------------------------------------------------------------------------
@@ -121,26 +120,46 @@ def draw_views(seed, places, spec, leads, available, window, noise_length, patch
     """All choices for a view list at `places` (range) of a batch: arrays (V, B, ...) by name; see the constants above.
 
     leads (B, S) ids, of which the first available[b] are those of recording b. A view shows the first slots (see
-    ViewSpec.independent), or random ones. A lead that it shows twice has the noise of one electrode.
+    ViewSpec.independent), or random ones. Every view begins at a whole patch of its stretch.
     """
     V, B, L, T, types = spec.views, len(leads), spec.leads, spec.patches * patch_samples, len(NOISE_TYPES)
-    u = random_numbers(seed, places, V, order=leads.shape[1], start=1, gain=1, noisy=1, snr=1, hidden=L, present=types,
-                       amplitude=types, limb=3 * types, own=L * types)
+    u = random_numbers(seed, places, V, order=leads.shape[1], start=1, gain=1, noisy=1, snr=1, hidden=L, nameless=1,
+                       present=types, amplitude=types, limb=3 * types, own=L * types)
     slots = np.tile(np.arange(L), (V, B, 1)) if spec.independent else choose_leads(u["order"], available, L)
-    shown = np.take_along_axis(leads[None], slots, axis=2)
-    first = (shown[..., None] == shown[..., None, :]).argmax(axis=3)     # (V, B, L) where the same lead comes first
-    limb, own = (u[name].reshape(V, B, -1, types) for name in ("limb", "own"))
-    electrodes = np.concatenate((limb, np.take_along_axis(own, first[..., None], axis=2)), axis=2)
+    electrodes = np.concatenate((u["limb"], u["own"]), axis=2).reshape(V, B, 3 + L, types)
     stretch = (electrodes * 4 * (noise_length - T + 1)).astype(np.int64)             # of two channels, with two signs
     present = u["present"] < NOISE_TYPE_SHARE
     present |= ~present.any(axis=2, keepdims=True)
     snr_db = np.where(u["noisy"] < NOISY_SHARE, np.interp(u["snr"], (0, 1), SNR_DB), np.inf)[..., 0]
+    hidden = u["hidden"] < UNKNOWN_SHARE
+    if not spec.independent:
+        hidden |= u["nameless"] < NAMELESS_SHARE
     return dict(
-        slots=slots, hidden=u["hidden"] < UNKNOWN_SHARE, snr_db=snr_db.astype(np.float32),
-        start=(u["start"][..., 0] * (window - T + 1)).astype(np.int64),
+        slots=slots, hidden=hidden, snr_db=snr_db.astype(np.float32),
+        start=(u["start"][..., 0] * ((window - T) // patch_samples + 1)).astype(np.int64) * patch_samples,
         gain=np.exp(np.interp(u["gain"][..., 0], (0, 1), np.log(GAIN))).astype(np.float32),
         amplitude=(np.interp(u["amplitude"], (0, 1), (0.3, 1.0)) * present).astype(np.float32),
         sign=(stretch % 2 * 2 - 1).astype(np.float32), channel=stretch // 2 % 2, offset=stretch // 4)
+
+
+def ask_patches(seed, places, draws, spec, shape, patch_samples):
+    """Patches of views of few leads that are compared with the teacher's patch of the same lead and time: arrays (V*B,
+    Q): `token`, the place among the patches of the list (V*B, L, N); `target`, the place among those of all global
+    views (2*B, leads, patches); `weight`, 1 / number of comparisons of the view, 0 where the teacher does not see the
+    lead."""
+    V, B, L = draws["slots"].shape
+    lead, patch = np.divmod((random_numbers(seed, places, V, token=ASKED_PATCHES)["token"] * L * spec.patches
+                             ).astype(np.int64), spec.patches)                                         # (V, B, Q)
+    slot = np.take_along_axis(draws["slots"], lead, axis=2)
+    view, row = np.arange(V * B).reshape(V, B, 1), np.arange(B)[:, None]
+    patches = round(shape.window_s * FS / patch_samples)
+    time = draws["start"][..., None] // patch_samples + patch
+    seen = slot < shape.leads
+    crop = np.arange(V)[:, None, None] % 2 * B + row
+    found = dict(token=(view * L + lead) * spec.patches + patch,
+                 target=(crop * shape.leads + np.where(seen, slot, 0)) * patches + time,
+                 weight=(seen / seen.sum(axis=2, keepdims=True).clip(1)).astype(np.float32))
+    return {name: torch.from_numpy(values.reshape(V * B, -1)) for name, values in found.items()}
 
 
 def stretches(signal, row, start, length):
@@ -153,16 +172,19 @@ def stretches(signal, row, start, length):
 def make_views(batch_uv, slot_leads, draws, spec, patch_samples, noise=None):
     """Cut one view list out of a batch.
 
-    batch_uv (B, S, W) int16 uV, slot_leads (B, S) ids, draws of draw_views as tensors, noise of load_noise or None.
+    batch_uv (B, 2, S, W) int16 uV, slot_leads (B, S) ids, draws of draw_views as tensors, noise of load_noise or None.
     Returns noisy and clean signal, each (V*B, L, T) mV, and the leads (V*B, L) with some names hidden and as they are;
     all view-major (row = view * B + recording).
     """
     device = batch_uv.device
     draws = {name: values.to(device, non_blocking=True) for name, values in draws.items()}
-    row = torch.arange(len(batch_uv), device=device)[:, None] * batch_uv.shape[1] + draws["slots"]      # (V, B, L)
-    clean = stretches(batch_uv, row, draws["start"][..., None], spec.patches * patch_samples).float().mul_(1e-3)  # mV
+    B, _, S, _ = batch_uv.shape
+    row = torch.arange(B, device=device)[:, None]
+    stretch = torch.arange(spec.views, device=device)[:, None, None] % 2
+    clean = stretches(batch_uv, (row * 2 + stretch) * S + draws["slots"], draws["start"][..., None],
+                      spec.patches * patch_samples).float().mul_(1e-3)                            # (V, B, L, T) mV
     clean = clean.mul_(draws["gain"][..., None, None]).flatten(0, 1)
-    leads = slot_leads.flatten()[row].flatten(0, 1)
+    leads = slot_leads.flatten()[row * S + draws["slots"]].flatten(0, 1)
     noisy = clean
     if noise is not None:
         with torch.autocast(device.type, enabled=False):  # bf16 would miss the stated level
@@ -266,36 +288,40 @@ def draw_masks(seed, places, counts, leads, patches):
 
 # ---- batches, one step ahead ----------------------------------------------------------------------------------------
 def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
-    """Everything that is random or read from disk in a step, for this rank: a dict per group with windows, lead ids,
-    draws of views and masks."""
-    few = int(np.random.default_rng([sampler.seed, step, 99]).choice(FEW_LEADS))
+    """Everything that is random or read from disk in a step, for this rank: a dict per group with stretches, lead ids,
+    draws of views and masks, and the patches that are asked for (None without views of few leads)."""
+    few = np.random.default_rng([sampler.seed, step, 99]).random(len(sampler.groups))
     groups, chosen = [], sampler.choose(step)
     for g, group in enumerate(sampler.groups):
-        batch, leads, available = sampler.draw(step, g, chosen[g], slice(rank, group["size"], world_size))
-        specs, seed = view_specs(group["shape"], few), [sampler.seed, step, g]
+        shape, seed = group["shape"], [sampler.seed, step, g]
         places = range(rank, group["size"], world_size)
+        batch, leads, available = sampler.draw(step, g, chosen[g], slice(rank, group["size"], world_size))
+        specs = view_specs(shape, patch_samples, few[g])
         draws = [draw_views([*seed, 2, k], places, spec, leads, available, group["window"], noise_length, patch_samples)
                  for k, spec in enumerate(specs)]
+        asked = ask_patches([*seed, 5], places, draws[2], specs[2], shape, patch_samples) if specs[2:] else None
         # How much is masked is drawn for the whole batch, as its total is fixed.
         counts = mask_counts(GLOBAL_VIEWS * group["size"], specs[0].leads * specs[0].patches)
         counts = np.random.default_rng([*seed, 3]).permutation(counts).reshape(GLOBAL_VIEWS, -1)[:, places]
         masks = draw_masks([*seed, 4], places, counts, specs[0].leads, specs[0].patches)
         groups.append(dict(batch=torch.from_numpy(batch), leads=torch.from_numpy(leads), masks=torch.from_numpy(masks),
-                           specs=specs, draws=[{name: torch.from_numpy(d[name]) for name in d} for d in draws]))
+                           specs=specs, draws=[{name: torch.from_numpy(d[name]) for name in d} for d in draws],
+                           asked=asked))
     return groups
 
 
 def cut_views(group, noise, patch_samples, device):
     """A lead group of host_batch, on the device: views (noisy signal, clean signal, lead ids with some hidden, lead
-    ids), masks (2B, L, N), and for each masked patch its place among the patches of all global views and its weight in
-    the iBOT loss."""
+    ids), masks (2B, L, N), for each masked patch its place among the patches of all global views and its weight in
+    the iBOT loss, and `asked` of ask_patches."""
     masks = group["masks"]
     place = masks.flatten().nonzero().squeeze(1)
     weights = (1.0 / masks.sum((1, 2)).clamp(min=1))[place // masks[0].numel()]
     batch, leads = group["batch"].to(device), group["leads"].to(device)
     views = [make_views(batch, leads, draws, spec, patch_samples, noise)
              for spec, draws in zip(group["specs"], group["draws"])]
-    return dict(views=views, masks=masks.to(device), place=place.to(device), weights=weights.to(device),
+    asked = group["asked"] and {name: values.flatten().to(device) for name, values in group["asked"].items()}
+    return dict(views=views, masks=masks.to(device), place=place.to(device), weights=weights.to(device), asked=asked,
                 recordings=len(batch))
 
 
@@ -325,6 +351,7 @@ class Batches:
             current = torch.cuda.current_stream()
             current.wait_event(ready)
             for g in made:                                             # memory stays in use until this stream is done
-                for tensor in (g["masks"], g["place"], g["weights"], *itertools.chain(*g["views"])):
+                asked = (g["asked"] or {}).values()
+                for tensor in (g["masks"], g["place"], g["weights"], *asked, *itertools.chain(*g["views"])):
                     tensor.record_stream(current)
         return made

@@ -21,7 +21,6 @@ import contextlib
 import copy
 import itertools
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -41,16 +40,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import dino
 import prepare
 import train
-from augment import (GAIN, NOISY_SHARE, SNR_DB, Batches, cut_views, host_batch, lead_groups, load_noise, mask_counts,
-                     view_specs)
-from corpus import (FINGERPRINT_BYTES, FORMAT_VERSION, INDEX_DTYPE, MAGIC, PATIENT_DTYPE, RECORD_DTYPE, Sampler,
-                    open_corpus)
+from augment import (ASKED_PATCHES, GAIN, NOISY_SHARE, SNR_DB, Batches, cut_views, host_batch, lead_groups, load_noise,
+                     mask_counts, view_specs)
+from corpus import (FINGERPRINT_BYTES, FORMAT_VERSION, INDEPENDENT, INDEX_DTYPE, MAGIC, PATIENT_DTYPE, RECORD_DTYPE,
+                    Sampler, near_starts, open_corpus)
 from ecg import FS, LEADS
 from model import PATCH_S, REGISTERS, ROPE_PERIODS_S, SIZES, build_encoder, low_precision, precision_of
 
-REPEATS, ROUNDS = 5, 9
-PROTOTYPES = 512
+REPEATS, ROUNDS, PROTOTYPES = 5, 9, 512
 TEMPERATURE = 0.02               # of the teacher; the time does not depend on it
+FEW = 0.5                        # of augment.view_specs: 3 of 12 leads, near the mean number of tokens
 P = round(PATCH_S * FS)          # samples of a patch
 CPU = torch.device("cpu")
 
@@ -65,8 +64,7 @@ def clock(function, device=CPU, now=time.perf_counter):
 
 def seconds(function, device=CPU, repeats=REPEATS):
     """Median wall time of function() after one warm-up call."""
-    clock(function, device)
-    return statistics.median(clock(function, device) for _ in range(repeats))
+    return np.median([clock(function, device) for _ in range(1 + repeats)][1:])
 
 
 def compare(plain, ours, device, scale, unit):
@@ -131,15 +129,16 @@ def random_views(batch, device):
     made = []
     for shape in lead_groups():
         n, views = max(1, round(batch * shape.share)), []
-        for spec in view_specs(shape, few=2):
+        for spec in view_specs(shape, P, FEW):
             signal = torch.randn(spec.views * n, spec.leads, spec.patches * P, device=device) * 0.2
             leads = torch.arange(1, 1 + spec.leads, device=device).expand(len(signal), -1)
             views.append((signal, signal, leads, leads))
-        crops, tokens = len(views[0][0]), shape.leads * shape.global_patches
-        masked = int(mask_counts(crops, tokens).sum())
-        masks = (torch.arange(crops * tokens, device=device) < masked).view(crops, shape.leads, -1)
+        (crops, L, T), few = views[0][0].shape, torch.arange(len(views[-1][0]) * ASKED_PATCHES, device=device)
+        masked = int(mask_counts(crops, L * T // P).sum())
+        masks = (torch.arange(crops * L * T // P, device=device) < masked).view(crops, L, -1)
+        asked = dict(token=few, target=few, weight=torch.full(few.shape, 1 / ASKED_PATCHES, device=device))
         made.append(dict(views=views, masks=masks, place=torch.arange(masked, device=device), recordings=n,
-                         weights=torch.full((masked,), 0.1, device=device)))
+                         asked=asked if views[2:] else None, weights=torch.full((masked,), 0.1, device=device)))
     return made
 
 
@@ -167,8 +166,7 @@ def bench(args):
     print(f"size {args.size}, batch {args.batch}, {precision}, {name}, torch {torch.__version__}\n"
           f"matmul  {rate / 1e9:10.1f} GFLOP/s\n"
           f"step    {args.batch / step:10.1f} recordings/s  {100 * work / step / rate:6.1f} % of the matmul rate   "
-          f"({step:.3f} s, "
-          f"{100 * forward / step:.1f} % of it forward)\n"
+          f"({step:.3f} s, {100 * forward / step:.1f} % of it forward)\n"
           f"loader  {1 / loader:10.1f} batches/s     {100 * loader / step:6.1f} % of a step (in a thread, meanwhile)\n"
           f"views   {1 / views:10.1f} batches/s     {100 * views / step:6.1f} % of a step (the same)\n"
           f"embed   {32 / embedding:10.1f} recordings/s  {of_rate:6.1f} % of the matmul rate")
@@ -220,9 +218,13 @@ class PlainNetwork(nn.Module):
 def plain_loss(student, teacher, centers, g):
     """Loss of a lead group, one forward pass per view list: as in dino.py, but with DINO v1's centred targets and
     without the contrast, which is less work."""
-    n, place, log_probs = g["recordings"], g["place"], lambda x: F.log_softmax(x.float() / 0.1, dim=-1)
+    n, asked, log_probs = g["recordings"], g["asked"], lambda x: F.log_softmax(x.float() / 0.1, dim=-1)
     views = [student(v[0], v[2], mask) for v, mask in zip(g["views"], (g["masks"], None, None))]
     x = torch.cat([cls for cls, _ in views]).unflatten(0, (-1, n))                                      # (S, n, 2D)
+    place, weights, found = g["place"], g["weights"] / len(g["masks"]), views[0][1][g["place"]]
+    if asked is not None:
+        place, found = torch.cat((place, asked["target"])), torch.cat((found, views[2][1][asked["token"]]))
+        weights = torch.cat((weights, dino.LEADS_WEIGHT * asked["weight"] / len(views[2][0])))
     with torch.no_grad():
         clean_cls, clean_patches = teacher(g["views"][0][1], g["views"][0][3])
         logits = [teacher.cls_head(clean_cls.unflatten(0, (-1, n))).float(),
@@ -230,11 +232,10 @@ def plain_loss(student, teacher, centers, g):
         target, patch_target = (((y - c) / TEMPERATURE).softmax(dim=-1) for y, c in zip(logits, centers))
         centers.lerp_(torch.stack([y.flatten(0, -2).mean(0) for y in logits]), 0.1)
     pairs = (log_probs(student.cls_head(x))[:, None] * target).sum(-1).mean(-1)                         # (S, T)
-    patches = (log_probs(student.patch_head(views[0][1][place])) * patch_target).sum(-1) * g["weights"]
+    patches = (log_probs(student.patch_head(found)) * patch_target).sum(-1) @ weights                   # iBOT, Leads
     x = F.normalize(x[:len(target)].float(), dim=-1)
     nearest = (torch.cdist(x, x) + 2 * torch.eye(n, device=x.device)).amin(-1)
-    own = torch.eye(*pairs.shape, dtype=torch.bool, device=x.device)
-    return -(pairs[~own].mean() + patches.sum() / nearest.numel() + 0.1 * nearest.log().mean())
+    return -((pairs.sum() - pairs.trace()) / (pairs.numel() - len(target)) + patches + 0.1 * nearest.log().mean())
 
 
 def bench_peers(args):
@@ -262,13 +263,13 @@ class PlainViews(IterableDataset):
     """Views of recordings of a lead group, one by one in NumPy: noise per lead, so no electrodes; no masks."""
 
     def __init__(self, sampler, group, noise):
-        self.group, self.noise, self.specs = group, noise, view_specs(group["shape"], few=2)
-        self.rng, self.places = np.random.default_rng(0), [(sampler.corpora[m["corpus"]], m["rows"])
-                                                           for m in group["members"]]
+        self.corpora, self.group, self.noise = sampler.corpora, group, noise
+        self.rng, self.specs = np.random.default_rng(0), view_specs(group["shape"], P, FEW)
 
     def view(self, signal, ids, spec):
         rng, T = self.rng, spec.patches * P
-        leads, start = np.sort(rng.permutation(len(ids))[:spec.leads]), rng.integers(signal.shape[1] - T + 1)
+        leads = slice(spec.leads) if spec.independent else np.sort(rng.permutation(len(ids))[:spec.leads])
+        start = rng.integers((signal.shape[1] - T) // P + 1) * P
         clean = signal[leads, start:start + T] * np.float32(1e-3 * rng.uniform(*GAIN))
         if rng.random() >= NOISY_SHARE:
             return clean, clean, ids[leads]
@@ -279,11 +280,12 @@ class PlainViews(IterableDataset):
 
     def __iter__(self):
         for _ in range(self.group["size"]):
-            corpus, rows = self.places[self.rng.integers(len(self.places))]
-            i, length = rows[self.rng.integers(len(rows))], self.group["window"]
-            start = int(self.rng.integers(corpus.index["length"][i] - length + 1))
-            signal, ids = corpus.read(i, start, length), corpus.lead_ids(i).astype(np.int64)
-            yield [self.view(signal, ids, spec) for spec in self.specs for _ in range(spec.views)]
+            member, length = self.rng.choice(self.group["members"]), self.group["window"]
+            corpus, i = self.corpora[member["corpus"]], self.rng.choice(member["rows"])
+            starts, ids = near_starts(self.rng, int(corpus.index["length"][i]), length), corpus.lead_ids(i)
+            order = np.argsort(~np.isin(ids, INDEPENDENT), kind="stable")
+            signals, ids = [corpus.read(i, start, length)[order] for start in starts], ids[order].astype(np.int64)
+            yield [self.view(signals[v % 2], ids, spec) for spec in self.specs for v in range(spec.views)]
 
 
 def bench_loader(args):
@@ -327,9 +329,8 @@ def bench_sizes(args):
           f"{'':7}{'encoder':>10}{'all':>9}{'state':>10}{'start':>9}{'GFLOP per':>12}{'MB of activations':>20}\n"
           f"{'':7}{'M params':>10}{'M params':>9}{'GB':>10}{'s':>9}{'recording':>12}{'per rec.':>10}{'recomp.':>10}")
     for size in SIZES:
-        run, work, kept = on_paper(size, 16)
+        (run, work, kept), (*_, kept_less) = on_paper(size, 16), on_paper(size, 16, recompute=True)
         n_encoder, n_all = (sum(p.numel() for p in x.parameters()) for x in (run.student["encoder"], run.student))
-        kept_less = on_paper(size, 16, recompute=True)[2]
         print(f"{size:7}{n_encoder / 1e6:10.1f}{n_all / 1e6:9.1f}{20 * n_all / 1e9:10.2f}{n_all * per_number_s:9.1f}"
               f"{work / 16e9:12.1f}{kept / 16e6:10.1f}{kept_less / 16e6:10.1f}", flush=True)
 
@@ -347,7 +348,7 @@ def rank_worker(rank, world_size, size, batch, shard, folder):
     if shard != "alone":
         saved = train.Checkpoints(Path(folder), 0, rank, world_size)
         state = train.training_state(run.student, run.teacher, None, run.optimizer)
-        about, config = dict(command="bench.py", commit=None), run.teacher["encoder"].config
+        about, config = dict(command="bench.py", commit=None, named_leads=LEADS), run.teacher["encoder"].config
         found["stall"] = clock(lambda: saved.save(1, state, about, config))
         found["written"] = found["stall"] + clock(saved.wait)
     if rank == 0:
@@ -381,7 +382,6 @@ def write_index(folder, size):
     index["shard"], index["offset"] = np.arange(size) // per_shard, np.arange(size) % per_shard * 30_000
     index["length"], index["n_leads"], index["leads"][:, :12] = 2500, 12, np.arange(1, 13)
     index["patient"] = rng.integers(0, size // 4, size)
-    index.flush()
     np.save(folder / "records.npy", np.zeros(size, RECORD_DTYPE))
     np.save(folder / "fingerprints.npy", rng.integers(0, 256, (size, FINGERPRINT_BYTES), np.uint8))
     np.save(folder / "patients.npy", np.zeros(size // 4, PATIENT_DTYPE))
@@ -402,7 +402,7 @@ def bench_index(args):
             before, opened = anonymous_mb(), []
             t_open = clock(lambda: opened.append(open_corpus(folder)))
             t_sampler = clock(lambda: opened.append(Sampler(opened[:1], 1024, 0, lead_groups())))
-            t_batch = statistics.median(clock(lambda: opened[1].choose(step)) for step in range(20))
+            t_batch = np.median([clock(lambda: opened[1].choose(step)) for step in range(20)])
             print(f"index of {size:12,}: open {t_open:.3f} s, sampler {t_sampler:.2f} s and "
                   f"{anonymous_mb() - before:,.0f} MB, choice of a batch of 1,024 {1000 * t_batch:.1f} ms")
 

@@ -44,13 +44,16 @@ LOOKUP_WORDS = 5
 # Of 240 bits, in copies. Measured: PTB-XL at 100 and at 500 Hz differs in 0 to 7, different recordings in 18 or more.
 MAX_DIFFERENT_BITS = 12
 
-# I, II and the chest leads come first: every other limb lead follows from I and II.
-LEAD_PRIORITY = np.array([
-    50 if n == "unknown" else {"I": 0, "II": 1}.get(n, 2 + i if n in ("V1", "V2", "V3", "V4", "V5", "V6") else 20 + i)
-    for i, n in enumerate(LEADS)])
+# All limb leads follow from I and II.
+INDEPENDENT = np.array([LEADS.index(name) for name in ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6")])
+DERIVED = np.array([LEADS.index(name) for name in ("III", "aVR", "aVL", "aVF")])
 # A group's part of the batch is a multiple of batch / 16, so a number of ranks that divides batch / 16 divides it too.
 BATCH_GRAIN = 16
-WINDOW_TRIES = 8                 # random windows; if all of them have missing samples, the last one is used
+WINDOW_TRIES = 8                 # pairs of stretches of a patient that are looked at, before another patient is taken
+MAX_PATIENTS_TRIED = 50
+NEAR_S = 60.0                    # s, the most between two stretches of a recording: the rhythm is then still the same
+MAX_SHARE_OF_PEOPLE = 0.25       # of a corpus or a lead group in one batch, where others have enough people
+MAX_MV16 = 32767
 
 
 # ---- a corpus on disk -----------------------------------------------------------------------------------------------
@@ -239,32 +242,45 @@ def rows_to_leave_out(corpora, excluded=()):
 
 # ---- batches: a pure function of (seed, step) -----------------------------------------------------------------------
 class Sampler:
-    """Draws windows of recordings from several corpora, at most one per patient in a batch.
+    """Draws pairs of stretches of recordings from several corpora, at most one per patient in a batch.
 
     A corpus has the weight (patients x hours) ** 0.25, the root of the geometric mean of the two, times its entry in
     `weights`. So neither many short recordings nor a few long ones dominate. (With the root of the hours alone, eleven
     hours of MIT-BIH's 22 people would outweigh 1,400 people of PTB-XL.) All patients of a corpus have the same weight.
     Each of `shapes` (augment.LeadGroup) has a fixed share of the batch, which `ranks` processes can divide, so tensor
-    shapes never change. ValueError if there are no recordings, or not enough patients for the batch.
+    shapes never change. A recording with all INDEPENDENT leads belongs to the first shape, any other to the largest
+    number of leads that it has; a group of too few people joins the next smaller one. ValueError if there are no
+    recordings, or not enough patients for the batch.
     """
 
     def __init__(self, corpora, batch, seed, shapes, weights=None, excluded=(), ranks=1):
-        self.corpora, self.seed, self.batch, self.shapes = corpora, seed, batch, shapes
-        self.too_short = f"shorter than {max(s.window_s for s in shapes):g} s"
+        self.corpora, self.seed, self.batch, self.shapes = corpora, seed, batch, list(shapes)
+        left_out = rows_to_leave_out(corpora, excluded)
+        while True:
+            self._make_groups(weights or [1.0] * len(corpora), left_out)
+            small = [g["shape"] for g in self.groups[:-1] if not g["named"]
+                     and MAX_SHARE_OF_PEOPLE * g["patients"].sum() < batch / BATCH_GRAIN]
+            if not small:
+                break
+            self.shapes.remove(small[0])         # its recordings then show fewer leads
+        self._share_batch(ranks)
+
+    def _make_groups(self, weights, left_out):
+        """The lead groups of self.shapes that have recordings, each with its members: a dict per corpus."""
+        self.too_short = "shorter than " + ", ".join(f"{s.window_s:g} s with {s.leads}" for s in self.shapes) + " leads"
         self.skipped = {"not in split train": 0, self.too_short: 0}
-        pools = [self._pools(corpus, weight, *rows)
-                 for corpus, weight, rows in zip(corpora, weights or [1.0] * len(corpora),
-                                                 rows_to_leave_out(corpora, excluded))]
+        pools = [self._pools(corpus, weight, *rows) for corpus, weight, rows in zip(self.corpora, weights, left_out)]
         self.groups = []
-        for shape in shapes:
+        for shape in self.shapes:
             members = [dict(pool[shape], corpus=c) for c, pool in enumerate(pools) if shape in pool]
             if members:
                 self.groups.append(dict(shape=shape, members=members, window=round(shape.window_s * FS),
+                                        named=shape is self.shapes[0],
                                         weight=np.array([m["weight"] for m in members]),
                                         patients=np.array([len(m["first"]) for m in members])))
         if not self.groups:
-            raise ValueError(f"no recording to train on in {', '.join(str(c.dir) for c in corpora)}: {self.skipped}")
-        self._share_batch(ranks)
+            raise ValueError(f"no recording to train on in {', '.join(str(c.dir) for c in self.corpora)}: "
+                             f"{self.skipped}")
 
     def _pools(self, corpus, weight, leaks, twice):
         """Per lead group of one corpus: index rows sorted by patient, where each patient's rows begin, the corpus'
@@ -276,23 +292,26 @@ class Sampler:
             train[rows] = False
             if len(rows):
                 self.skipped[why] = self.skipped.get(why, 0) + len(rows)
-        long_enough = index["length"] >= min(s.window_s for s in self.shapes) * FS
-        rows = np.flatnonzero(train & long_enough).astype(np.uint32)                    # half the memory of int64
+        rows = np.flatnonzero(train).astype(np.uint32)                                  # half the memory of int64
         rows = rows[np.argsort(index["patient"][rows], kind="stable")]
-        n_leads, length = index["n_leads"][rows], index["length"][rows]
-        pools, used = {}, np.zeros(len(rows), bool)
-        for shape in self.shapes:
-            wanted = (n_leads >= shape.leads) & (length >= shape.window_s * FS)
-            used |= wanted
-            members = rows if wanted.all() else rows[wanted]
+        belongs = lead_group(index, rows, [shape.leads for shape in self.shapes])
+        pools = {}
+        for g, shape in enumerate(self.shapes):
+            members = rows[(belongs == g) & (index["length"][rows] >= shape.window_s * FS)]
             if len(members):
                 patient = index["patient"][members]
                 first = np.flatnonzero(np.r_[True, patient[1:] != patient[:-1]])
                 hours = float(index["length"][members].sum(dtype=np.int64)) / FS / 3600
                 pools[shape] = dict(rows=members, first=first, count=np.diff(np.append(first, len(members))),
                                     weight=weight * (len(first) * hours) ** 0.25)
-        self.skipped[self.too_short] += int(train.sum() - used.sum())
+        self.skipped[self.too_short] += len(rows) - sum(len(pool["rows"]) for pool in pools.values())
         return pools
+
+    def named_leads(self):
+        """Names of the leads that views may show by name; all others are trained as unknown."""
+        rows = [self.corpora[m["corpus"]].index[m["rows"]] for g in self.groups if g["named"] for m in g["members"]]
+        ids = [row["leads"][np.arange(MAX_LEADS) < row["n_leads"][:, None]] for row in rows]
+        return [LEADS[i] for i in np.unique(np.concatenate([DERIVED, *ids])) if i] if rows else []
 
     def _common_patients(self):
         """(G, G): number of patients that two lead groups have in common; on the diagonal, of patients of each."""
@@ -311,15 +330,15 @@ class Sampler:
         if sizes is None:
             smaller, larger = range(self.batch - 1, 0, -1), range(self.batch + 1, 2 * self.batch + BATCH_GRAIN * ranks)
             possible = next((n for n in (*smaller, *larger) if self._sizes(n, ranks, common) is not None), None)
-            has = ", ".join(f"{n} patients with {g['shape'].leads} or more leads"
-                            for n, g in zip(common.diagonal(), self.groups))
+            has = ", ".join(f"{n} patients with {group['shape'].leads} leads"
+                            for n, group in zip(common.diagonal(), self.groups))
             raise ValueError(
                 f"--batch {self.batch} is not possible: a batch holds a patient once, {len(self.groups)} groups of "
                 f"lead counts share it in parts of 1/{BATCH_GRAIN if len(self.groups) > 1 else 1}, {ranks} processes "
                 f"divide each part, and the data have {has}; "
                 + (f"use --batch {possible}" if possible else "use more data or fewer processes"))
         for group, size in zip(self.groups, sizes):
-            group["size"] = size
+            group.update(size=size, chance=capped(group["weight"], MAX_SHARE_OF_PEOPLE * group["patients"] / size))
 
     def _sizes(self, batch, ranks, common):
         """Number of recordings of every group in a batch of this size, in grains of batch / BATCH_GRAIN, by the shares
@@ -339,9 +358,11 @@ class Sampler:
             return True
         grains = np.ones(len(self.groups), int)
         while grains.sum() < total:              # the next grain goes to the group that is owed most and can take it
-            possible = [fit(grains + one) for one in np.eye(len(grains), dtype=int)]
+            possible = np.array([fit(grains + one) for one in np.eye(len(grains), dtype=int)])
             if not any(possible):
                 return None
+            crowded = (grains + 1) * grain > MAX_SHARE_OF_PEOPLE * common.diagonal()
+            possible = possible & ~crowded if any(possible & ~crowded) else possible
             grains[np.argmax(np.where(possible, owed - grains, -np.inf))] += 1
         sizes = [int(n) * grain for n in grains]
         return sizes if fit(grains) and not any(size % ranks for size in sizes) else None
@@ -353,7 +374,7 @@ class Sampler:
         for g, group in enumerate(self.groups):
             rng, places = np.random.default_rng([self.seed, step, g, 0]), np.zeros((0, 2), np.int64)
             while len(places) < group["size"]:
-                member = rng.choice(len(group["weight"]), 4 * group["size"], p=group["weight"] / group["weight"].sum())
+                member = rng.choice(len(group["chance"]), 4 * group["size"], p=group["chance"])
                 patient = (rng.random(len(member)) * group["patients"][member]).astype(np.int64)
                 who = np.empty(len(member), np.int64)
                 for m, pool in enumerate(group["members"]):
@@ -367,45 +388,96 @@ class Sampler:
     def draw(self, step, g, chosen, rows):
         """Recordings `rows` (slice) of group g, chosen for the batch of `step`.
 
-        Returns int16 windows (B, S, W), lead ids (B, S) and how many slots hold a lead (B,); further slots repeat
-        the first ones.
+        Returns two stretches of each, int16 (B, 2, S, W), lead ids (B, S) and how many slots hold a lead (B,); further
+        slots repeat the first ones. In a group whose recordings differ in their leads the ids are 0 (unknown), because
+        a name would tell recordings apart.
         """
         group = self.groups[g]
         places, slots = range(*rows.indices(group["size"])), np.arange(group["shape"].slots)
-        windows, leads, _ = zip(*(self._window(step, g, place, *chosen[place]) for place in places))
+        signals, leads, _ = zip(*(self._stretches(step, g, place, *chosen[place]) for place in places))
         repeated = [slots % len(ids) for ids in leads]
-        return (np.stack([window[order] for window, order in zip(windows, repeated)]),
-                np.stack([ids[order] for ids, order in zip(leads, repeated)]), np.array([len(ids) for ids in leads]))
+        return (np.stack([signal[:, order] for signal, order in zip(signals, repeated)]),
+                np.stack([ids[order] for ids, order in zip(leads, repeated)]) * group["named"],
+                np.array([len(ids) for ids in leads]))
 
     def name(self, step):
-        """Names of the windows in the batch of `step`: corpus/record@second."""
+        """Names of the recordings in the batch of `step`: corpus/record@second,second."""
         names = []
         for g, chosen in enumerate(self.choose(step)):
             for place, (m, patient) in enumerate(chosen):
-                row, start = self._window(step, g, place, m, patient)[2]
+                row, starts = self._stretches(step, g, place, m, patient)[2]
                 corpus = self.corpora[self.groups[g]["members"][m]["corpus"]]
-                names.append(f"{corpus.dir.name}/{corpus.records[row].decode()}@{start / FS:g}")
+                seconds = ",".join(f"{start / FS:g}" for start in starts)
+                names.append(f"{corpus.dir.name}/{corpus.records[row].decode()}@{seconds}")
         return names
 
-    def _window(self, step, g, place, m, patient):
-        """A random window of a patient: (L, W) int16, lead ids (L,), and its place (index row, first sample).
+    def _stretches(self, step, g, place, m, patient):
+        """Two random stretches of a patient: (2, L, W) int16, lead ids (L,), and their place (row, first samples).
 
-        Leads from which all others follow come first; in a group of few leads the order is random. A window with too
-        few complete leads is drawn again. After WINDOW_TRIES such windows, missing samples of the last one become 0.
+        A pair with a missing sample is drawn again. A patient who has no whole pair, which is rare, gives way to the
+        next one: the only case in which a person can be in a batch twice.
         """
         rng, group = np.random.default_rng([self.seed, step, g, 1, place]), self.groups[g]
-        member, shape = group["members"][m], group["shape"]
-        corpus = self.corpora[member["corpus"]]
-        for _ in range(WINDOW_TRIES):
-            row = member["rows"][member["first"][patient] + rng.integers(member["count"][patient])]
-            start = int(rng.integers(0, corpus.index["length"][row] - group["window"] + 1))
-            window, ids = np.asarray(corpus.read(row, start, group["window"])), corpus.lead_ids(row)
-            kept = np.flatnonzero(~(window == MISSING).any(axis=1))
-            if len(kept) >= shape.leads:
-                break
-        else:
-            kept, window = np.arange(len(ids)), np.where(window == MISSING, 0, window)
-        any_will_do = len(kept) > shape.slots and shape.leads < max(s.leads for s in self.shapes)
-        kept = rng.permutation(kept) if any_will_do else kept[np.argsort(LEAD_PRIORITY[ids[kept]], kind="stable")]
-        kept = kept[:shape.slots]
-        return window[kept], ids[kept].astype(np.int64), (row, start)
+        member, corpus = group["members"][m], self.corpora[group["members"][m]["corpus"]]
+        for attempt in range(WINDOW_TRIES * MAX_PATIENTS_TRIED):
+            p = (patient + attempt // WINDOW_TRIES) % len(member["first"])
+            row = member["rows"][member["first"][p] + rng.integers(member["count"][p])]
+            starts = near_starts(rng, int(corpus.index["length"][row]), group["window"])
+            signal = np.stack([corpus.read(row, start, group["window"]) for start in starts])
+            ids, whole = corpus.lead_ids(row).astype(np.int64), ~(signal == MISSING).any(axis=(0, 2))
+            if group["named"]:
+                signal, ids = standard_leads(signal[:, whole], ids[whole], group["shape"].slots)
+            else:
+                chosen = rng.permutation(np.flatnonzero(whole))[:group["shape"].leads]
+                signal, ids = signal[:, chosen], ids[chosen]
+            if len(ids) >= group["shape"].leads:
+                return signal, ids, (row, starts)
+        raise ValueError(f"{corpus.dir}: {MAX_PATIENTS_TRIED} patients in a row have no two stretches of "
+                         f"{group['shape'].window_s:g} s without missing samples; leave this corpus out of --data")
+
+
+def lead_group(index, rows, leads):
+    """For each of `rows` of an index the place of its group in `leads`, the numbers of leads of the groups, largest
+    first; -1: it has too few. The first group takes the recordings with all INDEPENDENT leads."""
+    ids, n_leads = index["leads"][rows], index["n_leads"][rows]
+    ids = np.where(np.arange(ids.shape[1]) < n_leads[:, None], ids, 0)
+    full = np.all([(ids == lead).any(axis=1) for lead in INDEPENDENT], axis=0)
+    belongs = np.full(len(rows), -1)
+    for g, least in reversed(list(enumerate(leads))):
+        belongs[full if g == 0 else n_leads >= least] = g
+    return belongs
+
+
+def capped(weight, most):
+    """Chances in proportion to weight (members,), none above `most` (members,) as long as another one can take more."""
+    chance, free = np.zeros(len(weight)), np.ones(len(weight), bool)
+    while free.any() and chance.sum() < 1:
+        chance[free] = (1 - chance[~free].sum()) * weight[free] / weight[free].sum()
+        over = free & (chance > most)
+        if not over.any():
+            break
+        chance[over], free = most[over], free & ~over
+    return chance / chance.sum()
+
+
+def near_starts(rng, length, window):
+    """First samples of two stretches of a recording: at most NEAR_S apart, and overlapping by half at most where the
+    recording is long enough."""
+    room = length - window
+    apart = round(rng.uniform(min(window // 2, room), min(max(NEAR_S * FS, window), room)))
+    first = int(rng.integers(0, room - apart + 1))
+    return (first, first + apart)[::int(rng.choice((1, -1)))]
+
+
+def standard_leads(signal, ids, slots):
+    """signal (2, L, W) uV of whole leads, in the order INDEPENDENT, DERIVED (computed from I and II), others that have
+    a name, at most `slots`; no leads if an independent one is missing."""
+    column = {lead: i for i, lead in enumerate(ids.tolist())}
+    if not all(lead in column for lead in INDEPENDENT.tolist()):
+        return signal[:, :0], ids[:0]
+    others = [i for lead, i in column.items() if lead not in (0, *INDEPENDENT, *DERIVED)]
+    I, II = (signal[:, column[lead]].astype(np.int32) for lead in INDEPENDENT[:2])
+    limb = np.stack((II - I, -(I + II) // 2, I - II // 2, II - I // 2), axis=1).clip(-MAX_MV16, MAX_MV16)
+    columns = [column[lead] for lead in INDEPENDENT]
+    return (np.concatenate((signal[:, columns], limb.astype(np.int16), signal[:, others]), axis=1)[:, :slots],
+            np.concatenate((INDEPENDENT, DERIVED, ids[others]))[:slots])

@@ -4,6 +4,7 @@ A student sees every view, a teacher only the global ones; the teacher is the st
 gradient.
     DINO      the CLS tokens of two views of a recording should fall on the same prototypes (Caron et al. 2021)
     iBOT      a masked patch should fall on the prototypes of the patch that the teacher saw there (Zhou et al. 2022)
+    Leads     a patch of a view of few leads should fall on the prototypes of the teacher's patch, seen among all leads
     Sinkhorn  the teacher's assignments use every prototype equally, so not all recordings share one (SwAV 2020, DINOv2)
     KoLeo     global features of different recordings keep a distance (Sablayrolles et al. 2019)
     Contrast  a view is nearer to its own recording than to others (InfoNCE): not in DINOv3; a short run needs it
@@ -13,9 +14,11 @@ Everything here is computed in fp32 and stays finite for any finite logits. Wher
 and KoLeo neighbours are over all ranks, and a loss is this rank's share: the mean of the ranks' values is the loss of
 the whole batch, if every rank holds the same number of rows (sinkhorn_knopp and ibot_loss do not need that).
 
-Shapes: S student views, T teacher views, B recordings, K prototypes, M masked patches, R rows, N patches, D width.
+Shapes: S student views, T teacher views, B recordings, K prototypes, M patches, R rows, N patches, D width.
 """
 import copy
+import itertools
+from collections import defaultdict
 
 import torch
 import torch.distributed as dist
@@ -24,6 +27,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 DINO_WEIGHT, KOLEO_WEIGHT, IBOT_WEIGHT, GRAM_WEIGHT = 1.0, 0.1, 1.0, 2.0    # DINOv3's
+LEADS_WEIGHT = 0.5               # not in DINOv3, which has no leads
 # Not in DINOv3. In a run of one hour on a CPU the teacher's targets alone say more about phase and noise than about the
 # patient. A long run can set this to 0 (LOG.md).
 CONTRAST_WEIGHT = 1.0
@@ -39,7 +43,8 @@ LOWEST = -1e30                   # a logit this far below the best has no effect
 # ---- heads and teacher ----------------------------------------------------------------------------------------------
 class DINOHead(nn.Module):
     """Three-layer MLP to a bottleneck on the unit sphere, then bias-free prototypes, without weight norm (DINOv3):
-    x (..., in_dim) -> logits (..., num_prototypes), and with_bottleneck also the points on the sphere."""
+    x (..., in_dim) -> logits (..., num_prototypes), and with_bottleneck also the points on the sphere. position: see
+    centered()."""
 
     def __init__(self, in_dim, hidden_dim, bottleneck_dim, num_prototypes, init_seed=0):
         super().__init__()
@@ -66,9 +71,11 @@ class DINOHead(nn.Module):
         for parameter, value in self.first_weights():
             parameter.copy_(value)
 
-    def forward(self, x, with_bottleneck=False):
+    def forward(self, x, with_bottleneck=False, position=None, positions=0):
         x = self.mlp(x)
         x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+        if position is not None:
+            x = centered(x, position, positions)
         return (self.prototypes(x), x) if with_bottleneck else self.prototypes(x)
 
 
@@ -133,6 +140,17 @@ def gather_rows(x):
 def full_precision(x):
     """Context without autocast, which would compute matrix products of fp32 values in bf16."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+@torch.no_grad()
+def centered(x, position, positions):
+    """x (M, D) less the mean of the rows of all ranks at the same position (M,) in [0, positions), a lead and a time of
+    a lead group: targets must not tell what every recording has in common there, because the student knows lead and
+    time without looking at the ECG."""
+    at = F.one_hot(position, positions).to(torch.promote_types(x.dtype, torch.float32))                # (M, positions)
+    with full_precision(x):
+        sums = reduce_(at.T @ torch.cat((x.to(at.dtype), torch.ones_like(at[:, :1])), dim=1))
+        return (x - (sums[:, :-1] / sums[:, -1:].clamp(min=1))[position]).to(x.dtype)
 
 
 @torch.no_grad()
@@ -237,19 +255,62 @@ def gram_loss(student, teacher):
 
 # ---- the objective on one batch -------------------------------------------------------------------------------------
 def group_features(group, target, anchor, views):
-    """What the losses need from a lead group: global features, view-major (S, B, 2D), and the masked patches (M, D).
+    """What the losses need from a lead group: global features, view-major (S, B, 2D), and the patches of the student
+    (M, D) and of the teacher at the same lead and time: masked ones, then those that views of few leads are asked for.
     target and anchor: Features of the clean global views, from teacher and Gram teacher; views: Features of all noisy
     views, from the student."""
-    B, place, patches = group["recordings"], group["place"], views[0].patches
-    return dict(cls=[v.pooled().unflatten(0, (-1, B)) for v in views], patches=patches.flatten(0, 2)[place],
-                weights=group["weights"], target_cls=target.pooled().unflatten(0, (-1, B)),
-                target_patches=target.patches.flatten(0, 2)[place],
+    B, asked, place = group["recordings"], group["asked"], group["place"]
+    patches = views[0].patches
+    found = patches.flatten(0, 2)[place]
+    if asked is not None:
+        found = torch.cat((found, views[-1].patches.flatten(0, 2)[asked["token"]]))
+        place = torch.cat((place, asked["target"]))
+    return dict(cls=[v.pooled().unflatten(0, (-1, B)) for v in views], target_cls=target.pooled().unflatten(0, (-1, B)),
+                patches=found, target_patches=target.patches.flatten(0, 2)[place],
+                position=place % target.patches[0, ..., 0].numel(), positions=target.patches[0, ..., 0].numel(),
                 gram=gram_loss(patches.flatten(1, 2), anchor.patches.flatten(1, 2)) if anchor is not None else None)
+
+
+@torch.no_grad()
+def group_targets(teacher, features, temperature):
+    """Teacher probabilities of each lead group: of the global views (T, B, K), and of the patches (M, K). Sinkhorn runs
+    within a group."""
+    cls = [f["target_cls"] for f in features]
+    logits = teacher["dino_head"](torch.cat([x.flatten(0, 1) for x in cls])).split([x[..., 0].numel() for x in cls])
+    first = [0, *itertools.accumulate(f["positions"] for f in features)]
+    patch_logits = teacher["ibot_head"](
+        torch.cat([f["target_patches"] for f in features]),
+        position=torch.cat([f["position"] + n for f, n in zip(features, first)]), positions=first[-1])
+    return ([sinkhorn_knopp(z, temperature).unflatten(0, x.shape[:2]) for z, x in zip(logits, cls)],
+            [sinkhorn_knopp(z, temperature) for z in patch_logits.split([len(f["position"]) for f in features])])
+
+
+def group_parts(group, f, target, patch_target, logits, points, patch_logits):
+    """Losses of one lead group: dict of scalars. f: its group_features; target (T, B, K) and patch_target (M, K): the
+    teacher's probabilities; logits (S, B, K), points (S, B, E) on the sphere and patch_logits (M, K): the student's."""
+    (T, B, _), S, masked = target.shape, len(logits), len(group["place"])
+    parts = dict(dino_global=dino_loss(logits[:T], target, ignore_diagonal=True),
+                 dino_local=dino_loss(logits[T:], target),
+                 ibot=ibot_loss(patch_logits[:masked], patch_target[:masked], group["weights"], T * B),
+                 koleo=sum(koleo_loss(view) for view in f["cls"][0]), contrast=contrast_loss(points, T))
+    # Every (student view, teacher view) pair counts the same.
+    share = (T - 1) / (S - 1)                    # of the pairs of two global views
+    parts["dino"] = share * parts["dino_global"] + (1 - share) * parts["dino_local"]
+    if group["asked"] is not None:
+        parts["leads"] = ibot_loss(patch_logits[masked:], patch_target[masked:], group["asked"]["weight"],
+                                   f["cls"][-1][..., 0].numel())
+    if f["gram"] is not None:
+        parts["gram"] = f["gram"]
+    return parts
 
 
 def objective(student, teacher, gram_teacher, groups, temperature, gram_weight=0.0):
     """Loss of a batch (lead groups of augment.cut_views), its parts and the entropy of its targets (dict of scalars),
-    the teacher's global features (T, B, 2D) and the student's logits (S, B, K)."""
+    the teacher's global features (T, B, 2D) and the student's logits (rows, K).
+
+    Everything that compares recordings does so within a lead group, where all global views show the same leads: an
+    encoder that looks at lead names alone gains nothing.
+    """
     clean = [(signal, named, None) for g in groups for _, signal, _, named in g["views"][:1]]
     noisy = [(signal, ids, mask) for g in groups
              for (signal, _, ids, _), mask in zip(g["views"], (g["masks"], None, None))]
@@ -259,34 +320,23 @@ def objective(student, teacher, gram_teacher, groups, temperature, gram_weight=0
     views = iter(student["encoder"].encode(noisy))
     features = [group_features(g, target, anchor, [next(views) for _ in g["views"]])
                 for g, target, anchor in zip(groups, targets, anchors)]
-    sizes = [g["recordings"] for g in groups]
-    B = sum(sizes)
-    globals_ = torch.cat([f["cls"][0] for f in features], dim=1)                      # (T, B, 2D)
-    locals_ = torch.cat([torch.cat(f["cls"][1:]) for f in features], dim=1)           # (S - T, B, 2D)
-    target_cls = torch.cat([f["target_cls"] for f in features], dim=1)                # (T, B, 2D)
-    T = len(target_cls)
-    with torch.no_grad():
-        probs = sinkhorn_knopp(teacher["dino_head"](target_cls).flatten(0, 1), temperature).unflatten(0, (T, B))
-        target_patches = torch.cat([f["target_patches"] for f in features])
-        patch_probs = sinkhorn_knopp(teacher["ibot_head"](target_patches), temperature)
-    logits, points = student["dino_head"](torch.cat((globals_, locals_)), with_bottleneck=True)    # (S, B, K)
+    probs, patch_probs = group_targets(teacher, features, temperature)
+    cls = [torch.cat(f["cls"]) for f in features]                                     # (S, B, 2D) each
+    logits, points = student["dino_head"](torch.cat([x.flatten(0, 1) for x in cls]), with_bottleneck=True)
     patch_logits = student["ibot_head"](torch.cat([f["patches"] for f in features]))
-    parts = dict(dino_global=dino_loss(logits[:T], probs, ignore_diagonal=True),
-                 dino_local=dino_loss(logits[T:], probs),
-                 ibot=ibot_loss(patch_logits, patch_probs, torch.cat([f["weights"] for f in features]), T * B))
-    # Only views with the same number of leads are neighbours, otherwise distances would depend mostly on the leads.
-    parts["koleo"] = sum(n / B * koleo_loss(crop) for n, f in zip(sizes, features) for crop in f["cls"][0])
-    parts["contrast"] = sum(n / B * contrast_loss(x, T) for n, x in zip(sizes, points.split(sizes, dim=1)))
-    # Every (student view, teacher view) pair counts the same.
-    pairs_global, pairs_local = T * (T - 1), T * len(locals_)
-    dino_all = (pairs_global * parts["dino_global"] + pairs_local * parts["dino_local"]) / (pairs_global + pairs_local)
-    loss = (DINO_WEIGHT * dino_all + KOLEO_WEIGHT * parts["koleo"] + IBOT_WEIGHT * parts["ibot"]
+    by_group = [[z.unflatten(0, x.shape[:2]) for z, x in zip(rows.split([x[..., 0].numel() for x in cls]), cls)]
+                for rows in (logits, points)]
+    patch_logits = patch_logits.split([len(p) for p in patch_probs])
+    parts, B = defaultdict(float), sum(g["recordings"] for g in groups)
+    for g, *rest in zip(groups, features, probs, patch_probs, *by_group, patch_logits):
+        for name, value in group_parts(g, *rest).items():
+            parts[name] = parts[name] + g["recordings"] / B * value
+    loss = (DINO_WEIGHT * parts.pop("dino") + KOLEO_WEIGHT * parts["koleo"] + IBOT_WEIGHT * parts["ibot"]
             + CONTRAST_WEIGHT * parts["contrast"])
-    if gram_teacher is not None:
-        parts["gram"] = sum(n / B * f["gram"] for n, f in zip(sizes, features))
-        loss = loss + gram_weight * parts["gram"]
-    parts["target_entropy"] = torch.special.entr(probs).sum(-1).mean()
+    loss = loss + LEADS_WEIGHT * parts["leads"] if "leads" in parts else loss
+    loss = loss + gram_weight * parts["gram"] if "gram" in parts else loss
+    parts["target_entropy"] = torch.special.entr(torch.cat([p.flatten(0, 1) for p in probs])).sum(-1).mean()
     # Ranks hold different numbers of masked patches: weighted, so that the mean of the ranks is the mean of all.
-    of_patches = torch.special.entr(patch_probs).sum(-1)
+    of_patches = torch.special.entr(torch.cat(patch_probs)).sum(-1)
     parts["patch_target_entropy"] = of_patches.sum() / (reduce_(of_patches.new_full((), len(of_patches))) / num_ranks())
-    return loss, parts, target_cls, logits
+    return loss, dict(parts), torch.cat([f["target_cls"] for f in features], dim=1), logits

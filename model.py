@@ -39,11 +39,13 @@ TOKEN_STD = 0.02                 # standard deviation of CLS and registers at th
 # mV; linear below, logarithmic above: P and ST still count next to an R ten times as high, and a higher R stays higher.
 COMPRESS_MV = 0.1
 NORM_EPS = 1e-5
-# {number of leads or more: patches of a lead}: 3 s for 8 leads or more, 8 s for fewer. train.py stores its own lengths.
-WINDOW_PATCHES = {8: 15, 1: 40}
+# {number of leads or more: patches of a lead}: 5 s for 8 leads or more, 8 s for fewer. train.py stores its own lengths.
+WINDOW_PATCHES = {8: 25, 1: 40}
 MAX_EMBED_TOKENS = 4096          # patches that embed() runs at once; limits memory, does not change results
 # Up to so many tokens, plain batched products are 3 to 6 times as fast in bf16 on a CPU as torch's flash kernel.
 MAX_BATCHED_TOKENS = 512
+# A scaled copy of a weight with more numbers than this would take much memory until the backward pass.
+MAX_SCALED_WEIGHT = 2 ** 22
 ONE_BY_ONE_WIDTH = 256           # up to this width a CPU is faster if it takes batches of windows one after the other
 FORMAT, GIVE = "ecg-dino encoder 3", "give the encoder.pt that train.py wrote"
 PREPROCESSING = dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES,
@@ -131,6 +133,8 @@ def join(parts):
 
 def scaled_linear(x, linear, scale):
     """scale * linear(x), as one matrix product: x (..., in), scale (out,)."""
+    if linear.weight.numel() > MAX_SCALED_WEIGHT:
+        return scale * linear(x)
     return F.linear(x, linear.weight * scale[:, None], linear.bias * scale)
 
 

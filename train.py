@@ -50,13 +50,13 @@ import model
 import prepare
 import probe_mitbih
 import probe_ptbxl
-from augment import WINDOW_S, Batches, lead_groups, load_noise
+from augment import Batches, lead_groups, load_noise
 from corpus import SPLITS, Sampler, lock_folder, open_corpus
 from dino import (STUDENT_TEMPERATURE, build_networks, distributed, gather_rows, num_ranks, objective, reduce_,
                   update_teacher)
 from ecg import LEADS, atomic_write, sha256
 from evaluate import OnlineProbe, diagnose, draw_curves, draw_features, health
-from model import SIZES, Encoder, build_encoder, load_encoder, low_precision, precision_of, save_encoder
+from model import PATCH_S, SIZES, Encoder, build_encoder, load_encoder, low_precision, precision_of, save_encoder
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")             # one process is normal
 
@@ -89,7 +89,7 @@ EXIT_STOPPED = 75                # "try again later" in sysexits.h
 # Constants of all files that a resumed run may change.
 RUNNING = {"DEFAULT_LR", "DEFAULT_STEPS", "DEMO_STEPS", "KEEP_LAST", "CHECKPOINT_S", "CHECKPOINT_GB_PER_DAY", "HANG_S",
            "MAX_SKIPPED", "LOCK_S", "EXIT_STOPPED", "OUT_OF_MEMORY", "OPEN_SHARDS", "MAX_EMBED_TOKENS", "FORMAT",
-           "FORMAT_VERSION", "GIVE", "SIZES", "WINDOW_PATCHES", "WINDOW_S", "FINGERPRINTS_FILE", "PREPROCESSING"}
+           "FORMAT_VERSION", "GIVE", "SIZES", "WINDOW_PATCHES", "FINGERPRINTS_FILE", "PREPROCESSING"}
 
 
 # ---- schedules: functions of the step -------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def read_meta(path):
     """meta.json of a checkpoint, or None if it cannot be read."""
     try:
         meta = json.loads((path / "meta.json").read_text())
-        complete = {"same", "adjustable", "sha256"} <= set(meta)
+        complete = {"same", "adjustable", "named_leads", "sha256"} <= set(meta)
         return meta if complete and path.name == f"step_{meta['step']:07d}" else None
     except (ValueError, TypeError, KeyError):
         return None
@@ -442,12 +442,14 @@ def load_checkpoint(path, student, teacher, gram_teacher, optimizer):
 
 def export_encoder(checkpoint, path, config, meta):
     """encoder.pt with the teacher's weights, read from a finished checkpoint. So no rank has to wait, and it is known
-    that the checkpoint can be read."""
+    that the checkpoint can be read. A lead whose name was never shown gets the vector of unknown leads."""
     with torch.device("meta"):
         encoder = Encoder(**config)
     encoder.to_empty(device="cpu")
     state = dict(teacher={f"encoder.{name}": weight for name, weight in encoder.state_dict().items()})
     dcp.load(state, checkpoint_id=checkpoint, no_dist=True)                                   # into these weights
+    vectors = encoder.lead_embedding.weight.data
+    vectors[[name not in meta["named_leads"] for name in LEADS]] = vectors[0].clone()
     atomic_write(path, lambda file: save_encoder(encoder, file, **{k: meta[k] for k in ("command", "commit", "step")}))
 
 
@@ -464,7 +466,7 @@ def identity(args, corpora, noise, excluded):
     """What decides the losses, and must be equal in a resumed run. A corpus may have moved: only its content counts."""
     def named(corpora, weights):
         return [f"{c.dir.resolve().name}:{weight:g} with content {c.content()}" for c, weight in zip(corpora, weights)]
-    return {k: getattr(args, k) for k in ("size", "batch", "prototypes", "seed", "gram_from", "window")} | dict(
+    return {k: getattr(args, k) for k in ("size", "batch", "prototypes", "seed", "gram_from")} | dict(
         data=named(corpora, [weight for _, weight in args.data]), noise=named(noise, [1]),
         exclude=named(excluded, [1] * len(excluded)), **science_constants())
 
@@ -517,7 +519,7 @@ def run_about(args, world_size, device, sampler, student, same):
                 parameters={k: sum(p.numel() for p in part.parameters()) for k, part in student.items()},
                 groups=[dict(leads=g["shape"].leads, recordings_per_batch=g["size"],
                              patients=int(g["patients"].sum())) for g in sampler.groups],
-                skipped=sampler.skipped,
+                skipped=sampler.skipped, named_leads=sampler.named_leads(),
                 data=[dict(dir=str(c.dir), source=c.manifest["source"], sha256=c.manifest["sha256"])
                       for c in sampler.corpora])
 
@@ -528,7 +530,7 @@ def signs_of_health(groups, parts, target_cls, logits):
     """The parts of the loss and evaluate.health, over the recordings of all ranks: {name: 0-d tensor}."""
     first_view = [g["views"][0][3][:g["recordings"]] for g in groups]
     lead_sets = torch.cat([F.one_hot(ids, len(LEADS)).sum(1) for ids in first_view])
-    mean_prediction = reduce_((logits.float() / STUDENT_TEMPERATURE).softmax(-1).mean((0, 1))) / num_ranks()
+    mean_prediction = reduce_((logits.float() / STUDENT_TEMPERATURE).softmax(-1).mean(0)) / num_ranks()
     everyone = reduce_(torch.stack([value.detach().float() for value in parts.values()])) / num_ranks()
     return dict(zip(parts, everyone)) | health(gather_rows(target_cls[0].float())[0], gather_rows(lead_sets)[0],
                                                mean_prediction)
@@ -538,7 +540,7 @@ def build(args, mesh, device, watchdog):
     """Student, teacher and Gram teacher (None without --gram-from). They get memory in materialize(), at the end."""
     with torch.device("meta"):
         encoder = build_encoder(args.size, args.seed,
-                                window_patches={g.leads: g.global_patches for g in lead_groups(args.window)})
+                                window_patches={g.leads: round(g.window_s / PATCH_S) for g in lead_groups()})
         student, teacher = build_networks(encoder, HEAD_HIDDEN, HEAD_BOTTLENECK, args.prototypes, args.prototypes)
         gram_teacher = copy.deepcopy(teacher["encoder"]) if args.gram_from >= 0 else None
     for block in encoder.blocks:
@@ -567,7 +569,7 @@ def train(args, rank, world_size, device, stop, watchdog):
         check_resume(meta, same, args)
         start = meta["step"]
     watchdog.pat("the start")
-    sampler = Sampler(corpora, args.batch, args.seed, lead_groups(args.window), [weight for _, weight in args.data],
+    sampler = Sampler(corpora, args.batch, args.seed, lead_groups(), [weight for _, weight in args.data],
                       excluded, world_size)
     noise = load_noise(noises[0]).to(device) if noises else None
     sharded = world_size > 1 and args.shard == "full"
@@ -789,9 +791,6 @@ def parse_args(argv=None):
     add("--steps", type=int, help=f"length of the schedules (default: {DEFAULT_STEPS}; without --data {DEMO_STEPS})")
     add("--batch", type=int, default=32,
         help="recordings per step, of all processes together (default: %(default)s)")
-    add("--window", type=float, default=WINDOW_S, metavar="SECONDS",
-        help="part of a recording from which its views are cut, 4 to 600: views of 1 and 2 leads grow with it, views "
-             "of 8 leads stay at 3 s. Shorter recordings show only 8 leads or are left out (default: %(default)g)")
     add("--lr", type=float, help=f"peak learning rate; halve it if the loss rises or is NaN (default: {DEFAULT_LR})")
     add("--prototypes", type=int, default=512,
         help="K of both heads; at most 16 to 32 times the batch, otherwise targets stay flat (default: %(default)s)")
@@ -828,8 +827,6 @@ def check_args(args):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {lowest}")
     if args.lr is not None and not 0 < args.lr < 1:
         raise ValueError(f"--lr {args.lr} is no learning rate; expected something like --lr {DEFAULT_LR}")
-    if not 4 <= args.window <= 600:
-        raise ValueError(f"--window {args.window:g} is not possible; expected 4 to 600 seconds")
     if args.noise and not args.data:
         raise ValueError("--noise without --data: the synthetic run makes its own noise; give both or neither")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -867,8 +864,7 @@ def explain(error, args):
         found = (str(error).splitlines() or ["host memory"])[0][:200]
         return (f"error: out of memory on rank {os.environ.get('RANK', 0)} ({found}); "
                 "--resume with --checkpoint-activations, which saves most, with more processes, or with --precision "
-                f"bf16; or start again in another --out with a smaller --batch (now {args.batch}) or a shorter "
-                f"--window (now {args.window:g} s)")
+                f"bf16; or start again in another --out with a smaller --batch (now {args.batch})")
     if isinstance(error, OSError):
         return f"error: {error}; put that right, then --resume: what checkpoints there are, are whole"
     return f"error: {error}" if isinstance(error, ValueError) else traceback.format_exc()

@@ -7,16 +7,19 @@ import torch
 import wfdb
 
 import augment
-from augment import (GAIN, MASK_RATIO, MASK_SPAN_PATCHES, MASKED_CROPS, NOISE_TYPES, NOISY_SHARE, SNR_DB, UNKNOWN_SHARE,
-                     Batches, ViewSpec, cut_views, draw_masks, draw_views, electrode_weights, host_batch, lead_groups,
-                     load_noise, make_views, mask_counts, random_numbers)
+from augment import (ASKED_PATCHES, FEW_PATCHES, FEW_TOKENS, GAIN, MASK_RATIO, MASK_SPAN_PATCHES, MASKED_CROPS,
+                     NAMELESS_SHARE, NOISE_TYPES, NOISY_SHARE, SNR_DB, UNKNOWN_SHARE, Batches, ViewSpec, cut_views,
+                     draw_masks, draw_views, electrode_weights, host_batch, lead_groups, load_noise, make_views,
+                     mask_counts, random_numbers, view_specs)
 from conftest import TWELVE, draw_ecg, run
 from corpus import INDEX_DTYPE, Corpus, Sampler, open_corpus
 from ecg import FS, LEADS, MISSING, lead_id
+from test_corpus import of_leads
 
 LIMB = TWELVE[:6]
 PATCH = 50                       # samples
-WINDOW = 6 * FS                  # samples of a recording that views are cut from
+WINDOW = 6 * FS                  # samples of the two stretches of a recording that views are cut from
+FIFTEEN = (*TWELVE, "X", "Y", "Z")
 
 
 def ids(*names):
@@ -35,16 +38,17 @@ def noise():
 
 @pytest.fixture(scope="module")
 def batch():
-    """Six recordings of 12 leads: int16 uV (6, 12, WINDOW) of different size, rate and offset; lead ids (6, 12)."""
-    signal = [(0.5 + 0.2 * i) * draw_ecg(FS, WINDOW / FS, TWELVE, rr_s=0.6 + 0.1 * i) + 0.3 * i for i in range(6)]
-    return torch.from_numpy((1000 * np.stack(signal)).round().astype(np.int16)), ids(*TWELVE).expand(6, -1)
+    """Six recordings of 12 leads: int16 uV (6, 2, 12, WINDOW) of different size, rate and offset; lead ids (6, 12)."""
+    signal = [(0.5 + 0.2 * i) * draw_ecg(FS, 2 * WINDOW / FS, TWELVE, rr_s=0.6 + 0.1 * i) + 0.3 * i for i in range(6)]
+    signal = np.stack(signal).reshape(6, 12, 2, WINDOW).swapaxes(1, 2)
+    return torch.from_numpy((1000 * signal).round().astype(np.int16)), ids(*TWELVE).expand(6, -1)
 
 
 def views_of(batch, spec, noise=None, seed=0, rows=slice(None), available=None, **changed):
     """Draws and the resulting (noisy, clean, leads, all_leads) of `rows` of a batch; `changed` replaces draws."""
     signal, leads = batch
     available = np.full(len(leads), leads.shape[1]) if available is None else available
-    draws = draw_views(seed, range(len(leads))[rows], spec, leads[rows].numpy(), available[rows], signal.shape[2],
+    draws = draw_views(seed, range(len(leads))[rows], spec, leads[rows].numpy(), available[rows], signal.shape[3],
                        20 * FS, PATCH)
     draws = {name: torch.from_numpy(values) for name, values in (draws | changed).items()}
     return draws, make_views(signal[rows], leads[rows], draws, spec, PATCH, noise)
@@ -81,7 +85,7 @@ def test_noise_obeys_the_lead_definitions(batch, noise, names):
     slots = [TWELVE.index(name) for name in names]
     spec = ViewSpec(views=3, leads=len(names), patches=10, independent=True)
     # Hidden names must not matter: the electrodes are where they are.
-    _, (noisy, clean, leads, _) = views_of((batch[0][:, slots], batch[1][:, slots]), spec, noise,
+    _, (noisy, clean, leads, _) = views_of((batch[0][:, :, slots], batch[1][:, slots]), spec, noise,
                                            snr_db=np.zeros((3, 6), np.float32),
                                            hidden=np.ones((3, 6, len(names)), bool))
     assert (leads == 0).all()
@@ -111,14 +115,14 @@ def test_snr_is_exact(batch, noise, names):
     slots = [TWELVE.index(name) if name in TWELVE else 1 for name in names]
     spec = ViewSpec(views=4, leads=len(names), patches=25, independent=True)
     for snr_db in (SNR_DB[0], 0.0, 7.3, SNR_DB[1], np.random.default_rng(1).uniform(*SNR_DB, (4, 6))):
-        _, (noisy, clean, *_) = views_of((batch[0][:, slots], ids(*names).expand(6, -1)), spec, noise,
+        _, (noisy, clean, *_) = views_of((batch[0][:, :, slots], ids(*names).expand(6, -1)), spec, noise,
                                         snr_db=np.broadcast_to(snr_db, (4, 6)).astype(np.float32))
         np.testing.assert_allclose(measured_snr_db(noisy, clean), np.broadcast_to(snr_db, (4, 6)).ravel(), atol=0.05)
 
 
 def test_flat_leads_do_not_count_for_the_snr(batch, noise):
     signal = batch[0].clone()
-    signal[:, 3:8] = 120                                                # an offset is no signal
+    signal[:, :, 3:8] = 120                                                # an offset is no signal
     spec, snr_db = ViewSpec(1, 12, 25, True), np.full((1, 6), 3, np.float32)
     _, (noisy, clean, *_) = views_of((signal, batch[1]), spec, noise, snr_db=snr_db)
     np.testing.assert_allclose(measured_snr_db(noisy, clean), 3, atol=0.05)
@@ -160,10 +164,11 @@ def gathered(batch, draws, spec, noise):
     """What make_views returns first, gathered sample by sample, with the weights of all electrodes in one matrix."""
     signal, leads = batch
     time, row = torch.arange(spec.patches * PATCH), torch.arange(len(signal))[:, None]
+    stretch = torch.arange(spec.views)[:, None, None, None] % 2
     d = {name: values.flatten(0, 1) for name, values in draws.items()}
     shown = leads[row, draws["slots"]].flatten(0, 1)
-    clean = signal[row[..., None], draws["slots"][..., None], draws["start"][..., None, None] + time].float() * 1e-3
-    clean = (clean * draws["gain"][..., None, None]).flatten(0, 1)
+    clean = signal[row[..., None], stretch, draws["slots"][..., None], draws["start"][..., None, None] + time]
+    clean = (clean.float() * 1e-3 * draws["gain"][..., None, None]).flatten(0, 1)
     total = 0.0
     for t in range(len(NOISE_TYPES)):
         window = noise[t][d["channel"][..., t, None], d["offset"][..., t, None] + time]
@@ -178,7 +183,7 @@ def gathered(batch, draws, spec, noise):
 
 @pytest.mark.parametrize("spec", [ViewSpec(2, 8, 15, True), ViewSpec(3, 3, 10, False), ViewSpec(2, 1, 20, False)])
 def test_views_are_those_of_a_gather_sample_by_sample(batch, noise, spec):
-    """To the bit: limb and chest leads, X, Y, Z, unknown ones, and leads that come twice, which have the same noise."""
+    """To the bit: limb and chest leads, X, Y, Z, and unknown ones, each of which has an electrode of its own."""
     leads = ids("I", "II", "V1", "X", "unknown", "aVF", "unknown", "V1", "Y", "Z", "V4R", "I").repeat(6, 1)
     leads[1::2] = ids(*TWELVE)
     draws, (noisy, clean, _, shown) = views_of((batch[0], leads), spec, noise,
@@ -186,9 +191,7 @@ def test_views_are_those_of_a_gather_sample_by_sample(batch, noise, spec):
     assert torch.equal(noisy, gathered((batch[0], leads), draws, spec, noise))
     if spec.independent:
         added = noisy - clean
-        torch.testing.assert_close(added[0, 2], added[0, 7], rtol=0, atol=1e-5)
-        torch.testing.assert_close(added[0, 4], added[0, 6], rtol=0, atol=1e-5)
-        assert (added[0, 2] - added[0, 4]).abs().max() > 0.01
+        assert shown[0, [4, 6]].tolist() == [0, 0] and (added[0, 4] - added[0, 6]).abs().max() > 0.01
 
 
 def test_autocast_does_not_lower_the_precision(batch, noise):
@@ -204,7 +207,7 @@ def test_autocast_does_not_lower_the_precision(batch, noise):
 # windows, leads, gain
 
 @pytest.mark.parametrize("spec", [ViewSpec(2, 8, 15, True), ViewSpec(3, 3, 10, False), ViewSpec(2, 12, 30, False),
-                                  ViewSpec(1, 1, 1, False)])
+                                  ViewSpec(4, 2, 7, False), ViewSpec(1, 1, 1, False)])
 def test_views_are_stretches_of_the_recording(batch, spec):
     draws, (_, clean, leads, all_leads) = views_of(batch, spec)
     T = spec.patches * PATCH
@@ -213,7 +216,7 @@ def test_views_are_stretches_of_the_recording(batch, spec):
     for v in range(spec.views):
         for b in range(6):
             start, gain, slots = int(draws["start"][v, b]), float(draws["gain"][v, b]), draws["slots"][v, b]
-            expected = batch[0][b, slots, start:start + T] / 1000 * gain
+            expected = batch[0][b, v % 2, slots, start:start + T] / 1000 * gain    # half of the views from either
             torch.testing.assert_close(clean[v * 6 + b], expected, rtol=1e-6, atol=1e-7)
             names = torch.where(draws["hidden"][v, b], 0, batch[1][b, slots])
             assert torch.equal(leads[v * 6 + b], names) and torch.equal(all_leads[v * 6 + b], batch[1][b, slots])
@@ -244,11 +247,14 @@ def test_draws_stay_in_their_ranges():
     assert finite.mean() == pytest.approx(np.mean(SNR_DB), abs=1)
     assert GAIN[0] <= draws["gain"].min() < 1.02 * GAIN[0] and 0.98 * GAIN[1] < draws["gain"].max() <= 1.0001 * GAIN[1]
     assert np.log(draws["gain"]).mean() == pytest.approx(np.log(GAIN).mean(), abs=0.01)
-    assert draws["start"].min() == 0 and draws["start"].max() == WINDOW - 10 * PATCH
+    assert set(draws["start"].ravel()) == set(range(0, WINDOW - 10 * PATCH + 1, PATCH))  # whole patches, each of them
+    np.testing.assert_allclose(np.unique(draws["start"], return_counts=True)[1], 5000 / 21, rtol=0.3)
     last = 20 * FS - 10 * PATCH
     assert 0 <= draws["offset"].min() < 10 and last - 10 < draws["offset"].max() <= last
     assert draws["offset"].mean() == pytest.approx(last / 2, rel=0.01)
-    assert draws["hidden"].mean() == pytest.approx(UNKNOWN_SHARE, abs=0.01)
+    nameless = draws["hidden"].all(axis=-1)
+    assert nameless.mean() == pytest.approx(NAMELESS_SHARE, abs=0.02)
+    assert draws["hidden"][~nameless].mean() == pytest.approx(UNKNOWN_SHARE, abs=0.01)
     assert (draws["amplitude"].max(axis=-1) > 0).all() and ((draws["amplitude"] == 0).mean(axis=(0, 1)) > 0.1).all()
     assert set(np.unique(draws["sign"])) == {-1, 1} and set(np.unique(draws["channel"])) == {0, 1}
     kinds = np.stack((draws["sign"], draws["channel"], draws["offset"])).reshape(3, -1)
@@ -257,9 +263,22 @@ def test_draws_stay_in_their_ranges():
     assert draws["channel"].mean() == pytest.approx(0.5, abs=0.01)
 
 
+def test_views_with_all_leads_of_their_group_keep_their_names():
+    leads = ids(*TWELVE).expand(100, -1).numpy()
+    draws = draw_views(0, range(100), ViewSpec(50, 2, 10, True), leads, np.full(100, 12), WINDOW, 20 * FS, PATCH)
+    assert draws["hidden"].mean() == pytest.approx(UNKNOWN_SHARE, abs=0.005)
+    assert draws["hidden"].all(axis=-1).mean() < 0.005
+
+
 def test_a_view_as_long_as_the_window_starts_with_it(batch):
     draws, _ = views_of(batch, ViewSpec(2, 3, WINDOW // PATCH, False))
     assert (draws["start"] == 0).all()
+
+
+def test_views_end_within_a_window_that_is_no_multiple_of_a_patch():
+    draws = draw_views(0, range(500), ViewSpec(2, 1, 10, False), ids("II").expand(500, -1).numpy(), np.full(500, 1),
+                       10 * PATCH + 2 * PATCH + PATCH // 2, 20 * FS, PATCH)
+    assert set(draws["start"].ravel()) == {0, PATCH, 2 * PATCH}
 
 
 def test_same_seed_same_views(batch, noise):
@@ -445,13 +464,48 @@ def test_shares_of_the_kinds(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # batches
 
-def sampler(synth, batch=32, seed=5, names=("ptbxl", "mitdb"), window_s=augment.WINDOW_S):
-    return Sampler([open_corpus(synth / "data" / n) for n in names], batch, seed, lead_groups(window_s))
+def sampler(synth, batch=32, seed=5, names=("ptbxl", "mitdb")):
+    return Sampler([open_corpus(synth / "data" / n) for n in names], batch, seed, lead_groups())
+
+
+LEADS_OF = {"fifteen": FIFTEEN, "four": ("I", "II", "V1", "V5"), "three": ("X", "Y", "Z"), "two": ("MLII", "V1"),
+            "one": ("II",)}
+
+
+@pytest.fixture(scope="module")
+def five_groups(tmp_path_factory):
+    """A sampler of five corpora, one for each lead group, with 20 people each; batches of 64."""
+    folder = tmp_path_factory.mktemp("five")
+    return Sampler([of_leads(folder / name, 20 if len(leads) < 15 else 40, leads) for name, leads in LEADS_OF.items()],
+                   64, 5, lead_groups())
+
+
+def coded(group):
+    """The group with a batch of which each whole patch holds one number, which tells recording, stretch, slot and
+    time; without gain and noise a view shows where its patches come from. Returns also the time patches of a slot."""
+    B, _, S, W = group["batch"].shape
+    patches = W // PATCH
+    numbers = torch.arange(B * 2 * S * patches).reshape(B, 2, S, patches)
+    assert numbers.max() < 32767 and W == patches * PATCH
+    return dict(group, batch=numbers.repeat_interleave(PATCH, dim=3).to(torch.int16)), patches
+
+
+def patches_of(signal):
+    """The number in each patch of views (V*B, L, T) of a coded batch: int (V*B, L, N)."""
+    steps = (1000 * signal).round().long().unflatten(2, (-1, PATCH))
+    assert (steps == steps[..., :1]).all()                              # whole patches
+    return steps[..., 0]
+
+
+@pytest.fixture
+def without_gain(monkeypatch):
+    monkeypatch.setattr(augment, "GAIN", (1.0, 1.0))
 
 
 def flat(groups):
     return [t for g in groups
-            for t in [g["batch"], g["leads"], g["masks"], *(v for d in g["draws"] for v in d.values())]]
+            for t in [g["batch"], g["leads"], g["masks"], *(v for d in g["draws"] for v in d.values()),
+                      *(g["asked"] or {}).values()]]
 
 
 def test_batch_is_a_pure_function_of_seed_and_step(synth):
@@ -460,42 +514,181 @@ def test_batch_is_a_pure_function_of_seed_and_step(synth):
     assert all(torch.equal(a, b) for a, b in zip(draw(5, 7), draw(5, 7)))
     assert not torch.equal(draw(5, 7)[0], draw(5, 8)[0])
     assert not torch.equal(draw(5, 7)[0], draw(6, 7)[0])
+    asked = [host_batch(sampler(synth, seed=seed), step, 0, 1, 5000, PATCH)[1]["asked"]["token"]
+             for seed, step in ((5, 7), (5, 8), (6, 7))]
+    assert not torch.equal(asked[0], asked[1]) and not torch.equal(asked[0], asked[2])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_batch_of_one_process(synth, noise, world_size):
-    """To the bit; only noise is scaled by arithmetic that rounds differently in a batch of another size."""
-    whole = host_batch(sampler(synth), 3, 0, 1, 5000, PATCH)
+def assert_ranks_share(s, step, noise, world_size):
+    whole = host_batch(s, step, 0, 1, 5000, PATCH)
     for rank in range(world_size):
-        for part, group in zip(host_batch(sampler(synth), 3, rank, world_size, 5000, PATCH), whole):
+        for part, group in zip(host_batch(s, step, rank, world_size, 5000, PATCH), whole, strict=True):
             rows = slice(rank, None, world_size)
             assert torch.equal(part["batch"], group["batch"][rows]) and torch.equal(part["leads"], group["leads"][rows])
             assert torch.equal(part["masks"], group["masks"].unflatten(0, (2, -1))[:, rows].flatten(0, 1))
-            for mine, everyone in zip(part["draws"], group["draws"]):
+            assert part["specs"] == group["specs"]
+            for mine, everyone in zip(part["draws"], group["draws"], strict=True):
                 assert all(torch.equal(mine[k], everyone[k][:, rows]) for k in everyone)
+            assert_ranks_ask_the_same(part, group, rows)
             made, expected = (cut_views(g, noise, PATCH, "cpu") for g in (part, group))
-            for spec, mine, everyone in zip(part["specs"], made["views"], expected["views"]):
+            for spec, mine, everyone in zip(part["specs"], made["views"], expected["views"], strict=True):
                 noisy, *rest = (x.unflatten(0, (spec.views, -1))[:, rows].flatten(0, 1) for x in everyone)
                 torch.testing.assert_close(mine[0], noisy, rtol=1e-6, atol=1e-6)
                 assert all(torch.equal(a, b) for a, b in zip(mine[1:], rest, strict=True))
 
 
-def test_recordings_with_many_leads_show_few_of_them_for_longer(synth):
-    groups = host_batch(sampler(synth), 0, 0, 1, 5000, PATCH)
-    assert [(g["specs"][0].leads, g["specs"][0].patches) for g in groups] == [(8, 15), (2, 40), (1, 40)]
-    assert [len(g["batch"]) for g in groups] == [16, 8, 8]
-    assert len(set(groups[2]["leads"].flatten().tolist())) > 2 and (groups[2]["leads"] > 2).any()
+def assert_ranks_ask_the_same(part, group, rows):
+    """The places count the recordings of a rank: within a view they are those of one process."""
+    if group["asked"] is None:
+        assert part["asked"] is None and len(part["specs"]) == 2
+        return
+    of = {"token": part["specs"][2], "target": part["specs"][0]}
+    for name, mine in part["asked"].items():
+        everyone = group["asked"][name].unflatten(0, (2, -1))[:, rows].flatten(0, 1)
+        if name in of:
+            patches = of[name].leads * of[name].patches
+            assert (mine // patches == torch.arange(len(mine))[:, None]).all()
+            mine, everyone = mine % patches, everyone % patches
+        assert torch.equal(mine, everyone)
 
 
-def test_views_of_few_leads_grow_with_the_window(synth):
-    """Recordings of ten seconds show eight leads, and only longer ones show few."""
-    s = sampler(synth, 16, window_s=60)
-    groups = host_batch(s, 0, 0, 1, 16000, PATCH)
-    assert [(g["specs"][0].leads, g["specs"][0].patches, g["batch"].shape[2]) for g in groups] == [
-        (8, 15, 2250), (2, 267, 15000), (1, 267, 15000)]
-    assert [{m["corpus"] for m in g["members"]} for g in s.groups] == [{0}, {1}, {1}]
-    short = sampler(synth, 16, names=("ptbxl",), window_s=5)
-    assert [g["batch"].shape[2] for g in host_batch(short, 0, 0, 1, 5000, PATCH)] == [1250] * 3
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_batch_of_one_process(synth, noise, world_size):
+    """To the bit; only noise is scaled by arithmetic that rounds differently in a batch of another size."""
+    assert_ranks_share(sampler(synth), 3, noise, world_size)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_a_batch_of_five_groups(five_groups, noise, world_size):
+    for step in (0, 1):
+        assert_ranks_share(five_groups, step, noise, world_size)
+
+
+def test_shapes_of_the_groups(five_groups):
+    """Groups of few leads show them for longer; every view fits into a stretch."""
+    groups = host_batch(five_groups, 0, 0, 1, 5000, PATCH)
+    assert [(g["specs"][0].leads, g["specs"][0].patches, g["specs"][1].patches) for g in groups] == [
+        (8, 25, 8), (4, 40, 15), (3, 40, 15), (2, 40, 15), (1, 40, 15)]
+    assert [tuple(g["batch"].shape) for g in groups] == [
+        (32, 2, 15, 1250), (4, 2, 4, 2000), (4, 2, 3, 2000), (12, 2, 2, 2000), (12, 2, 1, 2000)]
+    assert [g["asked"] is None for g in groups] == [False] * 4 + [True]
+    for g in groups:
+        assert all(spec.patches * PATCH <= g["batch"].shape[3] and spec.views == 2 for spec in g["specs"])
+        assert [spec.independent for spec in g["specs"]] == [True, True, False][:len(g["specs"])]
+
+
+def test_numbers_of_leads_in_views_of_few():
+    """1 to 12 of recordings with twelve leads or more, 1 to all but one of those with fewer; few more often than many,
+    and not more patches than FEW_TOKENS, or FEW_PATCHES of each lead."""
+    for shape in lead_groups():
+        specs = [view_specs(shape, PATCH, few)[2:] for few in np.linspace(0, 1, 5000, endpoint=False)]
+        if shape.leads == 1:
+            assert specs == [[]] * 5000
+            continue
+        leads = np.bincount([spec.leads for spec, in specs])[1:]
+        assert len(leads) == (12 if shape.leads == 8 else shape.leads - 1) and (leads > 0).all()
+        np.testing.assert_allclose(leads / 5000, np.diff(np.log(np.arange(1, len(leads) + 2))) / np.log(len(leads) + 1),
+                                   atol=0.001)
+        for spec, in specs:
+            assert spec.leads * spec.patches <= FEW_TOKENS or spec.patches == FEW_PATCHES
+            assert FEW_PATCHES <= spec.patches <= shape.window_s * FS / PATCH
+            assert spec.views == 2 and not spec.independent
+
+
+def test_views_of_few_leads_show_any_number_and_all_leads(five_groups):
+    """Over 200 steps: 1 to 12 of fifteen leads, X, Y and Z too; of four, three and two all in turns."""
+    s = Sampler(five_groups.corpora, 16, 5, lead_groups())
+    numbers, shown = [set() for _ in range(5)], [set() for _ in range(5)]
+    nameless, pairs = [], set()
+    for step in range(200):
+        groups = host_batch(s, step, 0, 1, 5000, PATCH)
+        pairs.add((groups[0]["specs"][2].leads, groups[1]["specs"][2].leads))
+        for g, group in enumerate(groups):
+            for spec, draws in list(zip(group["specs"], group["draws"]))[2:]:
+                numbers[g].add(spec.leads)
+                lead = group["leads"] if g == 0 else group["batch"][:, 0, :, 0]          # lead n (from 0) is n + 1 uV
+                lead = lead[torch.arange(len(lead))[:, None], draws["slots"]]
+                shown[g] |= set(lead.flatten().tolist())
+                assert all(len(set(row.tolist())) == spec.leads for row in lead.flatten(0, 1))
+                if g == 0:
+                    nameless.append(draws["hidden"].all(-1).float().mean() - (spec.leads == 1) * UNKNOWN_SHARE)
+    assert numbers == [set(range(1, 13)), {1, 2, 3}, {1, 2}, {1}, set()]
+    assert len(pairs) > 20                                              # each group has its own number
+    assert shown == [set(ids(*FIFTEEN).tolist()), {1, 2, 3, 4}, {1, 2, 3}, {1, 2}, set()]
+    assert np.mean(nameless) == pytest.approx(NAMELESS_SHARE, abs=0.025)
+
+
+def test_only_leads_of_the_first_group_have_names(five_groups):
+    for step in range(5):
+        for g, group in enumerate(host_batch(five_groups, step, 0, 1, 5000, PATCH)):
+            cut = cut_views(group, None, PATCH, "cpu")
+            for _, _, shown, named in cut["views"]:
+                assert (named > 0).all() if g == 0 else (named == 0).all()
+                assert ((shown == named) | (shown == 0)).all()
+
+
+def test_unknown_leads_have_noise_of_their_own(five_groups, noise):
+    """In the groups without names, too: what two leads had in common would not be noise to a difference of them."""
+    for group in host_batch(five_groups, 0, 0, 1, noise.shape[-1], PATCH)[1:4]:
+        signal = torch.randn(group["batch"].shape, generator=torch.Generator().manual_seed(0))
+        for draws in group["draws"]:
+            draws["snr_db"] = torch.zeros_like(draws["snr_db"])
+        noisy, clean, leads, _ = cut_views(dict(group, batch=(1000 * signal).short()), noise, PATCH, "cpu")["views"][0]
+        for added in (noisy - clean).double():
+            assert torch.linalg.matrix_rank(added, rtol=1e-3) == len(added) > 1
+
+
+def test_global_views_are_the_two_stretches_and_the_others_lie_within(five_groups, without_gain):
+    """The first view of each list comes from the first stretch, the second from the second."""
+    for step in range(10):
+        for group in host_batch(five_groups, step, 0, 1, 5000, PATCH):
+            group, patches = coded(group)
+            B, _, S, _ = group["batch"].shape
+            views = cut_views(group, None, PATCH, "cpu")["views"]
+            for k, (spec, (_, clean, *_)) in enumerate(zip(group["specs"], views, strict=True)):
+                found = patches_of(clean).unflatten(0, (2, B))                           # (V, B, L, N)
+                time = found % patches
+                assert (found // patches // S % 2 == torch.arange(2)[:, None, None, None]).all()
+                assert (found // patches // S // 2 == torch.arange(B)[:, None, None]).all()
+                assert (time == time[:, :, :1, :1] + torch.arange(spec.patches)).all()   # side by side, all leads
+                if k == 0:
+                    assert (time == torch.arange(patches)).all()                         # the whole stretch
+                if k < 2:
+                    assert (found // patches % S == torch.arange(spec.leads)[:, None]).all()
+
+
+def test_what_is_asked_is_the_teachers_patch_of_the_same_lead_and_time(five_groups, without_gain):
+    """By what the views show at `token` and at `target`. A lead beyond the teacher's has no weight."""
+    unseen = 0
+    for step in range(20):
+        for group in host_batch(five_groups, step, 0, 1, 5000, PATCH):
+            if group["asked"] is None:
+                continue
+            group, patches = coded(group)
+            cut = cut_views(group, None, PATCH, "cpu")
+            teacher, few = (patches_of(cut["views"][k][1]) for k in (0, 2))
+            asked, views, S = cut["asked"], len(few), group["batch"].shape[2]
+            assert asked["token"].shape == asked["target"].shape == asked["weight"].shape == (views * ASKED_PATCHES,)
+            assert (asked["token"] // few[0].numel() == torch.arange(views).repeat_interleave(ASKED_PATCHES)).all()
+            token, target = few.flatten()[asked["token"]], teacher.flatten()[asked["target"]]
+            seen = token // patches % S < group["specs"][0].leads
+            assert torch.equal(asked["weight"] > 0, seen)
+            assert torch.equal(token[seen], target[seen])
+            unseen += int((~seen).sum())
+            for weight in asked["weight"].unflatten(0, (views, -1)):
+                assert weight.unique().tolist() in ([0], [float(weight.max())], [0, float(weight.max())])
+                assert weight.sum() == pytest.approx(float((weight > 0).any()), abs=1e-6)
+    assert unseen > 0
+
+
+def test_any_patch_of_a_view_of_few_leads_is_asked_for(five_groups):
+    asked = [set() for _ in range(4)]
+    for step in range(40):
+        for found, group in zip(asked, host_batch(five_groups, step, 0, 1, 5000, PATCH)):
+            _, leads, patches, _ = group["specs"][2]
+            found |= set(((group["asked"]["token"] % (leads * patches)) / (leads * patches)).flatten().tolist())
+            assert (group["asked"]["token"] < 2 * len(group["batch"]) * leads * patches).all()
+    assert all(min(found) == 0 and max(found) > 0.97 for found in asked)
 
 
 def test_masked_places_and_their_weights(synth):
@@ -504,6 +697,7 @@ def test_masked_places_and_their_weights(synth):
         cut = cut_views(group, None, PATCH, "cpu")
         masks = group["masks"]
         assert cut["recordings"] == len(group["batch"]) and [len(v) for v in cut["views"]] == [4] * 3
+        assert all(torch.equal(cut["asked"][k], group["asked"][k].flatten()) for k in group["asked"])
         assert cut["place"].tolist() == [i for i, masked in enumerate(masks.flatten().tolist()) if masked]
         view = cut["place"] // masks[0].numel()
         sums = torch.zeros(len(masks)).index_add(0, view, cut["weights"])
@@ -523,3 +717,4 @@ def test_batches_come_one_step_ahead_and_are_those_of_host_batch(synth, noise):
             for mine, theirs in zip(a["views"], b["views"]):
                 assert all(torch.equal(x, y) for x, y in zip(mine, theirs))
             assert torch.equal(a["place"], b["place"]) and torch.equal(a["weights"], b["weights"])
+            assert all(torch.equal(a["asked"][k], b["asked"][k]) for k in ("token", "target", "weight"))

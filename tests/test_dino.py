@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dino import (PROTOTYPE_NORM, STUDENT_TEMPERATURE, DINOHead, build_networks, contrast_loss, dino_loss, gram_loss,
-                  ibot_loss, koleo_loss, sinkhorn_knopp, update_teacher)
+from dino import (PROTOTYPE_NORM, STUDENT_TEMPERATURE, DINOHead, build_networks, centered, contrast_loss, dino_loss,
+                  gram_loss, ibot_loss, koleo_loss, objective, sinkhorn_knopp, update_teacher)
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -81,6 +81,11 @@ def plain_gram(student, teacher):
     terms = [(cosine(s[i], s[j]) - cosine(t[i], t[j])) ** 2
              for s, t in zip(student, teacher) for i in range(len(s)) for j in range(len(s))]
     return sum(terms) / len(terms)
+
+
+def plain_centered(x, position):
+    rows = list(zip(x.double(), position.tolist()))
+    return torch.stack([row - torch.stack([other for other, at in rows if at == here]).mean(0) for row, here in rows])
 
 
 def assert_same_loss(loss, plain, x, *rest):
@@ -162,6 +167,43 @@ def test_sinkhorn_of_no_rows():
 
 def test_targets_carry_no_gradient():
     assert not sinkhorn_knopp(randn(4, 6).requires_grad_(), 0.04).requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the mean of a lead and a time
+
+POSITION = torch.tensor([4, 0, 4, 1, 1, 4, 0, 7])                      # of eight rows; 7 has one, four have none
+
+
+def test_centered():
+    x = randn(8, 6)
+    found = centered(x, POSITION, 9)
+    torch.testing.assert_close(found.double(), plain_centered(x, POSITION), rtol=0, atol=1e-6)
+    assert torch.equal(found[7], torch.zeros(6))                       # alone at its position
+    assert not centered(x.requires_grad_(), POSITION, 9).requires_grad
+    assert centered(x[:0], POSITION[:0], 9).shape == (0, 6)
+
+
+def test_centered_does_not_depend_on_other_positions():
+    x, here = randn(8, 6), POSITION == 4
+    torch.testing.assert_close(centered(x, POSITION, 9)[here], centered(x[here], POSITION[here], 5), rtol=0, atol=1e-6)
+
+
+def test_autocast_does_not_lower_the_precision_of_centered():
+    x = 1e-3 * randn(8, 6) + randn(6, seed=5)                          # far from 0 and close together
+    with torch.autocast("cpu", torch.bfloat16):
+        found = centered(x, POSITION, 9)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), plain_centered(x, POSITION), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_centered_of_low_precision_is_rounded_once(dtype):
+    x = randn(8, 6).to(dtype)
+    found = centered(x, POSITION, 9)
+    assert found.dtype == dtype
+    expected = plain_centered(x, POSITION)
+    torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,6 +387,140 @@ def test_teacher_is_a_frozen_copy(networks):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the objective on a batch
+
+def small_networks(width=16, prototypes=6):
+    from model import Encoder
+    networks = build_networks(Encoder(width=width, depth=1, heads=2, layer_scale=1.0), 24, 8, prototypes, prototypes)
+    for i, p in enumerate(networks[1].parameters()):                   # the teacher is not the student
+        p.add_(0.1 * randn(*p.shape, seed=i))
+    return networks
+
+
+def lead_group(recordings, leads, patches, few, seed=0):
+    """A lead group as cut_views makes it, of random signals; with views of one lead of three patches if `few`."""
+    n, draw, views = 2 * recordings, torch.Generator().manual_seed(seed), []
+    for k, (L, N) in enumerate([(leads, patches), (leads, 2), (1, 3)][:2 + few]):
+        clean = 0.3 * randn(n, L, 50 * N, seed=10 * seed + k)
+        named = torch.arange(1, 1 + L).repeat(n, 1)
+        hidden = named * (torch.rand(n, L, generator=draw) < 0.8)
+        views.append((clean + 0.1 * randn(n, L, 50 * N, seed=99), clean, hidden, named))
+    masks = torch.rand(n, leads, patches, generator=draw) < 0.5
+    masks[0] = False
+    place = masks.flatten().nonzero().squeeze(1)
+    asked = dict(token=torch.arange(2 * n) // 2 * 3 + torch.randint(3, (2 * n,), generator=draw),
+                 target=torch.randint(masks.numel(), (2 * n,), generator=draw),
+                 weight=torch.tensor([0.5, 0.5, 1.0, 0.0]).repeat(recordings))
+    return dict(views=views, masks=masks, place=place, recordings=recordings, asked=asked if few else None,
+                weights=1 / masks.sum((1, 2))[place // masks[0].numel()])
+
+
+def plain_group(student, teacher, anchor, g, temperature):
+    """Parts of the loss of one lead group, and its teacher probabilities, patch by patch; networks in double."""
+    n, (T, L, N) = g["recordings"], g["masks"].shape
+    views = [student["encoder"](signal, ids, mask)
+             for (signal, _, ids, _), mask in zip(g["views"], (g["masks"], None, None))]
+    _, clean, _, named = g["views"][0]
+    target = teacher["encoder"](clean, named)
+
+    def points(head, x):
+        x = head.mlp(x)
+        return x / x.norm(dim=-1, keepdim=True)
+    x = torch.cat([v.pooled() for v in views]).unflatten(0, (-1, n))
+    on_sphere = points(student["dino_head"], x)
+    logits = on_sphere @ student["dino_head"].prototypes.weight.T
+    probs = plain_sinkhorn(teacher["dino_head"](target.pooled()), temperature).unflatten(0, (2, n))
+    pairs = [(views[0].patches[c, lead, t], (c, lead, t), 1 / g["masks"][c].sum().item()) for c in range(T)
+             for lead in range(L) for t in range(N) if g["masks"][c, lead, t]]
+    masked = len(pairs)
+    asked = g["asked"] or dict.fromkeys(("token", "target", "weight"), torch.empty(0))
+    for token, place, weight in zip(*(asked[k].tolist() for k in ("token", "target", "weight"))):
+        pairs.append((views[2].patches[token // 3, 0, token % 3], np.unravel_index(place, (T, L, N)), weight))
+    theirs = points(teacher["ibot_head"], torch.stack([target.patches[place] for _, place, _ in pairs]))
+    theirs = plain_centered(theirs, torch.tensor([lead * N + t for _, (_, lead, t), _ in pairs]))
+    patch_probs = plain_sinkhorn(theirs @ teacher["ibot_head"].prototypes.weight.T, temperature)
+    terms = [w / T * plain_cross_entropy(student["ibot_head"](mine), p) for (mine, _, w), p in zip(pairs, patch_probs)]
+    parts = dict(dino=plain_dino(logits, probs, ignore_diagonal=True), ibot=sum(terms[:masked]),
+                 dino_global=plain_dino(logits[:2], probs, ignore_diagonal=True),
+                 dino_local=plain_dino(logits[2:], probs), koleo=plain_koleo(x[0]) + plain_koleo(x[1]),
+                 contrast=plain_contrast(on_sphere, 2),
+                 gram=plain_gram(views[0].patches.flatten(1, 2), anchor(clean, named).patches.flatten(1, 2)))
+    if g["asked"]:
+        parts["leads"] = sum(terms[masked:])
+    return parts, probs.flatten(0, 1), patch_probs
+
+
+WEIGHTS = dict(dino=1.0, koleo=0.1, ibot=1.0, contrast=1.0, leads=0.5, gram=3.0)
+GROUPS = {"with and without views of few leads": [(3, 2, 4, True), (4, 1, 5, False)], "without": [(4, 2, 3, False)],
+          "the same leads twice": [(3, 2, 4, True), (2, 2, 4, True)]}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_objective(case):
+    """Loss, parts and gradient are those of plain loops over each lead group, by its share of the recordings."""
+    student, teacher = small_networks()
+    anchor = copy.deepcopy(student["encoder"]).requires_grad_(False)
+    for i, p in enumerate(anchor.parameters()):
+        p.add_(0.1 * randn(*p.shape, seed=100 + i))
+    groups = [lead_group(*shape, seed=seed) for seed, shape in enumerate(GROUPS[case])]
+    loss, parts, cls, logits = objective(student, teacher, anchor, groups, 0.1, WEIGHTS["gram"])
+    loss.backward()
+
+    plain_student, *fixed = (copy.deepcopy(network).double() for network in (student, teacher, anchor))
+    plain_student.zero_grad()
+    B, expected, probs, patch_probs = sum(g["recordings"] for g in groups), {}, [], []
+    for g in groups:
+        found, *targets = plain_group(plain_student, *fixed, g, 0.1)
+        for name, value in found.items():
+            expected[name] = expected.get(name, 0) + g["recordings"] / B * value
+        probs.append(targets[0])
+        patch_probs.append(targets[1])
+    expected_loss = sum(WEIGHTS[name] * expected[name] for name in WEIGHTS if name in expected)
+    expected_loss.backward()
+    del expected["dino"]
+    for name, p in (("target_entropy", probs), ("patch_target_entropy", patch_probs)):
+        expected[name] = torch.special.entr(torch.cat(p)).sum(1).mean()
+        assert 0.3 * math.log(6) < expected[name] < 0.99 * math.log(6)                 # targets that say something
+    assert set(parts) == set(expected) and ("leads" in parts) == any(g["asked"] is not None for g in groups)
+    for name, value in {**expected, "loss": expected_loss}.items():
+        torch.testing.assert_close((parts | dict(loss=loss))[name].double(), value, rtol=2e-4, atol=1e-5, msg=name)
+    assert cls.shape == (2, B, 32) and len(logits) == sum(len(v[0]) for g in groups for v in g["views"])
+    for (name, p), q in zip(student.named_parameters(), plain_student.parameters()):
+        scale = q.grad.abs().max().item()
+        assert scale > 0, name
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=0, atol=2e-3 * scale, msg=name)
+
+
+def test_lead_groups_do_not_see_each_other():
+    """A group's losses are the same beside any other group: Sinkhorn, centring and neighbours stay within it."""
+    student, teacher = small_networks()
+    first, *others = (lead_group(3, 2, 4, True, seed) for seed in range(3))
+    others.append(lead_group(5, 1, 6, False, 3))
+
+    def parts(*groups):
+        return {k: v.item() * sum(g["recordings"] for g in groups) for k, v in objective(
+            student, teacher, None, groups, 0.05)[1].items() if "entropy" not in k}
+    alone = parts(first)
+    for other in others:
+        by_itself, both = parts(other), parts(first, other)
+        for name in alone:
+            assert both[name] == pytest.approx(alone[name] + by_itself.get(name, 0), rel=1e-4), name
+
+
+def test_objective_with_a_patch_that_no_teacher_sees():
+    """A view of few leads whose leads the teacher does not see adds nothing; `leads` counts all views all the same."""
+    student, teacher = small_networks()
+    group = lead_group(3, 2, 4, True)
+    half = copy.deepcopy(group)
+    half["asked"]["weight"][::2] = 0
+    none = copy.deepcopy(group)
+    none["asked"]["weight"][:] = 0
+    a, b, c = (objective(student, teacher, None, [g], 0.05)[1] for g in (group, half, none))
+    assert c["leads"] == 0 and 0 < b["leads"] < a["leads"]
+    assert all(a[name] == b[name] == c[name] for name in a if name != "leads")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # two processes
 
 ROWS = {"unequal": (5, 2), "none on one": (7, 0), "equal": (4, 4)}
@@ -356,6 +532,12 @@ def rank_inputs(case, extreme=False):
     return torch.where(logits > 0.5, LARGEST, -LARGEST) if extreme else logits
 
 
+def rows_at(case):
+    """The rows of both ranks: x (R, 6) and position (R,)."""
+    R = sum(ROWS[case])
+    return randn(R, 6, seed=8), torch.arange(R) * 3 % 4
+
+
 def run_rank(rank, folder):
     """What each of two processes computes; the results go to a file."""
     torch.set_num_threads(1)
@@ -364,6 +546,7 @@ def run_rank(rank, folder):
     for case, sizes in ROWS.items():
         for extreme in (False, True):
             results[f"sinkhorn {case} {extreme}"] = sinkhorn_knopp(rank_inputs(case, extreme).split(sizes)[rank], 0.1)
+        results[f"centered {case}"] = centered(*(t.split(sizes)[rank] for t in rows_at(case)), 4)
     for B in (1, 4):
         x = randn(2 * B, 5, seed=B).split(B)[rank].requires_grad_()
         loss = koleo_loss(x)
@@ -392,6 +575,13 @@ def test_sinkhorn_over_ranks(ranks, case, extreme):
     assert tuple(map(len, parts)) == ROWS[case]
     expected = sinkhorn_knopp(rank_inputs(case, extreme), 0.1)
     torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_centered_over_ranks(ranks, case):
+    parts = [results[f"centered {case}"] for results in ranks]
+    assert tuple(map(len, parts)) == ROWS[case]
+    torch.testing.assert_close(torch.cat(parts).double(), plain_centered(*rows_at(case)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("B", [1, 4])

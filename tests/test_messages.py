@@ -3,6 +3,7 @@ provoked here, its advice is followed, and the check that gave it then passes.
 """
 import ast
 import gc
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import probe_mitbih
 import probe_ptbxl
 import test_train
 import train
-from conftest import ROOT, noise, write
+from conftest import ROOT, noise, run, write
 from corpus import Sampler, open_corpus
 from test_corpus import fewer_patients
 
@@ -166,13 +167,13 @@ def out_of_memory(work):
     meta = work.begun("--batch", "32", "--checkpoint-every", "5")
     message = train.explain(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 5 GB"), work.parse())
     assert set(re.findall(r"--[a-z-]+", message)) == {"--resume", "--checkpoint-activations", "--precision", "--out",
-                                                     "--batch", "--window"}
+                                                     "--batch"}
     work.resume(meta, "--checkpoint-activations", "--precision", "bf16")
     corpora = [open_corpus(work.data / "ptbxl"), open_corpus(work.data / "mitdb")]
     Sampler(corpora, 32, 0, augment.lead_groups(), ranks=2)
     work.new_out()
-    work.settle(work.parse("--batch", "16", "--window", "6"))
-    Sampler(corpora, 16, 0, augment.lead_groups(6))
+    work.settle(work.parse("--batch", "16"))
+    Sampler(corpora, 16, 0, augment.lead_groups())
 
 
 @follows("put that right, then --resume")
@@ -217,14 +218,6 @@ def no_learning_rate(work):
         train.check_args(work.parse(*re.search(r"something like (--lr) (\S+)", message).groups()))
 
 
-@follows("is not possible; expected 4 to 600 seconds")
-def windows(work):
-    for window in ("3", "601", "nan"):
-        message = refusal(train.check_args, work.parse("--window", window))
-        for seconds in re.search(r"expected (\d+) to (\d+) seconds", message).groups():
-            train.check_args(work.parse("--window", seconds))
-
-
 @follows("must be at least {}")
 def counts_that_are_too_small(work):
     for flag in ("steps", "batch", "prototypes", "log-every", "checkpoint-every", "keep-every", "probe-every"):
@@ -265,7 +258,8 @@ def checkpoint(out, step):
     folder = out / "checkpoints" / f"step_{step:07d}"
     folder.mkdir(parents=True)
     (folder / "__0_0.distcp").write_bytes(b"weights")
-    meta = dict(step=step, same={}, adjustable={}, sha256={"__0_0.distcp": train.sha256(folder / "__0_0.distcp")})
+    sums = {"__0_0.distcp": train.sha256(folder / "__0_0.distcp")}
+    meta = dict(step=step, same={}, adjustable={}, named_leads=[], sha256=sums)
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
@@ -338,20 +332,35 @@ def no_corpus(work):
 @follows("--batch {} is not possible", "use --batch {}")
 def batches(work):
     """More of them: test_corpus.py."""
-    few = fewer_patients(open_corpus(work.data / "ptbxl"), 25)
-    for batch in (24, 32):
-        for ranks in (1, 2, 4):
-            message = refusal(Sampler, [few], batch, 0, augment.lead_groups(), ranks=ranks)
-            advised = int(re.search(r"use --batch (\d+)", message)[1])
-            train.check_args(work.parse("--batch", advised))
-            Sampler([few], advised, 0, augment.lead_groups(), ranks=ranks)
-        message = refusal(Sampler, [few], batch, 0, augment.lead_groups(), ranks=3)
-        assert message.endswith("use more data or fewer processes")
-        Sampler([few], 16, 0, augment.lead_groups(), ranks=2)
-        more = [open_corpus(work.data / "ptbxl"), open_corpus(work.data / "mitdb")]
-        message = refusal(Sampler, more, batch, 0, augment.lead_groups(), ranks=3)
+    ptbxl, mitdb = open_corpus(work.data / "ptbxl"), open_corpus(work.data / "mitdb")
+    few = fewer_patients(ptbxl, 25)
+    for corpora, batch, ranks in itertools.chain(itertools.product([[few]], (32, 48), (1, 2, 3, 4)),
+                                                 itertools.product([[ptbxl, mitdb]], (24, 40), (1, 2, 3)),
+                                                 [([few], 16, 3), ([ptbxl, mitdb], 16, 3), ([ptbxl, mitdb], 48, 4)]):
+        message = refusal(Sampler, corpora, batch, 0, augment.lead_groups(), ranks=ranks)
         advised = int(re.search(r"use --batch (\d+)", message)[1])
-        Sampler(more, advised, 0, augment.lead_groups(), ranks=3)
+        train.check_args(work.parse("--batch", advised))
+        Sampler(corpora, advised, 0, augment.lead_groups(), ranks=ranks)
+    for batch in (16, 24, 32):
+        assert refusal(Sampler, [few], batch, 0, augment.lead_groups(), ranks=26).endswith(
+            "use more data or fewer processes")
+    Sampler([few], 24, 0, augment.lead_groups(), ranks=24)
+    Sampler([few, mitdb], 32, 0, augment.lead_groups(), ranks=2)
+
+
+@follows("leave this corpus out of --data")
+def recordings_full_of_gaps(work):
+    """Each second has a missing sample in every lead."""
+    for seed in range(16):
+        values = noise(seed, 5000)
+        values[::250] = -32768                                         # WFDB's missing sample
+        write(work.folder / "gaps", f"r{seed}", values)
+    gaps = run("wfdb", work.folder / "gaps", work.folder / "gappy")
+    whole = open_corpus(work.data / "ptbxl")
+    sampler = Sampler([whole, gaps], 16, 0, augment.lead_groups())
+    message = refusal(augment.host_batch, sampler, 0, 0, 1, 5000, 50)
+    assert message.startswith(f"{gaps.dir}: ")
+    augment.host_batch(Sampler([whole], 16, 0, augment.lead_groups()), 0, 0, 1, 5000, 50)
 
 
 @follows("prepare them with python prepare.py nstdb")

@@ -392,7 +392,9 @@ def test_attention_chooses_its_kernel(monkeypatch):
         assert called == ["batched"] * batched
 
 
-def test_layer_scale_is_part_of_the_product():
+@pytest.mark.parametrize("largest", [0, 30])
+def test_layer_scale_is_part_of_the_product(monkeypatch, largest):
+    monkeypatch.setattr(model, "MAX_SCALED_WEIGHT", largest)
     layer, scale, x = nn.Linear(6, 5), randn(5), randn(3, 7, 6)
     torch.testing.assert_close(scaled_linear(x, layer, scale), scale * layer(x), rtol=1e-5, atol=1e-6)
 
@@ -935,10 +937,10 @@ def test_the_global_feature_is_the_mean_over_windows(patches, starts):
 
 
 def test_windows_and_strides(encoder):
-    assert [encoder.window_and_stride(n) for n in (12, 8, 7, 1)] == [(15, 7), (15, 7), (40, 20), (40, 20)]
+    assert [encoder.window_and_stride(n) for n in (12, 8, 7, 1)] == [(25, 12), (25, 12), (40, 20), (40, 20)]
     assert encoder.window_and_stride(12, window_s=10) == (50, 25)
     assert encoder.window_and_stride(1, window_s=4.06, stride_s=0.01) == (20, 1)
-    assert encoder.window_length(9) == 15
+    assert encoder.window_length(9) == 25
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1204,7 +1206,7 @@ def test_dc_offset_does_not_matter_next_to_a_gap(encoder):
 
 def test_windows_are_as_long_as_in_training_with_as_many_leads(encoder):
     signal, leads = draw_ecg(250, 8, TWELVE), list(TWELVE)
-    for n, window_s in ((12, 3), (2, 8)):
+    for n, window_s in ((12, 5), (2, 8)):
         assert_close(encoder.embed(signal[:n], fs=250, leads=leads[:n]).global_feature,
                      encoder.embed(signal[:n], fs=250, leads=leads[:n], window_s=window_s).global_feature)
 

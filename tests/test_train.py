@@ -29,8 +29,10 @@ import dino
 import model
 import train
 from augment import cut_views, host_batch, lead_groups
+from conftest import TWELVE
 from corpus import Sampler, lock_folder, open_corpus
 from dino import build_networks, objective
+from ecg import LEADS
 from model import Encoder, build_encoder, load_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")         # as train.py does
@@ -273,9 +275,13 @@ def test_overfits_one_batch(data):
 def test_a_run_leaves_what_it_says(whole):
     about = json.loads((whole / "run.json").read_text())
     assert about["args"]["steps"] == STEPS and about["adjustable"]["lr"] == train.DEFAULT_LR
-    assert about["same"]["window"] == 9.0 and about["same"]["dino.DINO_WEIGHT"] == 1.0
+    assert about["same"]["augment.LEAD_GROUPS"]["8"] == [15, 5.0, 1.6, 0.5] and about["same"]["dino.DINO_WEIGHT"] == 1.0
     assert [r["step"] for r in rows(whole) if "loss" in r] == list(range(STEPS)) and saved_steps(whole) == [4, 5]
     assert load_encoder(whole / "encoder.pt").config["width"] == SMALL["width"]
+    # A lead that no view ever names is an unknown lead.
+    vectors = load_encoder(whole / "encoder.pt").lead_embedding.weight
+    assert [name for name, v in zip(LEADS, vectors) if not torch.equal(v, vectors[0])] == about["named_leads"]
+    assert about["named_leads"] == list(TWELVE)
     assert (whole / "curves.png").stat().st_size > 1000 and not (whole / "stopped").exists()
 
 
@@ -800,7 +806,7 @@ def test_two_ranks_begin_with_the_weights_of_one_process(two_ranks):
     args = train.parse_args(["--size", "tiny", *GRAM_FLAGS])
     with mock.patch.dict(model.SIZES, tiny=SMALL):
         alone = train.build(args, None, torch.device("cpu"), mock.Mock())
-        patches = {g.leads: g.global_patches for g in lead_groups(args.window)}
+        patches = {8: 25, 4: 40, 3: 40, 2: 40, 1: 40}                    # 5 s and 8 s
         student, teacher = build_networks(build_encoder("tiny", args.seed, window_patches=patches), train.HEAD_HIDDEN,
                                           train.HEAD_BOTTLENECK, 65, 65)
     assert len(sharded) == len(alone) == 3 and all(len(state) > 20 for state in sharded)
@@ -1037,7 +1043,7 @@ def test_flags_are_the_documented_ones():
     """A flag is a promise; adding one is a decision (constants at the top of a file are for everything else)."""
     assert set(vars(train.parse_args([]))) == {
         "data", "exclude", "noise", "out", "resume", "size", "steps", "batch", "lr", "prototypes", "gram_from", "seed",
-        "window", "device", "precision", "compile", "shard", "checkpoint_activations", "log_every", "checkpoint_every",
+        "device", "precision", "compile", "shard", "checkpoint_activations", "log_every", "checkpoint_every",
         "keep_every", "probe_every"}
 
 
