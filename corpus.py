@@ -361,9 +361,10 @@ class Sampler:
             possible = np.array([fit(grains + one) for one in np.eye(len(grains), dtype=int)])
             if not any(possible):
                 return None
-            crowded = (grains + 1) * grain > MAX_SHARE_OF_PEOPLE * common.diagonal()
-            possible = possible & ~crowded if any(possible & ~crowded) else possible
-            grains[np.argmax(np.where(possible, owed - grains, -np.inf))] += 1
+            crowding = (grains + 1) * grain / common.diagonal()          # share of the people of a group
+            free = possible & (crowding <= MAX_SHARE_OF_PEOPLE)
+            wish = np.where(free, owed - grains, -np.inf) if any(free) else np.where(possible, -crowding, -np.inf)
+            grains[np.argmax(wish)] += 1
         sizes = [int(n) * grain for n in grains]
         return sizes if fit(grains) and not any(size % ranks for size in sizes) else None
 

@@ -38,7 +38,7 @@ from prepare import MITDB_DS1, MITDB_DS2
 # escape beats e and j as S, which would move 32 beats of DS1 and 213 of DS2 from N to S.
 AAMI = {"N": "NLRej", "S": "AaJS", "V": "VE", "F": "F", "Q": "/fQ"}
 CLASSES = ("N", "S", "V", "F")   # trained and scored
-BEAT_WINDOW_S = 8.0              # s, limit for the window of a beat, so that a long --window of train.py costs no more
+BEAT_WINDOW_S = 8.0              # s, limit for the window of a beat, so that an encoder of longer windows costs no more
 AROUND_S = (-0.3, 0.4)           # s from R: the neighbourhood, from the P wave to the end of most T waves
 RAW_S = (-0.3, 0.45)             # s from R: the waveform of the raw control
 MAX_N_TRAIN = 600                # N beats per training record, evenly spread; all beats of other classes are used
