@@ -570,7 +570,7 @@ def test_shapes_of_the_groups(five_groups):
     assert [(g["specs"][0].leads, g["specs"][0].patches, g["specs"][1].patches) for g in groups] == [
         (8, 25, 8), (4, 40, 15), (3, 40, 15), (2, 40, 15), (1, 40, 15)]
     assert [tuple(g["batch"].shape) for g in groups] == [
-        (32, 2, 15, 1250), (4, 2, 4, 2000), (4, 2, 3, 2000), (12, 2, 2, 2000), (12, 2, 1, 2000)]
+        (24, 2, 15, 1250), (12, 2, 4, 2000), (12, 2, 3, 2000), (8, 2, 2, 2000), (8, 2, 1, 2000)]
     assert [g["asked"] is None for g in groups] == [False] * 4 + [True]
     for g in groups:
         assert all(spec.patches * PATCH <= g["batch"].shape[3] and spec.views == 2 for spec in g["specs"])
