@@ -521,7 +521,7 @@ def again(args, rank, world_size, device, stop, watchdog):
     path, meta = train.Checkpoints(args.out, 0, rank, world_size).newest()
     train.load_checkpoint(path, student, teacher, gram_teacher, optimizer)
     saved = train.Checkpoints(Path(os.environ["AGAIN"]), 0, rank, world_size)
-    about = {k: meta[k] for k in ("command", "commit", "same", "adjustable")}
+    about = {k: meta[k] for k in ("command", "commit", "same", "adjustable", "named_leads")}
     state = train.training_state(student, teacher, gram_teacher, optimizer)
     saved.save(meta["step"], state, about, teacher["encoder"].config)
     saved.wait()
