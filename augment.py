@@ -142,22 +142,21 @@ def draw_views(seed, places, spec, leads, available, window, noise_length, patch
         sign=(stretch % 2 * 2 - 1).astype(np.float32), channel=stretch // 2 % 2, offset=stretch // 4)
 
 
-def ask_patches(seed, places, draws, spec, shape, patch_samples):
+def ask_patches(seed, places, draws, spec, whole, patch_samples):
     """Patches of views of few leads that are compared with the teacher's patch of the same lead and time: arrays (V*B,
     Q): `token`, the place among the patches of the list (V*B, L, N); `target`, the place among those of all global
     views (2*B, leads, patches); `weight`, 1 / number of comparisons of the view, 0 where the teacher does not see the
-    lead."""
+    lead. spec: of the view list; whole: of the global views."""
     V, B, L = draws["slots"].shape
     lead, patch = np.divmod((random_numbers(seed, places, V, token=ASKED_PATCHES)["token"] * L * spec.patches
                              ).astype(np.int64), spec.patches)                                         # (V, B, Q)
     slot = np.take_along_axis(draws["slots"], lead, axis=2)
     view, row = np.arange(V * B).reshape(V, B, 1), np.arange(B)[:, None]
-    patches = round(shape.window_s * FS / patch_samples)
     time = draws["start"][..., None] // patch_samples + patch
-    seen = slot < shape.leads
+    seen = slot < whole.leads
     crop = np.arange(V)[:, None, None] % 2 * B + row
     found = dict(token=(view * L + lead) * spec.patches + patch,
-                 target=(crop * shape.leads + np.where(seen, slot, 0)) * patches + time,
+                 target=(crop * whole.leads + np.where(seen, slot, 0)) * whole.patches + time,
                  weight=(seen / seen.sum(axis=2, keepdims=True).clip(1)).astype(np.float32))
     return {name: torch.from_numpy(values.reshape(V * B, -1)) for name, values in found.items()}
 
@@ -293,13 +292,13 @@ def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
     few = np.random.default_rng([sampler.seed, step, 99]).random(len(sampler.groups))
     groups, chosen = [], sampler.choose(step)
     for g, group in enumerate(sampler.groups):
-        shape, seed = group["shape"], [sampler.seed, step, g]
+        seed = [sampler.seed, step, g]
         places = range(rank, group["size"], world_size)
         batch, leads, available = sampler.draw(step, g, chosen[g], slice(rank, group["size"], world_size))
-        specs = view_specs(shape, patch_samples, few[g])
+        specs = view_specs(group["shape"], patch_samples, few[g])
         draws = [draw_views([*seed, 2, k], places, spec, leads, available, group["window"], noise_length, patch_samples)
                  for k, spec in enumerate(specs)]
-        asked = ask_patches([*seed, 5], places, draws[2], specs[2], shape, patch_samples) if specs[2:] else None
+        asked = ask_patches([*seed, 5], places, draws[2], specs[2], specs[0], patch_samples) if specs[2:] else None
         # How much is masked is drawn for the whole batch, as its total is fixed.
         counts = mask_counts(GLOBAL_VIEWS * group["size"], specs[0].leads * specs[0].patches)
         counts = np.random.default_rng([*seed, 3]).permutation(counts).reshape(GLOBAL_VIEWS, -1)[:, places]

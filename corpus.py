@@ -53,7 +53,6 @@ WINDOW_TRIES = 8                 # pairs of stretches of a patient that are look
 MAX_PATIENTS_TRIED = 50
 NEAR_S = 60.0                    # s, the most between two stretches of a recording: the rhythm is then still the same
 MAX_SHARE_OF_PEOPLE = 0.25       # of a corpus or a lead group in one batch, where others have enough people
-MAX_MV16 = 32767
 
 
 # ---- a corpus on disk -----------------------------------------------------------------------------------------------
@@ -478,7 +477,7 @@ def standard_leads(signal, ids, slots):
         return signal[:, :0], ids[:0]
     others = [i for lead, i in column.items() if lead not in (0, *INDEPENDENT, *DERIVED)]
     I, II = (signal[:, column[lead]].astype(np.int32) for lead in INDEPENDENT[:2])
-    limb = np.stack((II - I, -(I + II) // 2, I - II // 2, II - I // 2), axis=1).clip(-MAX_MV16, MAX_MV16)
+    limb = np.stack((II - I, -(I + II) // 2, I - II // 2, II - I // 2), axis=1).clip(MISSING + 1, -MISSING - 1)
     columns = [column[lead] for lead in INDEPENDENT]
     return (np.concatenate((signal[:, columns], limb.astype(np.int16), signal[:, others]), axis=1)[:, :slots],
             np.concatenate((INDEPENDENT, DERIVED, ids[others]))[:slots])

@@ -380,7 +380,6 @@ class Encoder(nn.Module):
     def run_windows(self, windows):
         """Forward passes of windows (RecordingFeatures, first patch, patches, lead ids), equal shapes together."""
         groups, device = defaultdict(list), self.cls_token.device
-        context = low_precision(device, precision_of(device, self.precision))
         for window in windows:
             L, N, _ = window[2].shape
             groups[L, N, bool(np.isnan(window[2]).any())].append(window)
@@ -388,7 +387,7 @@ class Encoder(nn.Module):
             at_once = max(1, MAX_EMBED_TOKENS // (L * N))
             for i in range(0, len(group), at_once):
                 owners, starts, patches, lead_ids = zip(*group[i:i + at_once])
-                with context:
+                with low_precision(device, self.precision):
                     out = self(torch.from_numpy(np.stack(patches)).flatten(2).to(device),
                                torch.from_numpy(np.stack(lead_ids)).to(device))
                 pooled = out.pooled().float().cpu().numpy()
@@ -475,8 +474,8 @@ def precision_of(device, asked="auto"):
 
 
 def low_precision(device, precision):
-    """Context in which matrix products run in bf16, if `precision` is "bf16"."""
-    low = precision == "bf16"
+    """Context in which matrix products run in bf16, if `precision` is "bf16", or "auto" and precision_of says so."""
+    low = precision_of(device, precision) == "bf16"
     return torch.autocast(torch.device(device).type, torch.bfloat16) if low else contextlib.nullcontext()
 
 

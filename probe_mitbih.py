@@ -31,7 +31,7 @@ from tqdm import tqdm
 from ecg import FS, LEAD_IDS, Refused, preprocess, read_wfdb
 from evaluate import (calibration, draw_bars, interval, label_auroc, load_encoders, macro, parser_of, plain_auroc,
                       resample, show, standardized, to_json, write_results)
-from model import low_precision, precision_of
+from model import low_precision
 from prepare import MITDB_DS1, MITDB_DS2
 
 # AAMI EC57 classes of the annotation symbols, as nearly all papers group them. WFDB's own comparator, bxb, counts the
@@ -85,7 +85,7 @@ def token_features(encoder, signal_mv, lead_ids, beats_s):
     around = (from_r >= AROUND_S[0] * FS) & (from_r <= AROUND_S[1] * FS)
     for k in torch.arange(len(r)).split(BATCH):
         windows = signal_mv.unfold(1, N * P, 1)[:, start[k]].transpose(0, 1)               # (B, L, T)
-        with torch.inference_mode(), low_precision(device, precision_of(device, encoder.precision)):
+        with torch.inference_mode(), low_precision(device, encoder.precision):
             patches = encoder(windows.to(device), lead_ids.expand(len(k), -1).to(device)).patches
         tokens = patches.float().cpu().nanmean(dim=1)                                      # (B, N, D)
         mean = torch.where(around[k][..., None], tokens, torch.nan).nanmean(dim=1)
