@@ -185,14 +185,18 @@ class Cluster:
 
     def wait_for(self, predicate, seconds, what):
         """Wait until predicate() is true and return it; an error with the ends of the logs if that takes too long."""
-        deadline = time.monotonic() + seconds
-        while not (result := predicate()):
-            if time.monotonic() > deadline:
-                logs = [f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}"
-                        for log in sorted(self.folder.glob("*.log"))]
-                raise TimeoutError("\n".join([f"{what}: not within {seconds} s", *logs]))
+        deadline, error = time.monotonic() + seconds, "too late"
+        while time.monotonic() < deadline:
+            try:
+                if result := predicate():
+                    return result
+            except RuntimeError as e:  # a job that ended MinJobAge ago is not known any more
+                error = e
+                break
             time.sleep(0.2)
-        return result
+        logs = [f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in sorted(self.folder.glob("*.log"))]
+        what = what() if callable(what) else what
+        raise TimeoutError("\n".join([f"{what}: not within {seconds} s: {error}", *logs]))
 
 
 if __name__ == "__main__":  # the watcher that Cluster starts
