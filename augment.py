@@ -32,14 +32,16 @@ GLOBAL_VIEWS, LOCAL_VIEWS, FEW_VIEWS = 2, 2, 2      # of each recording; half of
 MOST_FEW_LEADS = 12              # a view of few leads shows 1 to so many (drawn for each step, few more often)
 FEW_TOKENS, FEW_PATCHES = 96, 8  # patches of such a view, together (at most) and of a lead (at least)
 ASKED_PATCHES = 16               # patches of such a view that are compared with the teacher's
+NEAR_PAIRS, NEAR_PATCHES = 48, 15    # patches of a global view that tell of another, at most so many patches away
+NEAR_OFFSETS = 2 * NEAR_PATCHES + 2  # see pair_patches
 NOISE_TYPES = ("bw", "em", "ma")     # baseline wander, electrode motion, muscle artefact: records of the noise corpus
 NOISE_TYPE_SHARE = 0.7               # chance of each type in a noisy view
 NOISY_SHARE = 0.5                    # share of the student's views with noise; the others stay clean
 SNR_DB = (0.0, 24.0)                 # uniform; mean-square definition, see add_noise
 MUSCLE_HIGHPASS_HZ = 1.0             # below that `ma` is mostly wander, and its power would say nothing about muscle
 GAIN = (0.9, 1.1)                    # log-uniform; small, as voltage is diagnostic; one per view, to keep lead ratios
-UNKNOWN_SHARE = 0.02                 # share of a view's leads whose name is replaced by "unknown"
-NAMELESS_SHARE = 0.25                # share of the views of few leads that show no name at all
+UNKNOWN_SHARE = 0.05                 # share of a view's leads whose name is replaced by "unknown"
+NAMELESS_SHARE = 0.4                # share of the views of few leads that show no name at all
 MASKED_CROPS = 1.0                   # share of the global views with a mask (DINOv3: half; a short run needs all)
 MASK_RATIO = (0.2, 0.6)              # share of patches in a masked view, on an even grid, so that the total is fixed
 MASK_KINDS = dict(time=0.6, lead=0.2, mixed=0.2)
@@ -158,6 +160,21 @@ def ask_patches(seed, places, draws, spec, whole, patch_samples):
     found = dict(token=(view * L + lead) * spec.patches + patch,
                  target=(crop * whole.leads + np.where(seen, slot, 0)) * whole.patches + time,
                  weight=(seen / seen.sum(axis=2, keepdims=True).clip(1)).astype(np.float32))
+    return {name: torch.from_numpy(values.reshape(V * B, -1)) for name, values in found.items()}
+
+
+def pair_patches(seed, places, spec):
+    """Random pairs of patches of one lead in a global view, 1 to NEAR_PATCHES apart: arrays (V*B, Q): `token` and
+    `target`, their places among the patches of all global views (V*B, leads, patches); `offset`, how many patches the
+    target is later, plus NEAR_PATCHES + 1 (0 is left for a patch that tells of itself)."""
+    V, B, N = spec.views, len(places), spec.patches
+    u = random_numbers(seed, places, V, **dict.fromkeys(("lead", "token", "target"), NEAR_PAIRS))         # (V, B, Q)
+    lead, token = (u["lead"] * spec.leads).astype(np.int64), (u["token"] * N).astype(np.int64)
+    earliest, latest = np.maximum(token - NEAR_PATCHES, 0), np.minimum(token + NEAR_PATCHES, N - 1)
+    target = earliest + (u["target"] * (latest - earliest)).astype(np.int64)
+    target += target >= token                                          # any but the token itself
+    first = (np.arange(V * B).reshape(V, B, 1) * spec.leads + lead) * N
+    found = dict(token=first + token, target=first + target, offset=target - token + NEAR_PATCHES + 1)
     return {name: torch.from_numpy(values.reshape(V * B, -1)) for name, values in found.items()}
 
 
@@ -288,7 +305,7 @@ def draw_masks(seed, places, counts, leads, patches):
 # ---- batches, one step ahead ----------------------------------------------------------------------------------------
 def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
     """Everything that is random or read from disk in a step, for this rank: a dict per group with stretches, lead ids,
-    draws of views and masks, and the patches that are asked for (None without views of few leads)."""
+    draws of views and masks, the patches that are asked for (None without views of few leads), and near ones."""
     few = np.random.default_rng([sampler.seed, step, 99]).random(len(sampler.groups))
     groups, chosen = [], sampler.choose(step)
     for g, group in enumerate(sampler.groups):
@@ -305,23 +322,24 @@ def host_batch(sampler, step, rank, world_size, noise_length, patch_samples):
         masks = draw_masks([*seed, 4], places, counts, specs[0].leads, specs[0].patches)
         groups.append(dict(batch=torch.from_numpy(batch), leads=torch.from_numpy(leads), masks=torch.from_numpy(masks),
                            specs=specs, draws=[{name: torch.from_numpy(d[name]) for name in d} for d in draws],
-                           asked=asked))
+                           asked=asked, near=pair_patches([*seed, 6], places, specs[0])))
     return groups
 
 
 def cut_views(group, noise, patch_samples, device):
     """A lead group of host_batch, on the device: views (noisy signal, clean signal, lead ids with some hidden, lead
     ids), masks (2B, L, N), for each masked patch its place among the patches of all global views and its weight in
-    the iBOT loss, and `asked` of ask_patches."""
+    the iBOT loss, `asked` of ask_patches and `near` of pair_patches."""
     masks = group["masks"]
     place = masks.flatten().nonzero().squeeze(1)
     weights = (1.0 / masks.sum((1, 2)).clamp(min=1))[place // masks[0].numel()]
     batch, leads = group["batch"].to(device), group["leads"].to(device)
     views = [make_views(batch, leads, draws, spec, patch_samples, noise)
              for spec, draws in zip(group["specs"], group["draws"])]
-    asked = group["asked"] and {name: values.flatten().to(device) for name, values in group["asked"].items()}
+    asked, near = (found and {name: values.flatten().to(device) for name, values in found.items()}
+                   for found in (group["asked"], group["near"]))
     return dict(views=views, masks=masks.to(device), place=place.to(device), weights=weights.to(device), asked=asked,
-                recordings=len(batch))
+                near=near, recordings=len(batch))
 
 
 class Batches:
@@ -350,7 +368,7 @@ class Batches:
             current = torch.cuda.current_stream()
             current.wait_event(ready)
             for g in made:                                             # memory stays in use until this stream is done
-                asked = (g["asked"] or {}).values()
-                for tensor in (g["masks"], g["place"], g["weights"], *asked, *itertools.chain(*g["views"])):
+                drawn = itertools.chain((g["asked"] or {}).values(), g["near"].values(), *g["views"])
+                for tensor in (g["masks"], g["place"], g["weights"], *drawn):
                     tensor.record_stream(current)
         return made

@@ -40,14 +40,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import dino
 import prepare
 import train
-from augment import (ASKED_PATCHES, GAIN, NOISY_SHARE, SNR_DB, Batches, cut_views, host_batch, lead_groups, load_noise,
-                     mask_counts, view_specs)
+from augment import (ASKED_PATCHES, GAIN, NEAR_OFFSETS, NEAR_PAIRS, NOISY_SHARE, SNR_DB, Batches, cut_views, host_batch,
+                     lead_groups, load_noise, mask_counts, view_specs)
 from corpus import (FINGERPRINT_BYTES, FORMAT_VERSION, INDEPENDENT, INDEX_DTYPE, MAGIC, PATIENT_DTYPE, RECORD_DTYPE,
                     Sampler, near_starts, open_corpus)
 from ecg import FS, LEADS
 from model import PATCH_S, REGISTERS, ROPE_PERIODS_S, SIZES, build_encoder, low_precision, precision_of
 
-REPEATS, ROUNDS, PROTOTYPES = 5, 9, 512
+REPEATS, ROUNDS = 5, 9
 TEMPERATURE = 0.02               # of the teacher; the time does not depend on it
 FEW = 0.5                        # of augment.view_specs: 3 of 12 leads, near the mean number of tokens
 P = round(PATCH_S * FS)          # samples of a patch
@@ -89,28 +89,31 @@ class Run:
     """Networks, optimiser and the views of one batch: all that a training step needs."""
 
     def __init__(self, size, device, groups=None, precision="fp32", recompute=False, mesh=None):
-        self.student, self.teacher = dino.build_networks(build_encoder(size), train.HEAD_HIDDEN, train.HEAD_BOTTLENECK,
-                                                    PROTOTYPES, PROTOTYPES)
+        self.recipe = recipe = train.recipe(size)
+        self.student, self.teacher = dino.build_networks(
+            build_encoder(size), recipe["head_hidden"], recipe["head_bottleneck"], recipe["prototypes"],
+            recipe["patch_prototypes"], NEAR_OFFSETS if recipe["wave"] else 0)
         for block in self.student["encoder"].blocks:
             block.recompute = recompute
         for network in (self.student, self.teacher):
             network.to(device)
             for part in network.values() if mesh is not None else ():
                 train.shard(part, mesh, low_precision=False)
-        self.optimizer = train.build_optimizer(self.student)
-        train.set_schedules(self.optimizer, train.schedules(50, 100, 1e-3))
+        self.optimizer = train.build_optimizer(self.student, recipe)
+        train.set_schedules(self.optimizer, train.schedules(50, 100, recipe))
         self.groups, self.device, self.precision, self.sharded = groups, device, precision, mesh is not None
 
     def loss(self):
         with low_precision(self.device, self.precision):
-            return dino.objective(self.student, self.teacher, None, self.groups, TEMPERATURE)[0]
+            return dino.objective(self.student, self.teacher, None, self.groups, TEMPERATURE, TEMPERATURE,
+                                  self.recipe)[0]
 
     def step(self):
         self.loss().backward()
         if dino.distributed() and not self.sharded:
             train.average_gradients(self.student)
         for part in self.student.values():
-            nn.utils.clip_grad_norm_(part.parameters(), train.CLIP_NORM)
+            nn.utils.clip_grad_norm_(part.parameters(), self.recipe["clip_norm"])
         self.optimizer.step()
         self.optimizer.zero_grad()
         dino.update_teacher(self.teacher, self.student, 0.99)
@@ -137,7 +140,9 @@ def random_views(batch, device):
         masked = int(mask_counts(crops, L * T // P).sum())
         masks = (torch.arange(crops * L * T // P, device=device) < masked).view(crops, L, -1)
         asked = dict(token=few, target=few, weight=torch.full(few.shape, 1 / ASKED_PATCHES, device=device))
-        made.append(dict(views=views, masks=masks, place=torch.arange(masked, device=device), recordings=n,
+        pairs = torch.arange(crops * NEAR_PAIRS, device=device) % (crops * L * T // P)
+        near = dict(token=pairs, target=pairs, offset=pairs % NEAR_OFFSETS)
+        made.append(dict(views=views, masks=masks, near=near, place=torch.arange(masked, device=device), recordings=n,
                          asked=asked if views[2:] else None, weights=torch.full((masked,), 0.1, device=device)))
     return made
 
@@ -191,15 +196,19 @@ class PlainBlock(nn.Module):
 class PlainNetwork(nn.Module):
     """Encoder, without a front end, and heads; RMSNorm is F.normalize times a constant."""
 
-    def __init__(self, width, depth, heads, layer_scale, hidden=train.HEAD_HIDDEN, bottleneck=train.HEAD_BOTTLENECK):
+    def __init__(self, recipe, width, depth, heads, layer_scale):
         super().__init__()
+        hidden, bottleneck = recipe["head_hidden"], recipe["head_bottleneck"]
         self.patches, self.leads, self.norm = nn.Linear(P, width), nn.Embedding(len(LEADS), width), nn.LayerNorm(width)
         self.first, self.masked = nn.Parameter(torch.randn(1 + REGISTERS, width)), nn.Parameter(torch.randn(width))
         self.blocks = nn.ModuleList(PlainBlock(width, heads, layer_scale) for _ in range(depth))
         self.cls_head, self.patch_head = (nn.Sequential(
             nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck),
-            nn.RMSNorm(bottleneck, elementwise_affine=False), nn.Linear(bottleneck, PROTOTYPES, bias=False))
-            for inputs in (2 * width, width))
+            nn.RMSNorm(bottleneck, elementwise_affine=False), nn.Linear(bottleneck, recipe[k], bias=False))
+            for inputs, k in ((2 * width, "prototypes"), (width, "patch_prototypes")))
+        self.offsets = nn.Embedding(NEAR_OFFSETS, width)
+        self.wave_head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                                       nn.Linear(hidden, P))
         times_s = torch.cat((torch.zeros(1), (torch.arange(100) + 0.5) * PATCH_S))     # the first: CLS and registers
         angle = 2 * torch.pi * times_s[:, None] / torch.logspace(*np.log10(ROPE_PERIODS_S), width // heads // 2)
         self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())).repeat(1, 1, 2))          # (2, 101, E)
@@ -215,7 +224,7 @@ class PlainNetwork(nn.Module):
         return torch.cat((x[:, 0], x[:, 1 + REGISTERS:].mean(1)), dim=1), x[:, 1 + REGISTERS:].flatten(0, 1)
 
 
-def plain_loss(student, teacher, centers, g):
+def plain_loss(student, teacher, centers, g, recipe):
     """Loss of a lead group, one forward pass per view list: as in dino.py, but with DINO v1's centred targets and
     without the contrast, which is less work."""
     n, asked, log_probs = g["recordings"], g["asked"], lambda x: F.log_softmax(x.float() / 0.1, dim=-1)
@@ -224,33 +233,43 @@ def plain_loss(student, teacher, centers, g):
     place, weights, found = g["place"], g["weights"] / len(g["masks"]), views[0][1][g["place"]]
     if asked is not None:
         place, found = torch.cat((place, asked["target"])), torch.cat((found, views[2][1][asked["token"]]))
-        weights = torch.cat((weights, dino.LEADS_WEIGHT * asked["weight"] / len(views[2][0])))
+        weights = torch.cat((weights, recipe["leads"] * asked["weight"] / len(views[2][0])))
+    near, wave = g["near"], 0.0
+    if recipe["wave"]:
+        which, own = (torch.cat((near[k], g["place"])) for k in ("token", "target"))
+        offset = student.offsets(F.pad(near["offset"], (0, len(g["place"]))))
+        ecg = g["views"][0][1].unflatten(-1, (-1, P)).flatten(0, 2)[own]
+        wave = recipe["wave"] * F.mse_loss(student.wave_head(views[0][1][which] + offset), ecg)
     with torch.no_grad():
         clean_cls, clean_patches = teacher(g["views"][0][1], g["views"][0][3])
         logits = [teacher.cls_head(clean_cls.unflatten(0, (-1, n))).float(),
                   teacher.patch_head(clean_patches[place]).float()]                             # (T, n, K), (M, K)
         target, patch_target = (((y - c) / TEMPERATURE).softmax(dim=-1) for y, c in zip(logits, centers))
-        centers.lerp_(torch.stack([y.flatten(0, -2).mean(0) for y in logits]), 0.1)
+        for y, center in zip(logits, centers):
+            center.lerp_(y.flatten(0, -2).mean(0), 0.1)
     pairs = (log_probs(student.cls_head(x))[:, None] * target).sum(-1).mean(-1)                         # (S, T)
     patches = (log_probs(student.patch_head(found)) * patch_target).sum(-1) @ weights                   # iBOT, Leads
     x = F.normalize(x[:len(target)].float(), dim=-1)
     nearest = (torch.cdist(x, x) + 2 * torch.eye(n, device=x.device)).amin(-1)
-    return -((pairs.sum() - pairs.trace()) / (pairs.numel() - len(target)) + patches + 0.1 * nearest.log().mean())
+    dino_pairs = (pairs.sum() - pairs.trace()) / (pairs.numel() - len(target))
+    return wave - (dino_pairs + patches + 0.1 * nearest.log().mean())
 
 
 def bench_peers(args):
     """The training step next to a plain one, on the same views, which have random signals."""
     torch.set_num_threads(1)
     device, precision, groups = args.device, args.precision, random_views(args.batch, args.device)
-    ours, student = Run(args.size, device, groups, precision), PlainNetwork(**SIZES[args.size]).to(device)
-    teacher, centers = copy.deepcopy(student).requires_grad_(False), torch.zeros(2, PROTOTYPES, device=device)
+    ours, recipe = Run(args.size, device, groups, precision), train.recipe(args.size)
+    student = PlainNetwork(recipe, **SIZES[args.size]).to(device)
+    teacher, centers = copy.deepcopy(student).requires_grad_(False), [
+        torch.zeros(recipe[k], device=device) for k in ("prototypes", "patch_prototypes")]
     optimizer = torch.optim.AdamW(student.parameters(), fused=True)
 
     def plain_step():
         with low_precision(device, precision):
-            loss = sum(g["recordings"] / args.batch * plain_loss(student, teacher, centers, g) for g in groups)
+            loss = sum(g["recordings"] / args.batch * plain_loss(student, teacher, centers, g, recipe) for g in groups)
         loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), train.CLIP_NORM)
+        nn.utils.clip_grad_norm_(student.parameters(), recipe["clip_norm"])
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in student.parameters()], 0.01)

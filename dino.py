@@ -5,9 +5,10 @@ gradient.
     DINO      the CLS tokens of two views of a recording should fall on the same prototypes (Caron et al. 2021)
     iBOT      a masked patch should fall on the prototypes of the patch that the teacher saw there (Zhou et al. 2022)
     Leads     a patch of a view of few leads should fall on the prototypes of the teacher's patch, seen among all leads
+    Wave      a patch should tell the ECG at another one of its lead, a given time before or after; a masked one its own
     Sinkhorn  the teacher's assignments use every prototype equally, so not all recordings share one (SwAV 2020, DINOv2)
     KoLeo     global features of different recordings keep a distance (Sablayrolles et al. 2019)
-    Contrast  a view is nearer to its own recording than to others (InfoNCE): not in DINOv3; a short run needs it
+    Contrast  a view is nearer to its own recording than to others (InfoNCE); a short run needs it
     Gram      similarities between patches stay those of an earlier teacher (Simeoni et al. 2025)
 
 Everything here is computed in fp32 and stays finite for any finite logits. Where a process group exists, Sinkhorn sums
@@ -26,15 +27,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-DINO_WEIGHT, KOLEO_WEIGHT, IBOT_WEIGHT, GRAM_WEIGHT = 1.0, 0.1, 1.0, 2.0    # DINOv3's
-LEADS_WEIGHT = 0.5               # not in DINOv3, which has no leads
-# Not in DINOv3. In a run of one hour on a CPU the teacher's targets alone say more about phase and noise than about the
-# patient. A long run can set this to 0 (LOG.md).
-CONTRAST_WEIGHT = 1.0
+# DINOv3's. The weights of the other terms are in train.RECIPES.
+DINO_WEIGHT, KOLEO_WEIGHT, IBOT_WEIGHT, GRAM_WEIGHT = 1.0, 0.1, 1.0, 2.0
 STUDENT_TEMPERATURE = 0.1
 # Norm of a prototype at the start; later it is free. DINOv3's 0.02 per weight gives a norm of 0.3: the targets are then
 # almost uniform for thousands of steps, and a short run does not have so many.
 PROTOTYPE_NORM = 1.0
+OFFSET_STD = 0.5                 # standard deviation of the vectors of WaveHead at the start
 KOLEO_EPS = 1e-8
 CONTRAST_TEMPERATURE = 0.15      # of InfoNCE; no other value was tried
 LOWEST = -1e30                   # a logit this far below the best has no effect; keeps -inf out of sums and products
@@ -79,22 +78,53 @@ class DINOHead(nn.Module):
         return (self.prototypes(x), x) if with_bottleneck else self.prototypes(x)
 
 
-def build_networks(encoder, hidden_dim, bottleneck_dim, cls_prototypes, patch_prototypes):
+class WaveHead(nn.Module):
+    """What a patch tells of the ECG of another one: x (M, D), offset (M,) in [0, offsets) says of which -> (M, P)."""
+
+    def __init__(self, in_dim, hidden_dim, offsets, patch_samples, init_seed=0):
+        super().__init__()
+        self.init_seed, self.offset_vectors = init_seed, nn.Embedding(offsets, hidden_dim)
+        self.first = nn.Linear(in_dim, hidden_dim)
+        self.rest = nn.Sequential(nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+                                  nn.Linear(hidden_dim, patch_samples))
+        if not self.first.weight.is_meta:
+            for parameter, value in self.first_weights():
+                parameter.data.copy_(value)
+
+    def first_weights(self):
+        """As in DINOHead."""
+        generator = torch.Generator().manual_seed(self.init_seed)
+        for layer in (self.first, *self.rest[1::2]):
+            yield layer.weight, torch.empty(layer.weight.shape, device="cpu").normal_(
+                std=layer.in_features ** -0.5, generator=generator)
+            yield layer.bias, torch.zeros(layer.bias.shape, device="cpu")
+        weight = self.offset_vectors.weight
+        yield weight, torch.empty(weight.shape, device="cpu").normal_(std=OFFSET_STD, generator=generator)
+
+    def forward(self, x, offset):
+        return self.rest(self.first(x) + self.offset_vectors(offset))
+
+
+def build_networks(encoder, hidden_dim, bottleneck_dim, cls_prototypes, patch_prototypes, offsets=0):
     """Student and teacher, each a ModuleDict of encoder, dino_head (of [CLS, mean patch]) and ibot_head (of patches);
-    the teacher is a frozen copy. They are on the device of the encoder, which may be meta."""
+    the teacher is a frozen copy. With `offsets` the student has wave_head too, as its last part. They are on the device
+    of the encoder, which may be meta."""
     seed, width = encoder.config["init_seed"], encoder.width
     with encoder.cls_token.device:
         student = nn.ModuleDict(dict(
             encoder=encoder, dino_head=DINOHead(2 * width, hidden_dim, bottleneck_dim, cls_prototypes, seed + 1),
             ibot_head=DINOHead(width, hidden_dim, bottleneck_dim, patch_prototypes, seed + 2)))
-    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+        teacher = copy.deepcopy(student).requires_grad_(False).eval()
+        if offsets:
+            student["wave_head"] = WaveHead(width, hidden_dim, offsets, encoder.patch_samples, seed + 3)
     return student, teacher
 
 
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
     """teacher <- momentum * teacher + (1 - momentum) * student, on the shards that this rank holds."""
-    get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)
+    averages = list(teacher.parameters())
+    get_ema_multi_avg_fn(momentum)(averages, list(student.parameters())[:len(averages)], None)      # without wave_head
 
 
 # ---- collectives, which do nothing on one process -------------------------------------------------------------------
@@ -266,13 +296,13 @@ def group_features(group, target, anchor, views):
         found = torch.cat((found, views[-1].patches.flatten(0, 2)[asked["token"]]))
         place = torch.cat((place, asked["target"]))
     return dict(cls=[v.pooled().unflatten(0, (-1, B)) for v in views], target_cls=target.pooled().unflatten(0, (-1, B)),
-                patches=found, target_patches=target.patches.flatten(0, 2)[place],
+                patches=found, target_patches=target.patches.flatten(0, 2)[place], all_patches=patches,
                 position=place % target.patches[0, ..., 0].numel(), positions=target.patches[0, ..., 0].numel(),
                 gram=gram_loss(patches.flatten(1, 2), anchor.patches.flatten(1, 2)) if anchor is not None else None)
 
 
 @torch.no_grad()
-def group_targets(teacher, features, temperature):
+def group_targets(teacher, features, temperature, patch_temperature):
     """Teacher probabilities of each lead group: of the global views (T, B, K), and of the patches (M, K). Sinkhorn runs
     within a group."""
     cls = [f["target_cls"] for f in features]
@@ -282,20 +312,23 @@ def group_targets(teacher, features, temperature):
         torch.cat([f["target_patches"] for f in features]),
         position=torch.cat([f["position"] + n for f, n in zip(features, first)]), positions=first[-1])
     return ([sinkhorn_knopp(z, temperature).unflatten(0, x.shape[:2]) for z, x in zip(logits, cls)],
-            [sinkhorn_knopp(z, temperature) for z in patch_logits.split([len(f["position"]) for f in features])])
+            [sinkhorn_knopp(z, patch_temperature) for z in patch_logits.split([len(f["position"]) for f in features])])
 
 
-def group_parts(group, f, target, patch_target, logits, points, patch_logits):
+def group_parts(group, f, target, patch_target, logits, points, patch_logits, contrast):
     """Losses of one lead group: dict of scalars. f: its group_features; target (T, B, K) and patch_target (M, K): the
-    teacher's probabilities; logits (S, B, K), points (S, B, E) on the sphere and patch_logits (M, K): the student's."""
+    teacher's probabilities; logits (S, B, K), points (S, B, E) on the sphere and patch_logits (M, K): the student's.
+    contrast: whether to compute it."""
     (T, B, _), S, masked = target.shape, len(logits), len(group["place"])
     parts = dict(dino_global=dino_loss(logits[:T], target, ignore_diagonal=True),
                  dino_local=dino_loss(logits[T:], target),
                  ibot=ibot_loss(patch_logits[:masked], patch_target[:masked], group["weights"], T * B),
-                 koleo=sum(koleo_loss(view) for view in f["cls"][0]), contrast=contrast_loss(points, T))
+                 koleo=sum(koleo_loss(view) for view in f["cls"][0]))
     # Every (student view, teacher view) pair counts the same.
     share = (T - 1) / (S - 1)                    # of the pairs of two global views
     parts["dino"] = share * parts["dino_global"] + (1 - share) * parts["dino_local"]
+    if contrast:
+        parts["contrast"] = contrast_loss(points, T)
     if group["asked"] is not None:
         parts["leads"] = ibot_loss(patch_logits[masked:], patch_target[masked:], group["asked"]["weight"],
                                    f["cls"][-1][..., 0].numel())
@@ -304,9 +337,28 @@ def group_parts(group, f, target, patch_target, logits, points, patch_logits):
     return parts
 
 
-def objective(student, teacher, gram_teacher, groups, temperature, gram_weight=0.0):
+def wave_loss(head, encoder, groups, features):
+    """Mean squared error of the ECG that patches of the noisy global views tell, by lead groups: of another patch of
+    their lead (`near` of augment.cut_views), plus that of masked patches of their own ECG, each view with the same
+    weight. The ECG is the clean one, as the front end of the encoder has it."""
+    near = [g["near"] for g in groups]
+    flat = [f["all_patches"].flatten(0, 2) for f in features]
+    told = head(torch.cat([x[torch.cat((n["token"], g["place"]))] for x, n, g in zip(flat, near, groups)]),
+                torch.cat([F.pad(n["offset"], (0, len(g["place"]))) for n, g in zip(near, groups)]))
+    told, losses = told.split([len(n["token"]) + len(g["place"]) for n, g in zip(near, groups)]), []
+    for x, n, g in zip(told, near, groups):
+        with torch.no_grad():
+            clean = encoder.front_end(g["views"][0][1]).flatten(0, 2)[torch.cat((n["target"], g["place"]))]
+        error = (x.float() - clean).square().mean(-1)
+        masked = (error[len(n["token"]):] * g["weights"]).sum() / len(g["masks"])
+        losses.append(error[:len(n["token"])].mean() + masked)
+    return losses
+
+
+def objective(student, teacher, gram_teacher, groups, temperature, patch_temperature, weights):
     """Loss of a batch (lead groups of augment.cut_views), its parts and the entropy of its targets (dict of scalars),
-    the teacher's global features (T, B, 2D) and the student's logits (rows, K).
+    the teacher's global features (T, B, 2D) and the student's logits (rows, K). Temperatures of the targets of global
+    features and of patches; weights of the terms contrast, leads, wave, and gram.
 
     Everything that compares recordings does so within a lead group, where all global views show the same leads: an
     encoder that looks at lead names alone gains nothing.
@@ -320,21 +372,25 @@ def objective(student, teacher, gram_teacher, groups, temperature, gram_weight=0
     views = iter(student["encoder"].encode(noisy))
     features = [group_features(g, target, anchor, [next(views) for _ in g["views"]])
                 for g, target, anchor in zip(groups, targets, anchors)]
-    probs, patch_probs = group_targets(teacher, features, temperature)
+    probs, patch_probs = group_targets(teacher, features, temperature, patch_temperature)
     cls = [torch.cat(f["cls"]) for f in features]                                     # (S, B, 2D) each
     logits, points = student["dino_head"](torch.cat([x.flatten(0, 1) for x in cls]), with_bottleneck=True)
     patch_logits = student["ibot_head"](torch.cat([f["patches"] for f in features]))
     by_group = [[z.unflatten(0, x.shape[:2]) for z, x in zip(rows.split([x[..., 0].numel() for x in cls]), cls)]
                 for rows in (logits, points)]
     patch_logits = patch_logits.split([len(p) for p in patch_probs])
+    found = [group_parts(g, *rest, contrast=bool(weights["contrast"]))
+             for g, *rest in zip(groups, features, probs, patch_probs, *by_group, patch_logits)]
+    if "wave_head" in student:
+        for mine, value in zip(found, wave_loss(student["wave_head"], teacher["encoder"], groups, features)):
+            mine["wave"] = value
     parts, B = defaultdict(float), sum(g["recordings"] for g in groups)
-    for g, *rest in zip(groups, features, probs, patch_probs, *by_group, patch_logits):
-        for name, value in group_parts(g, *rest).items():
+    for g, mine in zip(groups, found):
+        for name, value in mine.items():
             parts[name] = parts[name] + g["recordings"] / B * value
-    loss = (DINO_WEIGHT * parts.pop("dino") + KOLEO_WEIGHT * parts["koleo"] + IBOT_WEIGHT * parts["ibot"]
-            + CONTRAST_WEIGHT * parts["contrast"])
-    loss = loss + LEADS_WEIGHT * parts["leads"] if "leads" in parts else loss
-    loss = loss + gram_weight * parts["gram"] if "gram" in parts else loss
+    loss = DINO_WEIGHT * parts.pop("dino") + KOLEO_WEIGHT * parts["koleo"] + IBOT_WEIGHT * parts["ibot"]
+    for name in ("contrast", "leads", "wave", "gram"):
+        loss = loss + weights[name] * parts[name] if name in parts else loss
     parts["target_entropy"] = torch.special.entr(torch.cat([p.flatten(0, 1) for p in probs])).sum(-1).mean()
     # Ranks hold different numbers of masked patches: weighted, so that the mean of the ranks is the mean of all.
     of_patches = torch.special.entr(torch.cat(patch_probs)).sum(-1)

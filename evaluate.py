@@ -220,8 +220,9 @@ def effective_rank(x):
 def diagnose(row, warm):
     """Warnings about the numbers of a logged step (dict): {kind: sentence}, empty in a run that learns. A value that is
     absent, None or NaN gives no warning. warm: whether the warm-up is over."""
-    names = ("cls_rank", "prediction_entropy", "target_entropy", "patch_target_entropy", "ln_k")
-    rank, prediction, target, patch_target, ln_k = (math.nan if row.get(n) is None else row[n] for n in names)
+    names = ("cls_rank", "prediction_entropy", "target_entropy", "ln_k", "patch_target_entropy", "ln_patch_k")
+    rank, prediction, target, ln_k, patch_target, ln_patch_k = (
+        math.nan if row.get(n) is None else row[n] for n in names)
     signs = {
         "collapse of features": (rank < COLLAPSED_RANK, (
             f"the global features differ along only {rank:.1f} directions among recordings with the same leads: the "
@@ -231,10 +232,10 @@ def diagnose(row, warm):
             "Try a smaller --lr, or fewer --prototypes")),
         "uniform targets": (warm and target > UNIFORM_ENTROPY * ln_k, (
             f"the teacher finds all prototypes equally likely (entropy {target:.2f} of {ln_k:.2f}), which teaches "
-            "nothing. Try a lower TEACHER_TEMPERATURE, or fewer --prototypes")),
-        "one-hot patch targets": (warm and patch_target < ONE_HOT_ENTROPY * ln_k, (
-            f"the teacher gives each patch only one prototype (entropy {patch_target:.2f} of {ln_k:.2f}), so the "
-            "targets do not say which patches are alike. Try a higher end of TEACHER_TEMPERATURE, or fewer "
+            "nothing. Try a lower temperature in RECIPES, or fewer --prototypes")),
+        "one-hot patch targets": (warm and patch_target < ONE_HOT_ENTROPY * ln_patch_k, (
+            f"the teacher gives each patch only one prototype (entropy {patch_target:.2f} of {ln_patch_k:.2f}), so the "
+            "targets do not say which patches are alike. Try a higher patch_temperature in RECIPES, or fewer "
             "--prototypes"))}
     return {kind: sentence for kind, (found, sentence) in signs.items() if found}
 

@@ -50,7 +50,7 @@ import model
 import prepare
 import probe_mitbih
 import probe_ptbxl
-from augment import Batches, lead_groups, load_noise
+from augment import NEAR_OFFSETS, Batches, lead_groups, load_noise
 from corpus import SPLITS, Sampler, lock_folder, open_corpus
 from dino import (STUDENT_TEMPERATURE, build_networks, distributed, gather_rows, num_ranks, objective, reduce_,
                   update_teacher)
@@ -65,20 +65,47 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")      
 # 10,000 steps, three times. Here the shares are the same. DINOv3's anchor sees twice the resolution; this one does not.
 GRAM_RAMP_SHARE = 0.005                          # of the steps from --gram-from on
 GRAM_REFRESH_SHARE, GRAM_REFRESHES = 0.05, 3
-TEACHER_TEMPERATURE = (0.015, 0.015, 0.3)       # start, end, share of the steps until the end is reached
-TEACHER_MOMENTUM = (0.98, 0.998)                 # cosine
-HEAD_HIDDEN, HEAD_BOTTLENECK = 512, 128
+# The recipe, a column per size; flags override the first rows. The column of tiny was found here (LOG.md). The others
+# follow DINOv3 (ViT-L up to huge, then 7B), and only their first steps were ever run. What depends on the batch:
+#   prototypes        of the CLS head: a power of two, at most 16 for each of the 2 rows of a recording, or the targets
+#                     stay flat
+#   patch_prototypes  a power of two (but for 7B), at most half of the rows, of which a recording has about 200
+#   temperature       Sinkhorn leaves an entropy of ln(prototypes / rows) or more to the targets; the fewer prototypes
+#                     a row has, the more of their entropy has to come from the temperature
+#   lr                DINOv3's is 4e-3 * (batch / 1024) ** 0.5, with a decay from layer to layer that is not here: a
+#                     quarter of it, or less
+RECIPES = {
+    #                     tiny            small         base          large         huge          7b
+    "batch":             (32,             256,          1024,         2048,         2048,         4096),
+    "steps":             (3400,           50_000,       100_000,      125_000,      200_000,      1_200_000),
+    "lr":                (2e-3,           5e-4,         1e-3,         1e-3,         1e-3,         4e-4),
+    "prototypes":        (512,            8192,         32_768,       65_536,       65_536,       131_072),
+    "patch_prototypes":  (512,            8192,         32_768,       65_536,       65_536,       98_304),
+    "head_hidden":       (512,            2048,         2048,         2048,         2048,         8192),
+    "head_bottleneck":   (128,            256,          256,          256,          256,          512),
+    # Start and end: of temperatures along a line, over TEMPERATURE_SHARE of the steps; of the others along a cosine.
+    "temperature":       ((.015, .015),   (.04, .07),   (.04, .07),   (.04, .07),   (.04, .07),   (.04, .07)),
+    "patch_temperature": ((.02, .04),     (.04, .07),   (.04, .07),   (.04, .07),   (.04, .07),   (.04, .07)),
+    "momentum":          ((.98, .998),    (.99, 1.0),   (.992, 1.0),  (.992, 1.0),  (.992, 1.0),  (.994, .994)),
+    "weight_decay":      ((.04, .04),     (.04, .2),    (.04, .4),    (.04, .4),    (.04, .4),    (.04, .04)),
+    "adam_beta2":        (.99,            .999,         .999,         .999,         .999,         .99),
+    "clip_norm":         (3.0,            3.0,          3.0,          3.0,          3.0,          30.0),
+    # Weights of the terms that DINOv3 does not have (dino.py); 0 where they were not shown to help.
+    "contrast":          (1.0,            0.0,          0.0,          0.0,          0.0,          0.0),
+    "leads":             (0.5,            0.5,          0.5,          0.5,          0.5,          0.5),
+    "wave":              (1.0,            0.0,          0.0,          0.0,          0.0,          0.0),
+    "gram_from":         (-1,             -1,           -1,           -1,           -1,           1_000_000),
+}
 
-# Optimisation.
+# Optimisation, at any size.
 WARMUP_SHARE = 0.1
+TEMPERATURE_SHARE = 0.3
 FINAL_LR_SHARE = 0.01
-WEIGHT_DECAY = (0.04, 0.04)                     # cosine
-ADAM_BETAS = (0.9, 0.99)
-CLIP_NORM = 3.0                                 # for the encoder and for each head
+ADAM_BETA1 = 0.9
 FREEZE_PROTOTYPES_SHARE = 0.01                  # of the steps, with learning rate 0 for the prototypes
 
 # Running: these do not change what is learned.
-DEFAULT_LR, DEFAULT_STEPS, DEMO_STEPS = 2e-3, 3400, 150
+DEMO_STEPS = 150
 KEEP_LAST = 2                    # checkpoints, in addition to those of --keep-every
 # Without --checkpoint-every: seconds between checkpoints, or more, so that a day does not write more than so many GB.
 CHECKPOINT_S, CHECKPOINT_GB_PER_DAY = 300, 5000
@@ -87,9 +114,10 @@ MAX_SKIPPED = 5                  # this many steps in a row whose loss or gradie
 LOCK_S = 120                     # s that a run waits for another run in its folder to end
 EXIT_STOPPED = 75                # "try again later" in sysexits.h
 # Constants of all files that a resumed run may change.
-RUNNING = {"DEFAULT_LR", "DEFAULT_STEPS", "DEMO_STEPS", "KEEP_LAST", "CHECKPOINT_S", "CHECKPOINT_GB_PER_DAY", "HANG_S",
+RUNNING = {"DEMO_STEPS", "KEEP_LAST", "CHECKPOINT_S", "CHECKPOINT_GB_PER_DAY", "HANG_S",
            "MAX_SKIPPED", "LOCK_S", "EXIT_STOPPED", "OUT_OF_MEMORY", "OPEN_SHARDS", "MAX_EMBED_TOKENS", "FORMAT",
-           "FORMAT_VERSION", "GIVE", "SIZES", "WINDOW_PATCHES", "FINGERPRINTS_FILE", "PREPROCESSING"}
+           "FORMAT_VERSION", "GIVE", "SIZES", "WINDOW_PATCHES", "FINGERPRINTS_FILE", "PREPROCESSING",
+           "MAX_BATCHED_TOKENS", "MAX_SCALED_WEIGHT", "ONE_BY_ONE_WIDTH", "RECIPES"}
 
 
 # ---- schedules: functions of the step -------------------------------------------------------------------------------
@@ -98,15 +126,22 @@ def cosine(start, end, share):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, share))))
 
 
-def schedules(step, steps, peak_lr, gram_from=-1):
-    """All values that depend on the step."""
-    warmup = max(1, round(WARMUP_SHARE * steps))
-    lr = (peak_lr * (step + 1) / warmup if step < warmup else
-          cosine(peak_lr, FINAL_LR_SHARE * peak_lr, (step - warmup) / max(1, steps - warmup)))
-    cold, warm, share = TEACHER_TEMPERATURE
+def recipe(size):
+    """The column of a size in RECIPES: {name: value}."""
+    return {name: row[list(SIZES).index(size)] for name, row in RECIPES.items()}
+
+
+def schedules(step, steps, recipe, gram_from=-1):
+    """All values that depend on the step. recipe: a column of RECIPES, with the peak learning rate of the run."""
+    warmup, lr = max(1, round(WARMUP_SHARE * steps)), recipe["lr"]
+    lr = (lr * (step + 1) / warmup if step < warmup else
+          cosine(lr, FINAL_LR_SHARE * lr, (step - warmup) / max(1, steps - warmup)))
+    warm = min(1.0, step / max(1, TEMPERATURE_SHARE * steps))
+    temperature, patch_temperature = ((1 - warm) * start + warm * end for start, end in (
+        recipe["temperature"], recipe["patch_temperature"]))
     return dict(lr=lr, prototype_lr=0.0 if step < FREEZE_PROTOTYPES_SHARE * steps else lr,
-                weight_decay=cosine(*WEIGHT_DECAY, step / steps), momentum=cosine(*TEACHER_MOMENTUM, step / steps),
-                temperature=cold + (warm - cold) * min(1.0, step / max(1, share * steps)),
+                weight_decay=cosine(*recipe["weight_decay"], step / steps), temperature=temperature,
+                momentum=cosine(*recipe["momentum"], step / steps), patch_temperature=patch_temperature,
                 **gram_schedule(step, steps, gram_from))
 
 
@@ -120,16 +155,16 @@ def gram_schedule(step, steps, gram_from):
                 gram_refresh=since % every == 0 and since // every <= GRAM_REFRESHES)
 
 
-def build_optimizer(student):
+def build_optimizer(student, recipe):
     """AdamW; no decay for vectors and learned tokens; the prototypes in a group of their own, to freeze them by
     learning rate."""
     decayed, plain, prototypes = [], [], []
     for name, p in student.named_parameters():
-        tokens = p.ndim < 2 or "token" in name or "lead_embedding" in name
+        tokens = p.ndim < 2 or any(word in name for word in ("token", "lead_embedding", "offset_vectors"))
         (prototypes if "prototypes" in name else plain if tokens else decayed).append(p)
     groups = [dict(params=decayed, decay=True), dict(params=plain, decay=False),
               dict(params=prototypes, decay=True, prototypes=True)]
-    return torch.optim.AdamW(groups, betas=ADAM_BETAS, fused=True)
+    return torch.optim.AdamW(groups, betas=(ADAM_BETA1, recipe["adam_beta2"]), fused=True)
 
 
 def set_schedules(optimizer, s):
@@ -466,7 +501,9 @@ def identity(args, corpora, noise, excluded):
     """What decides the losses, and must be equal in a resumed run. A corpus may have moved: only its content counts."""
     def named(corpora, weights):
         return [f"{c.dir.resolve().name}:{weight:g} with content {c.content()}" for c, weight in zip(corpora, weights)]
-    return {k: getattr(args, k) for k in ("size", "batch", "prototypes", "seed", "gram_from")} | dict(
+    column = {f"train.RECIPES.{k}": v for k, v in json.loads(json.dumps(args.recipe)).items()
+              if k not in ("batch", "steps", "lr", "prototypes", "gram_from")}
+    return {k: getattr(args, k) for k in ("size", "batch", "prototypes", "seed", "gram_from")} | column | dict(
         data=named(corpora, [weight for _, weight in args.data]), noise=named(noise, [1]),
         exclude=named(excluded, [1] * len(excluded)), **science_constants())
 
@@ -492,8 +529,8 @@ def check_resume(meta, same, args):
 
 def settle_flags(args, meta, device, rank):
     """Set learning rate, number of steps and precision: as given, otherwise as in the checkpoint of a resumed run,
-    otherwise their defaults. A resumed run prints what it changes."""
-    settled = dict(lr=DEFAULT_LR, steps=DEFAULT_STEPS, precision=precision_of(device))
+    otherwise those of the recipe. A resumed run prints what it changes."""
+    settled = dict(lr=args.recipe["lr"], steps=args.recipe["steps"], precision=precision_of(device))
     before = meta["adjustable"] if meta else settled
     for name in settled:
         given = getattr(args, name)
@@ -501,6 +538,9 @@ def settle_flags(args, meta, device, rank):
             setattr(args, name, before[name])
         elif meta and given != before[name] and rank == 0:
             print(f"--{name} is {given} from step {meta['step']} on; until then it was {before[name]}")
+    args.recipe["lr"] = args.lr
+    if args.gram_from is None:
+        args.gram_from = args.recipe["gram_from"] if args.recipe["gram_from"] < args.steps else -1
     if meta is None and args.gram_from >= args.steps:
         raise ValueError(f"--gram-from {args.gram_from} is beyond the last of --steps {args.steps}: nothing would be "
                          f"anchored; give --gram-from {args.steps // 2}, for example, or leave it out")
@@ -541,7 +581,9 @@ def build(args, mesh, device, watchdog):
     with torch.device("meta"):
         encoder = build_encoder(args.size, args.seed,
                                 window_patches={g.leads: round(g.window_s / PATCH_S) for g in lead_groups()})
-        student, teacher = build_networks(encoder, HEAD_HIDDEN, HEAD_BOTTLENECK, args.prototypes, args.prototypes)
+        student, teacher = build_networks(encoder, args.recipe["head_hidden"], args.recipe["head_bottleneck"],
+                                          args.prototypes, args.recipe["patch_prototypes"],
+                                          NEAR_OFFSETS if args.recipe["wave"] else 0)
         gram_teacher = copy.deepcopy(teacher["encoder"]) if args.gram_from >= 0 else None
     for block in encoder.blocks:
         block.recompute = args.checkpoint_activations
@@ -575,7 +617,7 @@ def train(args, rank, world_size, device, stop, watchdog):
     sharded = world_size > 1 and args.shard == "full"
     student, teacher, gram_teacher = build(args, init_device_mesh(device.type, (world_size,)) if sharded else None,
                                            device, watchdog)
-    optimizer = build_optimizer(student)
+    optimizer = build_optimizer(student, args.recipe)
     about = run_about(args, world_size, device, sampler, student, same)
     encoder = teacher["encoder"]
     if path is not None:
@@ -597,6 +639,7 @@ def train(args, rank, world_size, device, stop, watchdog):
     between_s = seconds_between_checkpoints(student, teacher, gram_teacher)
 
     log = open(out / "log.jsonl", "a") if rank == 0 else None
+    weights = {name: args.recipe[name] for name in ("contrast", "leads", "wave")}
     skipped, in_a_row, told, waited_s = {}, 0, set(), 0.0
     batches = Batches(sampler, rank, world_size, noise, encoder.patch_samples, device)
     batches.start(start)
@@ -606,7 +649,7 @@ def train(args, rank, world_size, device, stop, watchdog):
     for step in progress:
         watchdog.pat(f"step {step}")
         stop.ask(save=not args.checkpoint_every and time.monotonic() - saved.last_s >= between_s)
-        s = schedules(step, args.steps, args.lr, args.gram_from)
+        s = schedules(step, args.steps, args.recipe, args.gram_from)
         set_schedules(optimizer, s)
         tick = time.perf_counter()
         groups = batches.take()
@@ -617,11 +660,12 @@ def train(args, rank, world_size, device, stop, watchdog):
             gram_teacher.load_state_dict(encoder.state_dict())
         with autocast:
             loss, parts, cls, logits = objective(student, teacher, gram_teacher if step >= args.gram_from else None,
-                                                 groups, s["temperature"], s["gram_weight"])
+                                                 groups, s["temperature"], s["patch_temperature"],
+                                                 weights | dict(gram=s["gram_weight"]))
         loss.backward()
         if world_size > 1 and not sharded:
             average_gradients(student)
-        norms = {f"grad_{name}": torch.nn.utils.clip_grad_norm_(part.parameters(), CLIP_NORM).detach()
+        norms = {f"grad_{name}": torch.nn.utils.clip_grad_norm_(part.parameters(), args.recipe["clip_norm"]).detach()
                  for name, part in student.items()}
         norms = {name: norm.full_tensor() if sharded else norm for name, norm in norms.items()}
         skipped[step] = skip_if_not_finite(optimizer, loss, norms.values())
@@ -648,8 +692,8 @@ def train(args, rank, world_size, device, stop, watchdog):
         if show:
             values = signs_of_health(groups, dict(loss=loss, **parts), cls, logits.detach()) | norms
             row = dict(step=step, **dict(zip(values, torch.stack(list(values.values())).tolist())),
-                       ln_k=math.log(args.prototypes), **s, waited_s=round(waited_s, 3),
-                       seconds=round(time.perf_counter() - began, 3))
+                       ln_k=math.log(args.prototypes), ln_patch_k=math.log(args.recipe["patch_prototypes"]), **s,
+                       waited_s=round(waited_s, 3), seconds=round(time.perf_counter() - began, 3))
             if rank == 0:
                 write_row(log, **row)
                 progress.set_postfix_str(f"loss {row['loss']:.3f} dino {row['dino_local']:.3f} "
@@ -785,17 +829,19 @@ def parse_args(argv=None):
     add("--resume", action="store_true",
         help="continue exactly from the last checkpoint in --out, or start if there is none. Data, flags and constants "
              "must be those of the start, except --lr, --steps, --precision and the system flags")
-    add = p.add_argument_group("model and optimisation (all else is a constant at the top of a file)").add_argument
+    add = p.add_argument_group("model and optimisation (all else is at the top of a file: see RECIPES)").add_argument
     add("--size", choices=SIZES, default="tiny",
         help="tiny trains on a laptop, the others need GPUs (default: %(default)s)")
-    add("--steps", type=int, help=f"length of the schedules (default: {DEFAULT_STEPS}; without --data {DEMO_STEPS})")
-    add("--batch", type=int, default=32,
-        help="recordings per step, of all processes together (default: %(default)s)")
-    add("--lr", type=float, help=f"peak learning rate; halve it if the loss rises or is NaN (default: {DEFAULT_LR})")
-    add("--prototypes", type=int, default=512,
-        help="K of both heads; at most 16 to 32 times the batch, otherwise targets stay flat (default: %(default)s)")
-    add("--gram-from", type=int, default=-1, metavar="STEP",
-        help="Gram anchoring from this step on, if local features get worse in a long run (default: never)")
+    def of_sizes(name):
+        return f"(default: {', '.join(f'{size} {value:,}' for size, value in zip(SIZES, RECIPES[name]))})"
+    add("--steps", type=int, help=f"length of the schedules {of_sizes('steps')}; without --data {DEMO_STEPS}")
+    add("--batch", type=int, help=f"recordings per step, of all processes together {of_sizes('batch')}")
+    add("--lr", type=float, help=f"peak learning rate; halve it if the loss rises or is NaN {of_sizes('lr')}")
+    add("--prototypes", type=int, help="K of all heads; at most 32 times the batch, otherwise targets stay flat "
+        f"{of_sizes('prototypes')}")
+    add("--gram-from", type=int, metavar="STEP",
+        help="Gram anchoring from this step on, if local features get worse in a long run; -1: never (default: never, "
+             "7b 1,000,000)")
     add("--seed", type=int, default=0, help="seed of first weights, batches and views (default: %(default)s)")
     add = p.add_argument_group("system").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: cuda if there is a GPU)")
@@ -816,7 +862,13 @@ def parse_args(argv=None):
     add("--keep-every", type=int, default=10_000, metavar="STEPS",
         help=f"keep these checkpoints too, not only the last {KEEP_LAST}; 0: only the last (default: %(default)s)")
     add("--probe-every", type=int, default=100, metavar="STEPS", help="online probe; 0: never (default: %(default)s)")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.recipe = recipe(args.size)
+    args.batch = args.recipe["batch"] if args.batch is None else args.batch
+    if args.prototypes is not None:
+        args.recipe["patch_prototypes"] = args.prototypes
+    args.prototypes = args.recipe["prototypes"] if args.prototypes is None else args.prototypes
+    return args
 
 
 def check_args(args):
@@ -826,7 +878,7 @@ def check_args(args):
         if getattr(args, name) is not None and getattr(args, name) < lowest:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {lowest}")
     if args.lr is not None and not 0 < args.lr < 1:
-        raise ValueError(f"--lr {args.lr} is no learning rate; expected something like --lr {DEFAULT_LR}")
+        raise ValueError(f"--lr {args.lr} is no learning rate; expected something like --lr {args.recipe['lr']}")
     if args.noise and not args.data:
         raise ValueError("--noise without --data: the synthetic run makes its own noise; give both or neither")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -194,7 +194,8 @@ class Cluster:
                 error = e
                 break
             time.sleep(0.2)
-        logs = [f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in sorted(self.folder.glob("*.log"))]
+        logs = [f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}"
+                for log in sorted(self.folder.glob("*.log"))]
         what = what() if callable(what) else what
         raise TimeoutError("\n".join([f"{what}: not within {seconds} s: {error}", *logs]))
 

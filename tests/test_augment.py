@@ -505,7 +505,7 @@ def without_gain(monkeypatch):
 def flat(groups):
     return [t for g in groups
             for t in [g["batch"], g["leads"], g["masks"], *(v for d in g["draws"] for v in d.values()),
-                      *(g["asked"] or {}).values()]]
+                      *(g["asked"] or {}).values(), *g["near"].values()]]
 
 
 def test_batch_is_a_pure_function_of_seed_and_step(synth):
@@ -539,12 +539,15 @@ def assert_ranks_share(s, step, noise, world_size):
 
 def assert_ranks_ask_the_same(part, group, rows):
     """The places count the recordings of a rank: within a view they are those of one process."""
-    if group["asked"] is None:
-        assert part["asked"] is None and len(part["specs"]) == 2
-        return
-    of = {"token": part["specs"][2], "target": part["specs"][0]}
-    for name, mine in part["asked"].items():
-        everyone = group["asked"][name].unflatten(0, (2, -1))[:, rows].flatten(0, 1)
+    assert (part["asked"] is None) == (group["asked"] is None) == (len(part["specs"]) == 2)
+    for kind in ("asked", "near") if part["asked"] is not None else ("near",):
+        of = {"token": part["specs"][2 if kind == "asked" else 0], "target": part["specs"][0]}
+        assert_rank_asks_the_same(part[kind], group[kind], rows, of)
+
+
+def assert_rank_asks_the_same(part, group, rows, of):
+    for name, mine in part.items():
+        everyone = group[name].unflatten(0, (2, -1))[:, rows].flatten(0, 1)
         if name in of:
             patches = of[name].leads * of[name].patches
             assert (mine // patches == torch.arange(len(mine))[:, None]).all()
@@ -681,6 +684,22 @@ def test_what_is_asked_is_the_teachers_patch_of_the_same_lead_and_time(five_grou
     assert unseen > 0
 
 
+def test_near_patches_are_of_one_lead_and_the_offset_says_how_far(five_groups):
+    """The two patches of a pair are in one lead of one view; every offset comes up, but 0 never."""
+    offsets = [set() for _ in augment.lead_groups()]
+    for step in range(20):
+        for seen, group in zip(offsets, host_batch(five_groups, step, 0, 1, 5000, PATCH)):
+            near, spec = group["near"], group["specs"][0]
+            crops = torch.arange(2 * len(group["batch"]))[:, None]
+            rows, place = near["token"] // spec.patches, near["token"] % spec.patches
+            assert near["token"].shape == (len(crops), augment.NEAR_PAIRS) and (rows // spec.leads == crops).all()
+            assert (near["target"] // spec.patches == rows).all()
+            later = near["target"] % spec.patches - place
+            assert (later + 16 == near["offset"]).all() and augment.NEAR_OFFSETS == 32
+            seen |= set(later.flatten().tolist())
+    assert all(seen == set(range(-15, 16)) - {0} for seen in offsets)
+
+
 def test_any_patch_of_a_view_of_few_leads_is_asked_for(five_groups):
     asked = [set() for _ in range(4)]
     for step in range(40):
@@ -717,4 +736,4 @@ def test_batches_come_one_step_ahead_and_are_those_of_host_batch(synth, noise):
             for mine, theirs in zip(a["views"], b["views"]):
                 assert all(torch.equal(x, y) for x, y in zip(mine, theirs))
             assert torch.equal(a["place"], b["place"]) and torch.equal(a["weights"], b["weights"])
-            assert all(torch.equal(a["asked"][k], b["asked"][k]) for k in ("token", "target", "weight"))
+            assert all(torch.equal(a[which][k], b[which][k]) for which in ("asked", "near") for k in b[which])

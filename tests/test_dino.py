@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from dino import (PROTOTYPE_NORM, STUDENT_TEMPERATURE, DINOHead, build_networks, centered, contrast_loss, dino_loss,
                   gram_loss, ibot_loss, koleo_loss, objective, sinkhorn_knopp, update_teacher)
 
+OFFSETS = 7
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -311,7 +312,7 @@ def test_losses_of_huge_logits_are_finite(name, logits):
 def networks():
     from model import build_encoder  # here: the processes that import this file for one function do not need it
     return build_networks(build_encoder("tiny"), hidden_dim=64, bottleneck_dim=128, cls_prototypes=256,
-                          patch_prototypes=128)
+                          patch_prototypes=128, offsets=OFFSETS)
 
 
 def test_head_shapes_and_parameters():
@@ -372,8 +373,9 @@ def test_teacher_is_the_moving_average(networks, momentum):
         p.data.add_(randn(*p.shape, seed=i))
     update_teacher(teacher, student, momentum)
     after = dict(teacher.named_parameters())
-    assert set(before) == set(after) == {name for name, _ in student.named_parameters()}
-    for name, p in student.named_parameters():
+    shared = {name: p for name, p in student.named_parameters() if not name.startswith("wave_head")}
+    assert set(before) == set(after) == set(shared)
+    for name, p in shared.items():
         expected = momentum * before[name] + (1 - momentum) * p.double()
         torch.testing.assert_close(after[name].double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -391,7 +393,8 @@ def test_teacher_is_a_frozen_copy(networks):
 
 def small_networks(width=16, prototypes=6):
     from model import Encoder
-    networks = build_networks(Encoder(width=width, depth=1, heads=2, layer_scale=1.0), 24, 8, prototypes, prototypes)
+    networks = build_networks(Encoder(width=width, depth=1, heads=2, layer_scale=1.0), 24, 8, prototypes, prototypes,
+                              OFFSETS)
     for i, p in enumerate(networks[1].parameters()):                   # the teacher is not the student
         p.add_(0.1 * randn(*p.shape, seed=i))
     return networks
@@ -411,11 +414,13 @@ def lead_group(recordings, leads, patches, few, seed=0):
     asked = dict(token=torch.arange(2 * n) // 2 * 3 + torch.randint(3, (2 * n,), generator=draw),
                  target=torch.randint(masks.numel(), (2 * n,), generator=draw),
                  weight=torch.tensor([0.5, 0.5, 1.0, 0.0]).repeat(recordings))
-    return dict(views=views, masks=masks, place=place, recordings=recordings, asked=asked if few else None,
+    pairs = torch.randint(masks.numel(), (2, 5 * n), generator=draw)
+    near = dict(token=pairs[0], target=pairs[1], offset=torch.randint(OFFSETS, (5 * n,), generator=draw))
+    return dict(views=views, masks=masks, place=place, recordings=recordings, asked=asked if few else None, near=near,
                 weights=1 / masks.sum((1, 2))[place // masks[0].numel()])
 
 
-def plain_group(student, teacher, anchor, g, temperature):
+def plain_group(student, teacher, anchor, g, temperature, patch_temperature):
     """Parts of the loss of one lead group, and its teacher probabilities, patch by patch; networks in double."""
     n, (T, L, N) = g["recordings"], g["masks"].shape
     views = [student["encoder"](signal, ids, mask)
@@ -438,19 +443,29 @@ def plain_group(student, teacher, anchor, g, temperature):
         pairs.append((views[2].patches[token // 3, 0, token % 3], np.unravel_index(place, (T, L, N)), weight))
     theirs = points(teacher["ibot_head"], torch.stack([target.patches[place] for _, place, _ in pairs]))
     theirs = plain_centered(theirs, torch.tensor([lead * N + t for _, (_, lead, t), _ in pairs]))
-    patch_probs = plain_sinkhorn(theirs @ teacher["ibot_head"].prototypes.weight.T, temperature)
+    patch_probs = plain_sinkhorn(theirs @ teacher["ibot_head"].prototypes.weight.T, patch_temperature)
     terms = [w / T * plain_cross_entropy(student["ibot_head"](mine), p) for (mine, _, w), p in zip(pairs, patch_probs)]
+    ecg, head = teacher["encoder"].front_end(clean).flatten(0, 2), student["wave_head"]
+
+    def error(token, place, offset):
+        told = head.rest(head.first(views[0].patches.flatten(0, 2)[token]) + head.offset_vectors.weight[offset])
+        return (told - ecg[place]).square().mean()
+    near = list(zip(*(g["near"][k] for k in ("token", "target", "offset"))))
+    wave = [error(*pair) / len(near) for pair in near]
+    wave += [w / T * error(place, place, 0) for place, (*_, w) in zip(g["place"], pairs)]
     parts = dict(dino=plain_dino(logits, probs, ignore_diagonal=True), ibot=sum(terms[:masked]),
                  dino_global=plain_dino(logits[:2], probs, ignore_diagonal=True),
                  dino_local=plain_dino(logits[2:], probs), koleo=plain_koleo(x[0]) + plain_koleo(x[1]),
                  contrast=plain_contrast(on_sphere, 2),
+                 wave=sum(wave),
                  gram=plain_gram(views[0].patches.flatten(1, 2), anchor(clean, named).patches.flatten(1, 2)))
     if g["asked"]:
         parts["leads"] = sum(terms[masked:])
     return parts, probs.flatten(0, 1), patch_probs
 
 
-WEIGHTS = dict(dino=1.0, koleo=0.1, ibot=1.0, contrast=1.0, leads=0.5, gram=3.0)
+WEIGHTS = dict(dino=1.0, koleo=0.1, ibot=1.0, contrast=1.5, leads=0.5, wave=0.7, gram=3.0)
+TEMPERATURES = 0.1, 0.08         # of global features and of patches
 GROUPS = {"with and without views of few leads": [(3, 2, 4, True), (4, 1, 5, False)], "without": [(4, 2, 3, False)],
           "the same leads twice": [(3, 2, 4, True), (2, 2, 4, True)]}
 
@@ -463,14 +478,14 @@ def test_objective(case):
     for i, p in enumerate(anchor.parameters()):
         p.add_(0.1 * randn(*p.shape, seed=100 + i))
     groups = [lead_group(*shape, seed=seed) for seed, shape in enumerate(GROUPS[case])]
-    loss, parts, cls, logits = objective(student, teacher, anchor, groups, 0.1, WEIGHTS["gram"])
+    loss, parts, cls, logits = objective(student, teacher, anchor, groups, *TEMPERATURES, WEIGHTS)
     loss.backward()
 
     plain_student, *fixed = (copy.deepcopy(network).double() for network in (student, teacher, anchor))
     plain_student.zero_grad()
     B, expected, probs, patch_probs = sum(g["recordings"] for g in groups), {}, [], []
     for g in groups:
-        found, *targets = plain_group(plain_student, *fixed, g, 0.1)
+        found, *targets = plain_group(plain_student, *fixed, g, *TEMPERATURES)
         for name, value in found.items():
             expected[name] = expected.get(name, 0) + g["recordings"] / B * value
         probs.append(targets[0])
@@ -499,7 +514,7 @@ def test_lead_groups_do_not_see_each_other():
 
     def parts(*groups):
         return {k: v.item() * sum(g["recordings"] for g in groups) for k, v in objective(
-            student, teacher, None, groups, 0.05)[1].items() if "entropy" not in k}
+            student, teacher, None, groups, 0.05, 0.05, WEIGHTS)[1].items() if "entropy" not in k}
     alone = parts(first)
     for other in others:
         by_itself, both = parts(other), parts(first, other)
@@ -515,7 +530,7 @@ def test_objective_with_a_patch_that_no_teacher_sees():
     half["asked"]["weight"][::2] = 0
     none = copy.deepcopy(group)
     none["asked"]["weight"][:] = 0
-    a, b, c = (objective(student, teacher, None, [g], 0.05)[1] for g in (group, half, none))
+    a, b, c = (objective(student, teacher, None, [g], 0.05, 0.05, WEIGHTS)[1] for g in (group, half, none))
     assert c["leads"] == 0 and 0 < b["leads"] < a["leads"]
     assert all(a[name] == b[name] == c[name] for name in a if name != "leads")
 

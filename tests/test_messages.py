@@ -377,12 +377,13 @@ def alarms(work):
     said = [text for _, _, text in flag_messages() if "Try a" in text]
     assert len(said) == 4 and {flag for text in said for flag in re.findall(r"--[a-z-]+", text)} == {
         "--lr", "--prototypes"}
-    work.resume(work.begun(), "--lr", train.DEFAULT_LR / 2)
+    work.resume(work.begun(), "--lr", train.recipe("tiny")["lr"] / 2)
     work.settle(work.parse("--prototypes", "256"))                     # of a new run: a head cannot change its size
     work.new_out()
     constants = {name for text in said for name in re.findall(r"[A-Z]+_[A-Z]+", text)}
-    assert constants == {"KOLEO_WEIGHT", "TEACHER_TEMPERATURE"}
-    assert hasattr(dino, "KOLEO_WEIGHT") and hasattr(train, "TEACHER_TEMPERATURE")
+    assert constants == {"KOLEO_WEIGHT"} and hasattr(dino, "KOLEO_WEIGHT")
+    named = {name for text in said for name in re.findall(r"(\w+) in RECIPES", text)}
+    assert named == {"temperature", "patch_temperature"} <= set(train.RECIPES)
 
 
 # ---- the probes -----------------------------------------------------------------------------------------------------

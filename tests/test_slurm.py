@@ -82,7 +82,8 @@ def test_nothing_that_a_cluster_does_changes_the_run(corpora, tmp_path):
             """The job runs for the turns-th time on both nodes, and has got a few steps further."""
             start = last_step(out)
             cluster.wait_for(lambda: cluster.job(job).get("Restarts") == str(turns) and cluster.state(job) == "RUNNING"
-                             and last_step(out) >= max(start, 0) + EVERY + 2, LONG_S, lambda: f"turn {turns} trains\n{log()}")
+                             and last_step(out) >= max(start, 0) + EVERY + 2, LONG_S,
+                             lambda: f"turn {turns} trains\n{log()}")
             assert {rank_of(pid) for node in cluster.nodes for pid in cluster.on_node(node)} >= {"0", "1"}
             seen.append((round(time.time() - begun), turns, last_step(out)))
 
@@ -116,7 +117,7 @@ def test_nothing_that_a_cluster_does_changes_the_run(corpora, tmp_path):
 
 @pytest.mark.parametrize("turns", [0, 1])
 def test_a_job_that_cannot_work_is_not_requeued(corpora, tmp_path, turns):
-    """Without a checkpoint it ends at once; with one it gets one turn more, because a machine may have been the cause."""
+    """Without a checkpoint it ends at once; with one it gets one turn more, as a machine may have been the cause."""
     if turns:
         (tmp_path / "run/checkpoints/step_0000005").mkdir(parents=True)
     with Cluster(Path("/tmp") / f"slurm{os.getpid()}b{turns}") as cluster:

@@ -37,6 +37,7 @@ from model import Encoder, build_encoder, load_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")         # as train.py does
 ROOT = Path(__file__).parents[1]
+TINY = train.recipe("tiny")
 RUN = ["--batch", "16", "--log-every", "1", "--probe-every", "0", "--prototypes", "64", "--device", "cpu"]
 SMALL = dict(width=32, depth=2, heads=2, layer_scale=1.0)      # what --size tiny is in the short tests
 STEPS = 5                        # of the run `whole`
@@ -172,12 +173,13 @@ def whole_tiny(data, tmp_path_factory):
 # schedules and optimiser
 
 def test_schedules_move_as_stated():
-    s = [train.schedules(step, 100, 1e-3) for step in range(100)]
+    s = [train.schedules(step, 100, dict(TINY, lr=1e-3, temperature=(0.04, 0.07))) for step in range(100)]
     assert s[0]["lr"] == pytest.approx(1e-4) and s[-1]["lr"] < 2e-5
     assert max(x["lr"] for x in s) == pytest.approx(1e-3)
     assert s[0]["prototype_lr"] == 0 and s[1]["prototype_lr"] > 0
     momentum = [x["momentum"] for x in s]
-    assert momentum[0] == train.TEACHER_MOMENTUM[0] and momentum == sorted(momentum) and momentum[-1] < 1
+    assert [x["temperature"] for x in s[:31:15]] == pytest.approx([0.04, 0.055, 0.07]) and s[99]["temperature"] == 0.07
+    assert momentum[0] == TINY["momentum"][0] and momentum == sorted(momentum) and momentum[-1] < 1
 
 
 def test_gram_schedule_is_that_of_dinov3():
@@ -193,13 +195,14 @@ def test_gram_schedule_is_that_of_dinov3():
 
 
 def test_every_parameter_has_one_group_and_vectors_do_not_decay():
-    student, _ = build_networks(Encoder(32, 1, 2, 1.0), 16, 8, 16, 16)
-    optimizer = train.build_optimizer(student)
+    student, _ = build_networks(Encoder(32, 1, 2, 1.0), 16, 8, 16, 16, 5)
+    optimizer = train.build_optimizer(student, TINY)
     grouped = [id(p) for g in optimizer.param_groups for p in g["params"]]
     assert len(grouped) == len(set(grouped)) == len(list(student.parameters()))
     plain = {id(p) for p in optimizer.param_groups[1]["params"]}
     for name, p in student.named_parameters():
-        assert (id(p) in plain) == (p.ndim < 2 or "token" in name or "lead_embedding" in name), name
+        learned = any(word in name for word in ("token", "lead_embedding", "offset_vectors"))
+        assert (id(p) in plain) == (p.ndim < 2 or learned), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,7 +222,8 @@ def digest(network):
 
 def test_first_weights_are_those_of_earlier_versions():
     assert digest(load_encoder("random:tiny")) == FIRST_WEIGHTS["encoder"]
-    student, teacher = build_networks(build_encoder("tiny"), train.HEAD_HIDDEN, train.HEAD_BOTTLENECK, 64, 64)
+    student, teacher = build_networks(build_encoder("tiny"), 512, 128, 64, 64, 31)
+    del student["wave_head"]                                           # is newer
     assert digest(student) == digest(teacher) == FIRST_WEIGHTS["student"]
 
 
@@ -228,12 +232,14 @@ def peak_gb():
     return next(int(line.split()[1]) / 1e6 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 if "WORLD_SIZE" in os.environ:
     rank, world_size, device = train.setup_processes("cpu")
-    mesh, args = train.init_device_mesh("cpu", (world_size,)), train.parse_args(["--size", "large"])
+    mesh = train.init_device_mesh("cpu", (world_size,))
+    args = train.parse_args(["--size", "large", "--prototypes", "512"])
+    args.recipe |= dict(head_hidden=512, head_bottleneck=128)
     with train.Watchdog(rank) as watchdog:
         networks = train.build(args, mesh, device, watchdog)
     torch.distributed.barrier()
 else:
-    networks = train.build_networks(train.build_encoder("large"), train.HEAD_HIDDEN, train.HEAD_BOTTLENECK, 512, 512)
+    networks = train.build_networks(train.build_encoder("large"), 512, 128, 512, 512, 31)
 open(f"{__file__}.{os.environ.get('RANK', 'alone')}", "w").write(str(peak_gb()))
 sys.exit()
 """
@@ -258,13 +264,13 @@ def test_overfits_one_batch(data):
     torch.manual_seed(0)
     sampler = Sampler([open_corpus(data / "ptbxl")], 16, 5, lead_groups())
     encoder = Encoder(48, 1, 2, 1.0)
-    student, teacher = build_networks(encoder, 64, 32, 64, 64)
+    student, teacher = build_networks(encoder, 64, 32, 64, 64, 31)
     groups = [cut_views(g, None, encoder.patch_samples, "cpu")
               for g in host_batch(sampler, 0, 0, 1, 5000, encoder.patch_samples)]
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     seen = []
     for _ in range(25):
-        loss, parts, _, _ = objective(student, teacher, None, groups, 0.02)
+        loss, parts, _, _ = objective(student, teacher, None, groups, 0.02, 0.02, TINY)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -274,7 +280,7 @@ def test_overfits_one_batch(data):
 
 def test_a_run_leaves_what_it_says(whole):
     about = json.loads((whole / "run.json").read_text())
-    assert about["args"]["steps"] == STEPS and about["adjustable"]["lr"] == train.DEFAULT_LR
+    assert about["args"]["steps"] == STEPS and about["adjustable"]["lr"] == TINY["lr"]
     assert about["same"]["augment.LEAD_GROUPS"]["8"] == [15, 5.0, 1.6, 0.5] and about["same"]["dino.DINO_WEIGHT"] == 1.0
     assert [r["step"] for r in rows(whole) if "loss" in r] == list(range(STEPS)) and saved_steps(whole) == [4, 5]
     assert load_encoder(whole / "encoder.pt").config["width"] == SMALL["width"]
@@ -461,7 +467,7 @@ def test_old_checkpoints_go_and_milestones_stay(data, tmp_path):
 def test_time_between_checkpoints_follows_from_the_size_of_the_state():
     def interval(size, gram):
         with torch.device("meta"):
-            student, teacher = build_networks(build_encoder(size), train.HEAD_HIDDEN, train.HEAD_BOTTLENECK, 64, 64)
+            student, teacher = build_networks(build_encoder(size), 512, 128, 64, 64, 31)
         numbers = sum(p.numel() for p in student.parameters())
         gram_teacher = teacher["encoder"] if gram else None
         state_gb = 4 * (4 * numbers + gram * sum(p.numel() for p in teacher["encoder"].parameters())) / 1e9
@@ -517,7 +523,7 @@ def again(args, rank, world_size, device, stop, watchdog):
     args.seed, args.precision = 1, "fp32"                             # other weights than those of the run
     mesh = train.init_device_mesh("cpu", (world_size,)) if world_size > 1 else None
     student, teacher, gram_teacher = train.build(args, mesh, device, watchdog)
-    optimizer = train.build_optimizer(student)
+    optimizer = train.build_optimizer(student, args.recipe)
     path, meta = train.Checkpoints(args.out, 0, rank, world_size).newest()
     train.load_checkpoint(path, student, teacher, gram_teacher, optimizer)
     saved = train.Checkpoints(Path(os.environ["AGAIN"]), 0, rank, world_size)
@@ -593,10 +599,12 @@ def test_a_run_goes_on_only_as_it_began(data, whole, tmp_path, monkeypatch):
     assert "--exclude nothing (now mitdb:1" in refused(*resumed(data, out, "--exclude", data / "mitdb"))
     with monkeypatch.context() as patch:
         patch.setattr(dino, "DINO_WEIGHT", 2.0)
-        patch.setattr(train, "TEACHER_TEMPERATURE", (0.02, 0.02, 0.3))
+        patch.setitem(train.RECIPES, "patch_temperature", ((0.02, 0.03), *train.RECIPES["patch_temperature"][1:]))
+        patch.setitem(train.RECIPES, "contrast", (TINY["contrast"], *[3.0] * 5))               # of the other sizes
         message = refused(*resumed(data, out))
         assert "dino.DINO_WEIGHT 1.0 (now 2.0)" in message
-        assert "train.TEACHER_TEMPERATURE 0.015 0.015 0.3 (now 0.02 0.02 0.3)" in message
+        before = " ".join(map(str, TINY["patch_temperature"]))
+        assert f"train.RECIPES.patch_temperature {before} (now 0.02 0.03)" in message and "contrast" not in message
     for name in ("HANG_S", "KEEP_LAST", "OUT_OF_MEMORY"):              # these change nothing that is learned
         monkeypatch.setattr(train, name, type(getattr(train, name))(getattr(train, name)) * 2)
     monkeypatch.setattr(train, "LOCK_S", 1)
@@ -640,7 +648,7 @@ def test_learning_rate_steps_and_precision_come_from_the_checkpoint_or_are_chang
         signal_at(patch, 1)
         train_here(*resumed(data, out))                                # nothing given: all as before
     assert adjustable() == first and not said()
-    expected = [train.schedules(step, 6, 5e-4)["lr"] for step in range(6)]
+    expected = [train.schedules(step, 6, dict(TINY, lr=5e-4))["lr"] for step in range(6)]
     assert last_step(out) + 1 > done and [r["lr"] for r in losses(out).values()] == expected[:last_step(out) + 1]
     done = last_step(out) + 1
     message = refused(*resumed(data, out, steps=1))
@@ -651,7 +659,7 @@ def test_learning_rate_steps_and_precision_come_from_the_checkpoint_or_are_chang
                       f"--steps is {done + 1} from step {done} on; until then it was 6",
                       f"--precision is bf16 from step {done} on; until then it was fp32"]
     assert adjustable() == dict(lr=1e-3, steps=done + 1, precision="bf16")
-    assert losses(out)[done]["lr"] == train.schedules(done, done + 1, 1e-3)["lr"]
+    assert losses(out)[done]["lr"] == train.schedules(done, done + 1, dict(TINY, lr=1e-3))["lr"]
     capfd.readouterr()
     assert train_here(*resumed(data, out, steps=done + 1)) == 0 and not said()         # what was advised works
     args = train.parse_args(resumed(data, out))
@@ -807,8 +815,8 @@ def test_two_ranks_begin_with_the_weights_of_one_process(two_ranks):
     with mock.patch.dict(model.SIZES, tiny=SMALL):
         alone = train.build(args, None, torch.device("cpu"), mock.Mock())
         patches = {8: 25, 4: 40, 3: 40, 2: 40, 1: 40}                    # 5 s and 8 s
-        student, teacher = build_networks(build_encoder("tiny", args.seed, window_patches=patches), train.HEAD_HIDDEN,
-                                          train.HEAD_BOTTLENECK, 65, 65)
+        student, teacher = build_networks(build_encoder("tiny", args.seed, window_patches=patches), TINY["head_hidden"],
+                                          TINY["head_bottleneck"], 65, 65, 31)
     assert len(sharded) == len(alone) == 3 and all(len(state) > 20 for state in sharded)
     for two, one, whole in zip(sharded, alone, (student, teacher, teacher["encoder"])):
         assert same(two, whole.state_dict()) and same(one.state_dict(), whole.state_dict())
