@@ -6,8 +6,12 @@ The protocol is the inter-patient one (de Chazal et al. 2004): the beats of DS1 
 records and AAMI class Q (7 beats) are left out. A beat lies in the middle of a window, as long as in training but at
 most BEAT_WINDOW_S. Its features are the token that holds its R, mean over leads, alone (r_token) or together with
 the mean of the tokens from -300 to +400 ms (neighbourhood). Records 201 (DS1) and 202 (DS2) are the same person.
-The main score is the macro over N, S, V: nine in ten F beats of each set are in one record. Two controls need no
-encoder: eight RR features (rr), and 0.75 s of the raw lead II (raw). --encoder random:SIZE gives only the control.
+The scores are macros over N, S, V (nine in ten F beats of each set are in one record): `within` is the mean over
+records of the AUROC within a record, which is what a reader of one record needs, and `pooled` that over all beats, in
+which a few records decide. Two controls need no encoder: eight RR features (rr), and 0.75 s of the raw lead II (raw).
+How well a linear fit on DS1 finds two of these numbers from the features of DS2 is the correlation: `rr r` of the
+logarithm of the RR interval before the beat, and `early r` of its ratio to the mean of the ten before, which tells S
+from N. --encoder random:SIZE gives only the control.
 
 Writes OUT/mitbih.json, OUT/predictions.npz (beats of DS2) and OUT/mitbih.png.
 
@@ -23,7 +27,7 @@ import torch
 import wfdb
 from matplotlib.figure import Figure
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import precision_recall_fscore_support
 from sklearn.model_selection import GroupKFold
 from tqdm import tqdm
@@ -44,7 +48,11 @@ RAW_S = (-0.3, 0.45)             # s from R: the waveform of the raw control
 MAX_N_TRAIN = 600                # N beats per training record, evenly spread; all beats of other classes are used
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, the inverse strength of the L2 penalty
 FOLDS = 5                        # of DS1 records, to choose C
+RIDGE_GRID = np.logspace(0, 4, 5)  # penalties of the fits of RR intervals
+MIN_BEATS = 5                    # of a class and of all others, to score the class within a record
 LOCAL_BEATS = 10                 # beats whose mean RR interval a beat is compared with
+RR_S, RR_RATIO = (0.2, 3.0), (0.3, 3.0)  # intervals and ratios beyond these are gaps or artefacts
+NAMES = dict(within_nsv="within", macro_nsv="pooled", rr_r="rr r", early_r="early r")  # of scores in JSON, in the table
 BATCH = 64                       # windows, one per beat, in a forward pass
 
 
@@ -184,6 +192,34 @@ def nsv(auroc):
     return macro(auroc[:, :3])
 
 
+def within_records(y, p, number, counts):
+    """AUROC within a record, averaged over the records that have MIN_BEATS of the class and of others: (S, C), in every
+    resample of records; arguments as in evaluate.label_auroc."""
+    auroc = np.full((counts.shape[1], y.shape[1]), np.nan)
+    for record in range(len(auroc)):
+        rows = number == record
+        enough = np.minimum(y[rows].sum(axis=0), (~y[rows]).sum(axis=0)) >= MIN_BEATS
+        auroc[record, enough] = plain_auroc(y[rows][:, enough], p[rows][:, enough])
+    scored, weights = np.isfinite(auroc), counts.astype(np.float64)
+    total, n = weights @ np.where(scored, auroc, 0), weights @ scored
+    return np.divide(total, n, out=np.full(n.shape, np.nan), where=n > 0)
+
+
+def rr_correlation(x, rr, train, test, number, counts):
+    """Correlation (S, 2) on DS2, in every resample of records, of a ridge regression on DS1 with the logarithms of RR
+    before the beat and of its ratio to the mean before; rr (K, 8) of rr_features."""
+    target = np.log(np.stack((rr[:, 0].clip(*RR_S), rr[:, 3].clip(*RR_RATIO)), axis=1))
+    x_train, x_test = standardized(x[train], x[test])
+    told = np.stack([RidgeCV(RIDGE_GRID).fit(x_train, t).predict(x_test) for t in target[train].T], axis=1)
+    found = []
+    for a, b in zip(told.T, target[test].T):
+        a, b = a - a.mean(), b - b.mean()
+        sums = np.stack([np.bincount(number, v, counts.shape[1]) for v in (np.ones_like(a), a, b, a * a, b * b, a * b)])
+        n, a, b, aa, bb, ab = sums @ counts.T                                                          # (S,) each
+        found.append((ab - a * b / n) / np.sqrt((aa - a * a / n) * (bb - b * b / n)))
+    return np.stack(found, axis=1)
+
+
 def detection(p, cls):
     """Sensitivity, positive predictivity and F1 of S and V at the most probable class."""
     said = np.array(CLASSES)[p.argmax(axis=1)]
@@ -193,36 +229,47 @@ def detection(p, cls):
 
 
 def score(x, data, train, test, number, counts):
-    """The probe of features x on DS2: JSON entry, probabilities (K', C), macro N, S, V (S,)."""
+    """The probe of features x on DS2: JSON entry, probabilities (K', C), and the scores of NAMES (4, S)."""
     p, c = probe(x, data, train, test)
     cls, without = data["cls"][test], data["record"][test] != "232"  # 232 has three quarters of DS2's S beats
     y = one_hot(cls)
-    auroc = label_auroc(y, p, number, counts)
-    macro_nsv = nsv(auroc)
+    auroc, within = label_auroc(y, p, number, counts), within_records(y, p, number, counts)
+    macro_nsv, within_nsv = nsv(auroc), nsv(within)
+    r = rr_correlation(x, data["rr"], train, test, number, counts)
     return dict(c=c, macro_nsvf=macro(auroc)[0], macro_nsv=macro_nsv[0], per_class=dict(zip(CLASSES, auroc[0])),
+                within_nsv=within_nsv[0], within_ci95=interval(within_nsv[1:]),
+                within_per_class=dict(zip(CLASSES, within[0])),
+                rr_r=r[0, 0], rr_r_ci95=interval(r[1:, 0]), early_r=r[0, 1], early_r_ci95=interval(r[1:, 1]),
                 ci95=interval(macro_nsv[1:]), s_without_232=plain_auroc(y[without], p[without])[1],
-                detection=detection(p, cls), calibration=calibration(p, y)), p, macro_nsv
+                detection=detection(p, cls), calibration=calibration(p, y)), p, np.stack((within_nsv, macro_nsv, *r.T))
 
 
 # ---- report and picture ---------------------------------------------------------------------------------------------
 def report(result):
     """The protocol and the scores, as text."""
-    n, rows = result["n"], {}
+    n, rows, differences, untrained = result["n"], {}, {}, {}
     for name, r in (result["features"] | result["controls"]).items():
-        rows[name] = {"C": r["c"], "N,S,V": show(r["macro_nsv"], r["ci95"]), "N,S,V,F": r["macro_nsvf"],
-                      **r["per_class"], "S without 232": r["s_without_232"],
+        rows[name] = {"C": r["c"], "within": show(r["within_nsv"], r["within_ci95"]),
+                      **{f"within {k}": r["within_per_class"][k] for k in "SVN"},
+                      "pooled": show(r["macro_nsv"], r["ci95"]), **r["per_class"], "S without 232": r["s_without_232"],
+                      "rr r": r["rr_r"], "early r": r["early_r"],
                       "Brier": r["calibration"]["brier"], "ECE": r["calibration"]["ece"]}
-        if "untrained" in r:
-            rows[name] |= {"untrained": r["untrained"], "difference": show(r["difference"], r["difference_ci95"])}
+        for key, d in (r.get("differences", {}) if not result["untrained_only"] else {}).items():
+            differences.setdefault(NAMES[key], {})[name] = show(d["difference"], d["ci95"])
+            untrained.setdefault(NAMES[key], {})[name] = r["untrained_scores"][key]
     return "\n".join((
         f"MIT-BIH, DS1 ({n['train_records']} records, {n['train']} beats, N thinned to {MAX_N_TRAIN} a record) "
         f"to DS2 ({n['test_records']} records, {n['test']} beats: "
         + ", ".join(f"{k} {v}" for k, v in n["test_beats"].items()) + ")",
         "classes by symbol: " + "; ".join(f"{name}: {' '.join(symbols)}" for name, symbols in AAMI.items())
         + f"; Q is neither trained nor scored; C by {FOLDS} folds of DS1 records",
-        "AUROC, one against the rest [95 %, records resampled]"
+        "macro AUROC of N, S, V within records and pooled, of each class pooled [95 %, records resampled]"
         + (f"; no beats of {', '.join(n['absent'])} in DS2: macros go over the others" if n["absent"] else ""),
-        pd.DataFrame.from_dict(rows, orient="index").to_string(na_rep="-", float_format="{:.3f}".format)))
+        table(rows), *([f"untrained\n{table(untrained)}\ndifference\n{table(differences)}"] if differences else [])))
+
+
+def table(rows):
+    return pd.DataFrame.from_dict(rows, orient="index").to_string(na_rep="-", float_format="{:.3f}".format)
 
 
 def draw(result):
@@ -261,11 +308,13 @@ def main(args):
         result["controls"][name], stored[f"p_{name}"], _ = score(data[name], data, train, test, number, counts)
     for name in ("r_token", "neighbourhood"):
         runs = [score(data[f"{name} {e}"], data, train, test, number, counts) for e in range(len(encoders))]
-        (entry, p, auroc), (control, p0, auroc0) = runs[0], runs[-1]  # the control alone: both are the same
-        difference = auroc - auroc0
+        (entry, p, scores), (control, p0, scores0) = runs[0], runs[-1]  # the control alone: both are the same
+        differences = {key: dict(difference=d[0], ci95=interval(d[1:])) for key, d in zip(NAMES, scores - scores0)}
+        pooled = differences["macro_nsv"]
         result["features"][name] = dict(entry, untrained=control["macro_nsv"], untrained_scores=control,
-                                        difference=difference[0], difference_ci95=interval(difference[1:]))
-        stored |= {f"p_{name}": p, f"p_untrained_{name}": p0, f"difference_{name}": difference}
+                                        difference=pooled["difference"], difference_ci95=pooled["ci95"],
+                                        differences=differences)
+        stored |= {f"p_{name}": p, f"p_untrained_{name}": p0, f"difference_{name}": (scores - scores0)[1]}
 
     train_beats, test_beats = (dict(zip(CLASSES, one_hot(data["cls"][rows]).sum(axis=0))) for rows in (train, test))
     n = dict(train=train.sum(), test=test.sum(), train_records=len(set(data["record"][train])),

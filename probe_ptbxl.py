@@ -6,7 +6,8 @@ The protocol is the PTB-XL benchmark's (Strodthoff et al. 2021): six label sets,
 counts, whatever its likelihood. Folds 1-8 train, fold 9 chooses the regularisation, fold 10 is scored by macro AUROC.
 Recordings without any label of a set stay in it as rows of zeros (the benchmark drops them: about 0.001 of AUROC).
 --encoder random:SIZE gives only the untrained control. With --noise, the same probes are also scored on fold 10 under
-real noise (minutes 20-30 of the Noise Stress Test records, which are never trained on).
+real noise (minutes 20-30 of the Noise Stress Test records, which are never trained on). --leads I II shows the encoder
+these leads alone; --leads-scored does so in folds 9 and 10 only, with a probe that was fitted on --leads.
 
 Writes OUT/ptbxl.json, OUT/predictions.npz (fold 10) and OUT/ptbxl.png. 2,000 records and size tiny take 3 minutes on
 one core.
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from augment import load_noise
 from corpus import open_corpus
-from ecg import Refused, preprocess, read_wfdb
+from ecg import Refused, lead_id, preprocess, read_wfdb
 from evaluate import (COLORS, NOISE_DB, both_classes, calibration, draw_bars, global_features, interval, label_auroc,
                       load_encoders, macro, noisy_features, parser_of, plain_auroc, platt, resample, show, standardized,
                       to_json, write_results)
@@ -89,23 +90,29 @@ def label_sets(codes, statements):
     return sets
 
 
-def read_recordings(paths):
-    """Yield the first RECORD_S of each record, an ecg.Recording; ValueError that names a file that cannot be read."""
+def read_recordings(paths, leads=None):
+    """Yield the first RECORD_S of each record, an ecg.Recording of `leads` (names; None: all). ValueError that names a
+    file that cannot be read, or that lacks one of these leads."""
     for path in paths:
         try:
             recording = read_wfdb(path)
         except Refused as error:
             raise ValueError(f"{path}: {error}") from None
-        yield recording._replace(signal=recording.signal[:round(RECORD_S * recording.fs)])
+        names, ids = leads or recording.leads, [lead_id(name) for name in recording.leads]
+        absent = [name for name in names if lead_id(name) not in ids]
+        if absent:
+            raise ValueError(f"{path} has no lead {', '.join(absent)}; it has {', '.join(recording.leads)}")
+        columns = [ids.index(lead_id(name)) for name in names]
+        yield recording._replace(signal=recording.signal[:round(RECORD_S * recording.fs), columns], leads=names)
 
 
-def extract_features(encoders, paths):
-    """Global features (E, R, 2D) of R recordings, and how many have gaps and how many are unusable (NaN)."""
-    features = global_features(encoders, lambda: read_recordings(paths))
+def extract_features(encoders, paths, leads=None):
+    """Global features (E, R, 2D) of `leads` of R recordings, and how many have gaps and are unusable (NaN)."""
+    features = global_features(encoders, lambda: read_recordings(paths, leads))
     usable = np.isfinite(features[0]).all(axis=1)
     if not usable.any():
         raise ValueError(f"none of the {len(paths)} recordings is usable, for example {paths[0]}: check their signals")
-    gaps = [np.isnan(preprocess(*r[:4])[0]).any() for r, ok in zip(read_recordings(paths), usable) if ok]
+    gaps = [np.isnan(preprocess(*r[:4])[0]).any() for r, ok in zip(read_recordings(paths, leads), usable) if ok]
     return features, dict(with_gaps=sum(gaps), unusable=(~usable).sum())
 
 
@@ -207,6 +214,7 @@ def report(result):
     return "\n".join((
         f"PTB-XL at {n['rate_hz']} Hz: folds 1-8 train ({n['train']}), fold 9 chooses C and calibrates ({n['val']}), "
         f"fold 10 is scored ({n['test']} recordings, {n['test_patients']} patients); no refit with fold 9",
+        f"leads: {' '.join(result['leads']) or 'all'}; of folds 9 and 10: {' '.join(result['leads_scored']) or 'all'}",
         f"{n['features']} features; {n['with_gaps']} recordings with missing samples (mean over valid patches), "
         f"{n['unusable']} without a valid patch (taken as the mean recording)",
         "macro AUROC [95 %] over the labels with both classes in folds 1-8 and in fold 10 (of those defined); "
@@ -258,6 +266,10 @@ def draw_reliability(axis, labels, y, p, p_platt):
 def parse_args(argv=None):
     parser = parser_of("Linear probes on PTB-XL, for an encoder and its untrained control.", "raw/ptbxl")
     parser.add_argument("--noise", type=Path, help="prepared noise, such as data/nstdb: also score fold 10 under it")
+    parser.add_argument("--leads", nargs="+", metavar="NAME",
+                        help="leads that the encoder sees, such as I II (default: all of a recording)")
+    parser.add_argument("--leads-scored", nargs="+", metavar="NAME",
+                        help="leads of folds 9 and 10, for a probe that was fitted on --leads (default: --leads)")
     return parser.parse_args(argv)
 
 
@@ -267,9 +279,12 @@ def main(args):
     noise = load_noise(open_corpus(args.noise), "test") if args.noise else None
     fold, patients = table.strat_fold.to_numpy(), table.patient_id.to_numpy()
     train, val, test = split_rows(fold)
-    features, odd = extract_features(encoders, table.path.tolist())
+    features, odd = extract_features(encoders, table.path.tolist(), args.leads)
+    shown = args.leads_scored or args.leads
+    if args.leads_scored:
+        features[:, ~train], _ = extract_features(encoders, table.path[~train].tolist(), shown)
     if noise is not None:
-        noisy = noisy_features(encoders, lambda: read_recordings(table.path[test]), noise, args.seed)
+        noisy = noisy_features(encoders, lambda: read_recordings(table.path[test], shown), noise, args.seed)
         features = np.concatenate((features, noisy.reshape(len(encoders), -1, features.shape[2])), axis=1)
 
     sets = label_sets(table.codes, statements)
@@ -286,7 +301,7 @@ def main(args):
     n = dict(rate_hz=rate, train=train.sum(), val=val.sum(), test=test.sum(), features=features.shape[2],
              test_patients=counts.shape[1], **odd)
     result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=len(encoders) == 1,
-                          n=n, tasks=tasks))
+                          leads=args.leads or [], leads_scored=shown or [], n=n, tasks=tasks))
     print(report(result))
     write_results(args.out, "ptbxl", result, stored, draw(result, stored))
 

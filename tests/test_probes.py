@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import wfdb
+from sklearn.linear_model import RidgeCV
 from sklearn.metrics import roc_auc_score
 from threadpoolctl import threadpool_limits
 
@@ -75,6 +76,14 @@ def test_a_record_that_cannot_be_read_is_named(encoder_path, ptbxl_records, tmp_
         probe_ptbxl.extract_features(encoders, [ptbxl_records[0], str(tmp_path / "nothing")])
     with pytest.raises(ValueError, match="none of the 1 recordings is usable.*flat"):
         probe_ptbxl.extract_features(encoders, [ptbxl_records[3]])
+
+
+def test_leads_can_be_chosen_by_any_spelling(ptbxl_records):
+    whole, two = (next(probe_ptbxl.read_recordings(ptbxl_records[:1], leads)) for leads in (None, ["aVF", "MLII"]))
+    assert two.leads == ["aVF", "MLII"] and len(whole.leads) == 12
+    np.testing.assert_array_equal(two.signal, whole.signal[:, [5, 1]])
+    with pytest.raises(ValueError, match="has no lead V7, X; it has I, II"):
+        next(probe_ptbxl.read_recordings(ptbxl_records[:1], ["I", "V7", "X"]))
 
 
 def test_labels_are_fitted_on_one_copy_of_the_features(monkeypatch):
@@ -225,6 +234,40 @@ def test_record_auroc_is_that_of_sklearn():
     np.testing.assert_allclose(probe_mitbih.nsv(found), found[:, :3].mean(axis=1))
 
 
+def test_auroc_within_records_is_that_of_plain_loops():
+    """A record counts for a class if it has MIN_BEATS of it and of others; a resample weighs the records."""
+    rng = np.random.default_rng(7)
+    record = np.repeat(list("abcd"), (80, 60, 12, 40))
+    cls = np.where(record == "c", "N", rng.choice(list("NSV"), len(record), p=(0.6, 0.2, 0.2)))
+    cls[record == "d"] = ["V"] * 4 + ["N"] * 36                      # one V too few
+    p, number = rng.random((len(cls), 4)), np.unique(record, return_inverse=True)[1]
+    counts = np.array([[1, 1, 1, 1], [0, 3, 1, 0], [0, 0, 2, 2]])
+    found = probe_mitbih.within_records(probe_mitbih.one_hot(cls), p, number, counts)
+    for i, c in enumerate("NSV"):
+        each = {r: roc_auc_score(cls[record == r] == c, p[record == r, i]) for r in "abcd"
+                if min(np.sum(cls[record == r] == c), np.sum(cls[record == r] != c)) >= probe_mitbih.MIN_BEATS}
+        assert set(each) == {"a", "b"}
+        np.testing.assert_allclose(found[:, i], [(each["a"] + each["b"]) / 2, each["b"], np.nan], rtol=1e-12)
+    assert np.isnan(found[:, 3]).all()
+
+
+def test_rr_correlation_is_that_of_numpy_and_finds_what_is_there():
+    rng = np.random.default_rng(8)
+    rr = np.exp(rng.normal(-0.2, 0.2, (600, 8)))
+    train, record = np.arange(600) < 300, np.repeat(list("xyz"), 200)
+    number, counts = np.unique(record[~train], return_inverse=True)[1], np.array([[1, 1], [2, 0], [1, 4]])
+    log = np.log(rr[:, [0, 3]])
+    x = np.concatenate((log[:, :1], rng.normal(size=(600, 3))), axis=1)  # tells RR before alone
+    found = probe_mitbih.rr_correlation(x, rr, train, ~train, number, counts)
+    assert found.shape == (3, 2) and (found[:, 0] > 0.999).all() and (np.abs(found[:, 1]) < 0.3).all()
+    noisy = x + rng.normal(0, 0.2, x.shape)
+    found = probe_mitbih.rr_correlation(noisy, rr, train, ~train, number, counts)[:, 0]
+    told = RidgeCV(probe_mitbih.RIDGE_GRID).fit(noisy[train], log[train, 0]).predict(noisy[~train])  # not standardized
+    for r, weights in zip(found, counts):
+        rows = np.repeat(np.arange(300), weights[number])
+        assert r == pytest.approx(np.corrcoef(told[rows], log[~train, 0][rows])[0, 1], abs=0.01)
+
+
 def test_c_is_chosen_without_the_test_records():
     """Labels of the test rows may be anything: the choice and the probabilities are the same."""
     rng = np.random.default_rng(6)
@@ -269,6 +312,20 @@ def test_ptbxl_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
     assert f"fold 10 is scored ({len(y)} recordings" in said and "kept under noise" in said
 
 
+def test_a_probe_of_twelve_leads_is_scored_on_others(synth, tmp_path):
+    """Folds 1-8 are fitted on all leads, folds 9 and 10 show one: another score than with either alone."""
+    scores = {}
+    for name, flags in {"twelve": [], "one": ["--leads", "I"], "moved": ["--leads-scored", "I"]}.items():
+        probe_ptbxl.main(probe_ptbxl.parse_args([
+            "--encoder", "random:tiny", "--raw", str(synth / "raw" / "ptbxl"), "--out", str(tmp_path / name),
+            "--device", "cpu", *flags]))
+        result, stored = results(tmp_path / name, "ptbxl")
+        scores[name] = stored["all_p"]
+        assert result["leads_scored"] == (["I"] if flags else [])
+    assert not any(np.array_equal(scores[a], scores[b]) for a, b in (("twelve", "moved"), ("one", "moved")))
+    assert scores["twelve"].shape == scores["one"].shape == scores["moved"].shape
+
+
 def test_mitbih_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
     for names in (MITDB_DS1, MITDB_DS2):                           # five records of each set are enough
         for name in [n for n in names if (synth / "raw" / "mitdb" / f"{n}.hea").is_file()][:5]:
@@ -279,6 +336,7 @@ def test_mitbih_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
             "--device", "cpu"]
     probe_mitbih.main(probe_mitbih.parse_args(args))
     result, stored = results(tmp_path / "out", "mitbih")
+    number = np.unique(stored["record"], return_inverse=True)[1]
     for name in ("r_token", "neighbourhood"):
         entry = result["features"][name]
         assert {"macro_nsvf", "macro_nsv", "per_class", "ci95", "untrained", "difference",
@@ -286,6 +344,14 @@ def test_mitbih_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
         for key, value in ((f"p_{name}", entry["macro_nsv"]), (f"p_untrained_{name}", entry["untrained"])):
             expected = np.mean([roc_auc_score(stored["cls"] == c, stored[key][:, i]) for i, c in enumerate("NSV")])
             assert value == pytest.approx(expected, abs=1e-6)
+        within = probe_mitbih.within_records(probe_mitbih.one_hot(stored["cls"]), stored[f"p_{name}"], number,
+                                             np.ones((1, number.max() + 1)))
+        assert entry["within_nsv"] == pytest.approx(np.nanmean(within[0, :3]), abs=1e-6)
+        assert entry["within_ci95"][0] <= entry["within_nsv"] <= entry["within_ci95"][1]
+        for key in ("within_nsv", "macro_nsv", "rr_r", "early_r"):
+            assert entry["differences"][key]["difference"] == pytest.approx(
+                entry[key] - entry["untrained_scores"][key], abs=2e-6)
+    assert result["controls"]["rr"]["rr_r"] > 0.95 and result["controls"]["rr"]["early_r"] > 0.9
     assert result["controls"]["rr"]["macro_nsv"] > 0.9 and "macro_nsvf" in result["controls"]["raw"]
     assert set(stored["record"]) <= set(MITDB_DS2) and "N: N L R e j" in capsys.readouterr().out
 
