@@ -370,7 +370,8 @@ def parser_of(description, raw_example):
     """A parser with the flags that both probes share. raw_example: a publisher's folder, for --help."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--encoder", required=True,
-                        help="encoder.pt of a run; random:SIZE gives only the untrained control")
+                        help="encoder.pt of a run, or tiny, which comes with the program; random:SIZE gives only the "
+                             "untrained control")
     parser.add_argument("--raw", type=Path, required=True,
                         help=f"folder of the raw recordings in their publisher's layout, such as {raw_example}; not "
                              "the prepared corpus")

@@ -4,7 +4,7 @@ Every lead is cut into patches of PATCH_S seconds; one linear layer, shared by a
 A lead is known by its name: a learned vector per named lead is added to its tokens. Time enters as rotary position in
 seconds, so nothing is padded or resized. Missing leads and patches have no token, or one that no other token can see.
 
-    encoder = load_encoder("runs/real/encoder.pt")                  # or "random:tiny" for an untrained one
+    encoder = load_encoder("tiny")               # or "runs/real/encoder.pt", or "random:tiny" for an untrained one
     out = encoder.embed(signal, fs=360, leads=["MLII", "V1"])       # any recording, or a list of recordings: Embedding
     features = encoder(signal_mv, lead_ids)                         # windows at 250 Hz, with gradients: Features
 
@@ -47,6 +47,7 @@ MAX_BATCHED_TOKENS = 512
 # A scaled copy of a weight with more numbers than this would take much memory until the backward pass.
 MAX_SCALED_WEIGHT = 2 ** 22
 ONE_BY_ONE_WIDTH = 256           # up to this width a CPU is faster if it takes batches of windows one after the other
+PRETRAINED = Path(__file__).with_name("pretrained")      # SIZE.pt, for load_encoder(SIZE)
 FORMAT, GIVE = "ecg-dino encoder 3", "give the encoder.pt that train.py wrote"
 PREPROCESSING = dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES,
                      compress_mv=COMPRESS_MV)  # stored with the weights
@@ -193,6 +194,7 @@ class Encoder(nn.Module):
 
     sharded = False              # whether FSDP holds the weights, see encode
     precision = "auto"           # of embed(), see precision_of
+    about = {}                   # what its file says about it: command, commit, ...
 
     def __init__(self, width, depth, heads, layer_scale, init_seed=0, window_patches=WINDOW_PATCHES,
                  patch_samples=round(PATCH_S * FS), registers=REGISTERS):
@@ -444,9 +446,12 @@ def untrained_like(encoder):
 
 
 def load_encoder(path, device="cpu"):
-    """Encoder in eval mode from an encoder.pt, or untrained from "random:SIZE" or "random:SIZE:SEED". ValueError for a
-    device that is not there, for a file that is no encoder, and for one that is damaged, each with its own text."""
+    """Encoder in eval mode: "tiny", which comes with the program (its file says from what data, and how good it is);
+    from an encoder.pt; or untrained, "random:SIZE" or "random:SIZE:SEED". ValueError for a device that is not there,
+    for a file that is no encoder, and for one that is damaged, each with its own text."""
     device = checked_device(device)
+    if str(path) in SIZES and not Path(path).exists():
+        path = PRETRAINED / f"{path}.pt"
     if str(path).startswith("random:"):
         _, size, *seed = str(path).split(":")
         if seed and not seed[0].isdigit():
@@ -460,6 +465,7 @@ def load_encoder(path, device="cpu"):
     except Exception as error:
         raise ValueError(f"{path} is damaged: its weights do not fit its architecture ({first_line(error)}); copy or "
                          "export it again") from error
+    encoder.about = saved.get("about", {})
     return encoder.eval().to(device, torch.float32)
 
 
@@ -491,7 +497,8 @@ def checked_device(device):
 def read_encoder(path):
     """The content of an encoder.pt, on the CPU."""
     if not Path(path).is_file():
-        raise ValueError(f"no encoder at {path}; train.py writes RUN/encoder.pt, and random:tiny is an untrained one")
+        raise ValueError(f"no encoder at {path}; tiny comes with the program, train.py writes RUN/encoder.pt, and "
+                         "random:tiny is an untrained one")
     if is_damaged(path):
         raise ValueError(f"{path} is damaged: it was cut off, or it changed after it was written; copy or export it "
                          "again")

@@ -120,9 +120,9 @@ def raw_features(signal_mv, lead_ids, beats_s):
     return window - window.mean(axis=1, keepdims=True)
 
 
-def collect(raw, encoders):
+def collect(raw, encoders, most=None):
     """Beats of every record of DS1 and DS2 in `raw`: record, beat_s and cls, each (K,), and features (K, F), numbered
-    by encoder. ValueError if a set is absent, or if a file cannot be read."""
+    by encoder; most: see used_beats. ValueError if a set is absent, or if a file cannot be read."""
     names = [n for n in MITDB_DS1 + MITDB_DS2 if (raw / f"{n}.hea").is_file()]
     if not set(names) & set(MITDB_DS1) or not set(names) & set(MITDB_DS2):
         raise ValueError(f"{raw} holds {len(names)} of the 44 records of DS1 and DS2 ({' '.join(names) or 'none'}); "
@@ -134,7 +134,7 @@ def collect(raw, encoders):
         except Refused as error:
             raise ValueError(f"{raw / name}: {error}") from None
         times_s, classes = read_beats(str(raw / name))
-        used = used_beats(name, classes)
+        used = used_beats(name, classes, most)
         if not used.any():
             continue
         rr, times_s = rr_features(times_s)[used], times_s[used]
@@ -146,13 +146,14 @@ def collect(raw, encoders):
     return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
 
-def used_beats(name, cls):
-    """Which beats of record `name` are used: all of CLASSES, in DS1 at most MAX_N_TRAIN N, evenly spread."""
-    used = np.isin(cls, CLASSES)
-    if name in MITDB_DS1:
-        normal = np.flatnonzero(cls == "N")
-        used[normal] = False
-        used[normal[np.linspace(0, len(normal) - 1, min(MAX_N_TRAIN, len(normal))).astype(int)]] = True
+def used_beats(name, cls, most=None):
+    """Which beats of record `name` are used: all of CLASSES, in DS1 at most MAX_N_TRAIN N; or at most `most` of every
+    class; evenly spread."""
+    used = np.zeros(len(cls), bool)
+    for of in CLASSES:
+        found = np.flatnonzero(cls == of)
+        limit = most or (MAX_N_TRAIN if of == "N" and name in MITDB_DS1 else len(found))
+        used[found[np.linspace(0, len(found) - 1, min(limit, len(found))).astype(int)]] = True
     return used
 
 
@@ -248,6 +249,8 @@ def score(x, data, train, test, number, counts):
 def report(result):
     """The protocol and the scores, as text."""
     n, rows, differences, untrained = result["n"], {}, {}, {}
+    thinned = (f"at most {result['beats']} of a class and record" if result["beats"] else
+               f"N thinned to {MAX_N_TRAIN} a record")
     for name, r in (result["features"] | result["controls"]).items():
         rows[name] = {"C": r["c"], "within": show(r["within_nsv"], r["within_ci95"]),
                       **{f"within {k}": r["within_per_class"][k] for k in "SVN"},
@@ -258,7 +261,7 @@ def report(result):
             differences.setdefault(NAMES[key], {})[name] = show(d["difference"], d["ci95"])
             untrained.setdefault(NAMES[key], {})[name] = r["untrained_scores"][key]
     return "\n".join((
-        f"MIT-BIH, DS1 ({n['train_records']} records, {n['train']} beats, N thinned to {MAX_N_TRAIN} a record) "
+        f"MIT-BIH, DS1 ({n['train_records']} records, {n['train']} beats, {thinned}) "
         f"to DS2 ({n['test_records']} records, {n['test']} beats: "
         + ", ".join(f"{k} {v}" for k, v in n["test_beats"].items()) + ")",
         "classes by symbol: " + "; ".join(f"{name}: {' '.join(symbols)}" for name, symbols in AAMI.items())
@@ -292,13 +295,17 @@ def draw(result):
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    return parser_of("Linear probes of single heartbeats on MIT-BIH, for an encoder and its untrained control.",
-                     "raw/mitdb").parse_args(argv)
+    parser = parser_of("Linear probes of single heartbeats on MIT-BIH, for an encoder and its untrained control.",
+                       "raw/mitdb")
+    parser.add_argument("--beats", type=int, metavar="N",
+                        help="for a quick look: at most so many beats of a class from each record (default: all; of "
+                             f"normal ones in DS1 {MAX_N_TRAIN})")
+    return parser.parse_args(argv)
 
 
 def main(args):
     encoders = load_encoders(args.encoder, args.device, args.precision)
-    data = collect(args.raw, encoders)
+    data = collect(args.raw, encoders, args.beats)
     train, test = (np.isin(data["record"], names) for names in (MITDB_DS1, MITDB_DS2))
     number, counts = resample(data["record"][test], args.seed)
     counts = np.concatenate((np.ones_like(counts[:1]), counts))      # first the test set itself
@@ -321,7 +328,7 @@ def main(args):
              test_records=counts.shape[1], train_beats=train_beats, test_beats=test_beats,
              absent=[name for name, beats in test_beats.items() if not beats])
     result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=len(encoders) == 1,
-                          n=n, mapping=AAMI, **result))
+                          beats=args.beats or 0, n=n, mapping=AAMI, **result))
     print(report(result))
     write_results(args.out, "mitbih", result, stored, draw(result))
 

@@ -105,7 +105,7 @@ ADAM_BETA1 = 0.9
 FREEZE_PROTOTYPES_SHARE = 0.01                  # of the steps, with learning rate 0 for the prototypes
 
 # Running: these do not change what is learned.
-DEMO_STEPS = 150
+DEMO_STEPS, DEMO_BEATS = 90, "60"
 KEEP_LAST = 2                    # checkpoints, in addition to those of --keep-every
 # Without --checkpoint-every: seconds between checkpoints, or more, so that a day does not write more than so many GB.
 CHECKPOINT_S, CHECKPOINT_GB_PER_DAY = 300, 5000
@@ -114,7 +114,7 @@ MAX_SKIPPED = 5                  # this many steps in a row whose loss or gradie
 LOCK_S = 120                     # s that a run waits for another run in its folder to end
 EXIT_STOPPED = 75                # "try again later" in sysexits.h
 # Constants of all files that a resumed run may change.
-RUNNING = {"DEMO_STEPS", "KEEP_LAST", "CHECKPOINT_S", "CHECKPOINT_GB_PER_DAY", "HANG_S",
+RUNNING = {"DEMO_STEPS", "DEMO_BEATS", "KEEP_LAST", "CHECKPOINT_S", "CHECKPOINT_GB_PER_DAY", "HANG_S",
            "MAX_SKIPPED", "LOCK_S", "EXIT_STOPPED", "OUT_OF_MEMORY", "OPEN_SHARDS", "MAX_EMBED_TOKENS", "FORMAT",
            "FORMAT_VERSION", "GIVE", "SIZES", "WINDOW_PATCHES", "FINGERPRINTS_FILE", "PREPROCESSING",
            "MAX_BATCHED_TOKENS", "MAX_SCALED_WEIGHT", "ONE_BY_ONE_WIDTH", "RECIPES"}
@@ -777,24 +777,27 @@ def show_demo(args):
     """Probe the demo's encoder and its untrained control, draw its features, and print the scores."""
     out, encoder = args.out, str(args.out / "encoder.pt")
     probe_ptbxl.main(probe_ptbxl.parse_args(
-        ["--encoder", encoder, "--raw", str(out / "raw/ptbxl"), "--out", str(out / "ptbxl")]))
+        ["--encoder", encoder, "--raw", str(out / "raw/ptbxl"), "--out", str(out / "ptbxl"), "--leads", "I"]))
     probe_mitbih.main(probe_mitbih.parse_args(
-        ["--encoder", encoder, "--raw", str(out / "raw/mitdb"), "--out", str(out / "mitbih")]))
+        ["--encoder", encoder, "--raw", str(out / "raw/mitdb"), "--out", str(out / "mitbih"), "--beats", DEMO_BEATS]))
     corpus = open_corpus(args.data[0][0])
     # A normal ECG has every wave.
     normal = (corpus.index["split"] == SPLITS.index("test")) & (corpus.index["label"] == 1)
     draw_features(load_encoder(encoder), corpus, int(np.flatnonzero(normal)[0]), out / "features.png")
-    ptbxl = json.loads((out / "ptbxl/ptbxl.json").read_text())["tasks"]["superdiagnostic"]
-    mitbih = json.loads((out / "mitbih/mitbih.json").read_text())["features"]["neighbourhood"]
-    print("\nsynthetic recordings, frozen features, AUROC [95 % interval]      pre-trained   untrained   difference")
-    for name, r, value in (("12-lead recordings, superdiagnostic", ptbxl, ptbxl["macro_auroc"]),
-                           ("heartbeats, macro N, S, V", mitbih, mitbih["macro_nsv"])):
-        print(f"  {name:60s} {value:9.3f} {r['untrained']:11.3f}   {r['difference']:+.3f} "
-              f"[{r['difference_ci95'][0]:+.3f}, {r['difference_ci95'][1]:+.3f}]")
+    ptbxl = json.loads((out / "ptbxl/ptbxl.json").read_text())["tasks"]["all"]
+    beat = json.loads((out / "mitbih/mitbih.json").read_text())["features"]["r_token"]
+    interval = beat["differences"]["rr_r"]
+    print("\nsynthetic recordings, frozen features [95 % interval]                pre-trained   untrained   difference")
+    for name, score, control, difference, ci in (
+            ("lead I alone: all statements, macro AUROC", ptbxl["macro_auroc"], ptbxl["untrained"], ptbxl["difference"],
+             ptbxl["difference_ci95"]),
+            ("one patch at a heartbeat: RR interval before it, correlation", beat["rr_r"],
+             beat["untrained_scores"]["rr_r"], interval["difference"], interval["ci95"])):
+        print(f"  {name:64s} {score:9.3f} {control:11.3f}   {difference:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}]")
     print(f"""
 wrote {out}/encoder.pt, log.jsonl, curves.png, features.png (an ECG coloured by its local features), ptbxl/, mitbih/
 These recordings are synthetic: the table shows that the program works, not how good the features are on patients. \
-Next, with real ones:
+An encoder of real recordings comes with the program: load_encoder("tiny"). Next, with your own:
   python prepare.py ptbxl --raw raw/ptbxl --out data/ptbxl --download
   python prepare.py mitdb --raw raw/mitdb --out data/mitdb --download
   python prepare.py nstdb --raw raw/nstdb --out data/nstdb --download

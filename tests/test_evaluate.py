@@ -195,7 +195,7 @@ def row(features, lead_sets, logits=None, **more):
     found = evaluate.health(features, lead_sets, p)
     assert all(v.ndim == 0 for v in found.values())
     return {k: float(v) for k, v in found.items()} | dict(
-        ln_k=math.log(64), target_entropy=2.0, patch_target_entropy=1.0) | more
+        ln_k=math.log(64), ln_patch_k=math.log(64), target_entropy=2.0, patch_target_entropy=1.0) | more
 
 
 def test_collapse_is_named():
@@ -215,13 +215,14 @@ def test_collapse_is_named():
 
 @pytest.mark.parametrize("value", [None, math.nan, "absent"])
 def test_a_number_that_is_not_there_is_no_alarm(value):
-    for name in ("cls_rank", "prediction_entropy", "target_entropy", "patch_target_entropy", "ln_k"):
-        bad = dict(cls_rank=1.0, prediction_entropy=0.1, target_entropy=4.15, patch_target_entropy=0.1, ln_k=4.158)
+    for name in ("cls_rank", "prediction_entropy", "target_entropy", "patch_target_entropy", "ln_k", "ln_patch_k"):
+        bad = dict(cls_rank=1.0, prediction_entropy=0.1, target_entropy=4.15, patch_target_entropy=0.1, ln_k=4.158,
+                   ln_patch_k=4.158)
         assert len(evaluate.diagnose(bad, warm=True)) == 4
         bad[name] = value
         if value == "absent":
             del bad[name]
-        assert len(evaluate.diagnose(bad, warm=True)) == (1 if name == "ln_k" else 3)
+        assert len(evaluate.diagnose(bad, warm=True)) == (2 if name == "ln_k" else 3)
 
 
 def test_rank_is_that_of_numpy_within_lead_sets():

@@ -157,9 +157,9 @@ def source_of(fragment):
 
 # ---- train.py -------------------------------------------------------------------------------------------------------
 
-@follows("Next, with real ones:")
+@follows("Next, with your own:")
 def after_the_synthetic_run(work):
-    assert commands_in(source_of("Next, with real ones:")) == 4
+    assert commands_in(source_of("Next, with your own:")) == 4
 
 
 @follows("error: out of memory on rank")

@@ -1301,15 +1301,30 @@ for _ in range(2):
     assert done.stdout.splitlines() == ["(64,) (1, 9, 32) True"] * 2, done.stderr
 
 
-def test_fine_tuning_as_the_readme_says(encoder, tmp_path, monkeypatch):
-    """The code of the README, but for the path and the number of steps, separates two kinds of heart."""
+def test_the_encoder_that_comes_with_the_program():
+    """It is small, and says where it comes from."""
+    path = ROOT / "pretrained" / "tiny.pt"
+    assert path.stat().st_size <= 3e6
+    encoder = load_encoder("tiny")
+    assert encoder.width == SIZES["tiny"]["width"] and not encoder.training
+    about = encoder.about
+    assert {"command", "commit", "step", "data", "results", "intended_use"} <= set(about)
+    assert "no medical device" in about["intended_use"] and len(about["commit"]) == 40
+    assert all("CC BY 4.0" in line or "ODC-By 1.0" in line for line in about["data"])
+    readme = (ROOT / "README.md").read_text()
+    assert about["commit"][:7] in readme and "pretrained/tiny.pt" in readme
+    with pytest.raises(ValueError, match=r"no encoder at .*small\.pt; tiny comes with the program"):
+        load_encoder("small")
+
+
+def test_fine_tuning_as_the_readme_says(tmp_path, monkeypatch):
+    """The code of the README, but for the number of steps, separates two kinds of heart."""
     text = (ROOT / "README.md").read_text().partition("## Fine-tune it on your own labels\n")[2]
     section = text.partition("\n## ")[0]
     assert section.rstrip().count("\n") < 30
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
-    save_encoder(encoder, tmp_path / "encoder.pt")
     monkeypatch.chdir(tmp_path)
-    for old, new in (("runs/real/encoder.pt", "encoder.pt"), ("range(1000)", "range(30)"),
+    for old, new in (("range(1000)", "range(30)"),
                      ("    loss.backward()\n", "    loss.backward()\n    losses.append(loss.item())\n")):
         assert code.count(old) == 1
         code = code.replace(old, new)

@@ -127,6 +127,10 @@ def test_normal_beats_of_ds1_are_thinned_evenly_and_no_others():
     assert train[:1500].sum() == 600 and train[1500:2200].all() and not train[2200:].any()
     assert np.ptp(np.diff(np.flatnonzero(train[:1500]))) <= 1
     assert test[:2200].all() and not test[2200:].any()
+    for name in (MITDB_DS1[0], MITDB_DS2[0]):
+        quick = probe_mitbih.used_beats(name, cls, 50)
+        assert quick[:1500].sum() == quick[1500:2200].sum() == 50 and not quick[2200:].any()
+        assert quick[0] and quick[1499] and quick[2199]
 
 
 def test_rr_features_are_their_definition():

@@ -222,7 +222,7 @@ def digest(network):
 
 def test_first_weights_are_those_of_earlier_versions():
     assert digest(load_encoder("random:tiny")) == FIRST_WEIGHTS["encoder"]
-    student, teacher = build_networks(build_encoder("tiny"), 512, 128, 64, 64, 31)
+    student, teacher = build_networks(build_encoder("tiny"), 512, 128, 64, 64, 32)
     del student["wave_head"]                                           # is newer
     assert digest(student) == digest(teacher) == FIRST_WEIGHTS["student"]
 
@@ -239,7 +239,7 @@ if "WORLD_SIZE" in os.environ:
         networks = train.build(args, mesh, device, watchdog)
     torch.distributed.barrier()
 else:
-    networks = train.build_networks(train.build_encoder("large"), 512, 128, 512, 512, 31)
+    networks = train.build_networks(train.build_encoder("large"), 512, 128, 512, 512, 32)
 open(f"{__file__}.{os.environ.get('RANK', 'alone')}", "w").write(str(peak_gb()))
 sys.exit()
 """
@@ -264,7 +264,7 @@ def test_overfits_one_batch(data):
     torch.manual_seed(0)
     sampler = Sampler([open_corpus(data / "ptbxl")], 16, 5, lead_groups())
     encoder = Encoder(48, 1, 2, 1.0)
-    student, teacher = build_networks(encoder, 64, 32, 64, 64, 31)
+    student, teacher = build_networks(encoder, 64, 32, 64, 64, 32)
     groups = [cut_views(g, None, encoder.patch_samples, "cpu")
               for g in host_batch(sampler, 0, 0, 1, 5000, encoder.patch_samples)]
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
@@ -467,10 +467,11 @@ def test_old_checkpoints_go_and_milestones_stay(data, tmp_path):
 def test_time_between_checkpoints_follows_from_the_size_of_the_state():
     def interval(size, gram):
         with torch.device("meta"):
-            student, teacher = build_networks(build_encoder(size), 512, 128, 64, 64, 31)
-        numbers = sum(p.numel() for p in student.parameters())
+            student, teacher = build_networks(build_encoder(size), 512, 128, 64, 64, 32)
         gram_teacher = teacher["encoder"] if gram else None
-        state_gb = 4 * (4 * numbers + gram * sum(p.numel() for p in teacher["encoder"].parameters())) / 1e9
+        numbers, copied, anchor = (sum(p.numel() for p in part.parameters())
+                                   for part in (student, teacher, teacher["encoder"]))
+        state_gb = 4 * (3 * numbers + copied + gram * anchor) / 1e9
         return train.seconds_between_checkpoints(student, teacher, gram_teacher), state_gb
     assert interval("tiny", False)[0] == train.CHECKPOINT_S == 300
     for gram in (False, True):
@@ -816,7 +817,7 @@ def test_two_ranks_begin_with_the_weights_of_one_process(two_ranks):
         alone = train.build(args, None, torch.device("cpu"), mock.Mock())
         patches = {8: 25, 4: 40, 3: 40, 2: 40, 1: 40}                    # 5 s and 8 s
         student, teacher = build_networks(build_encoder("tiny", args.seed, window_patches=patches), TINY["head_hidden"],
-                                          TINY["head_bottleneck"], 65, 65, 31)
+                                          TINY["head_bottleneck"], 65, 65, 32)
     assert len(sharded) == len(alone) == 3 and all(len(state) > 20 for state in sharded)
     for two, one, whole in zip(sharded, alone, (student, teacher, teacher["encoder"])):
         assert same(two, whole.state_dict()) and same(one.state_dict(), whole.state_dict())
@@ -1052,7 +1053,7 @@ def test_flags_are_the_documented_ones():
     assert set(vars(train.parse_args([]))) == {
         "data", "exclude", "noise", "out", "resume", "size", "steps", "batch", "lr", "prototypes", "gram_from", "seed",
         "device", "precision", "compile", "shard", "checkpoint_activations", "log_every", "checkpoint_every",
-        "keep_every", "probe_every"}
+        "keep_every", "probe_every", "recipe"}                           # the last is the column of --size
 
 
 def test_weights_of_corpora_are_read_from_the_flag(capfd):
