@@ -13,7 +13,7 @@ import pytest
 import wfdb
 
 from conftest import ROOT, TWELVE, draw_ecg, edit_header, noise, rows_of, run, write
-from ecg import FS, LEADS, MISSING, lead_id, preprocess, read_any_wfdb, read_plain_wfdb, read_wfdb
+from ecg import FS, LEADS, MISSING, lead_id, preprocess, read_any_wfdb, read_plain_wfdb
 
 
 # ---------------------------------------------------------------------------------------------------------------------
