@@ -350,7 +350,8 @@ def bench_sizes(args):
     for size in SIZES:
         (run, work, kept), (*_, kept_less) = on_paper(size, 16), on_paper(size, 16, recompute=True)
         n_encoder, n_all = (sum(p.numel() for p in x.parameters()) for x in (run.student["encoder"], run.student))
-        print(f"{size:7}{n_encoder / 1e6:10.1f}{n_all / 1e6:9.1f}{20 * n_all / 1e9:10.2f}{n_all * per_number_s:9.1f}"
+        state = 20 * n_all + 4 * n_encoder * (run.recipe["gram_from"] >= 0)  # with a Gram teacher
+        print(f"{size:7}{n_encoder / 1e6:10.1f}{n_all / 1e6:9.1f}{state / 1e9:10.2f}{n_all * per_number_s:9.1f}"
               f"{work / 16e9:12.1f}{kept / 16e6:10.1f}{kept_less / 16e6:10.1f}", flush=True)
 
 

@@ -5,7 +5,7 @@ gradient.
     DINO      the CLS tokens of two views of a recording should fall on the same prototypes (Caron et al. 2021)
     iBOT      a masked patch should fall on the prototypes of the patch that the teacher saw there (Zhou et al. 2022)
     Leads     a patch of a view of few leads should fall on the prototypes of the teacher's patch, seen among all leads
-    Wave      a patch should tell the ECG at another one of its lead, a given time before or after; a masked one its own
+    Wave      a patch should predict the ECG of another one of its lead, a given time before or after; a masked its own
     Sinkhorn  the teacher's assignments use every prototype equally, so not all recordings share one (SwAV 2020, DINOv2)
     KoLeo     global features of different recordings keep a distance (Sablayrolles et al. 2019)
     Contrast  a view is nearer to its own recording than to others (InfoNCE); a short run needs it
@@ -79,7 +79,7 @@ class DINOHead(nn.Module):
 
 
 class WaveHead(nn.Module):
-    """What a patch tells of the ECG of another one: x (M, D), offset (M,) in [0, offsets) says of which -> (M, P)."""
+    """Predicts the ECG of a patch (M, P) from the feature of another, x (M, D); offset (M,) in [0, offsets): which."""
 
     def __init__(self, in_dim, hidden_dim, offsets, patch_samples, init_seed=0):
         super().__init__()
@@ -338,7 +338,7 @@ def group_parts(group, f, target, patch_target, logits, points, patch_logits, co
 
 
 def wave_loss(head, encoder, groups, features):
-    """Mean squared error of the ECG that patches of the noisy global views tell, by lead groups: of another patch of
+    """Mean squared error of the ECG predicted from patches of noisy global views, by lead groups: of another patch of
     their lead (`near` of augment.cut_views), plus that of masked patches of their own ECG, each view with the same
     weight. The ECG is the clean one, as the front end of the encoder has it."""
     near = [g["near"] for g in groups]
@@ -358,7 +358,7 @@ def wave_loss(head, encoder, groups, features):
 def objective(student, teacher, gram_teacher, groups, temperature, patch_temperature, weights):
     """Loss of a batch (lead groups of augment.cut_views), its parts and the entropy of its targets (dict of scalars),
     the teacher's global features (T, B, 2D) and the student's logits (rows, K). Temperatures of the targets of global
-    features and of patches; weights of the terms contrast, leads, wave, and gram.
+    features and of patches; weights of the terms contrast, leads, wave and gram.
 
     Everything that compares recordings does so within a lead group, where all global views show the same leads: an
     encoder that looks at lead names alone gains nothing.

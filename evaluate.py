@@ -294,12 +294,12 @@ def save_figure(figure, path, dpi=110):
 def draw_curves(out):
     """OUT/curves.png from OUT/log.jsonl: losses, entropies next to ln K, and the online probe, against the step."""
     rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    panels = {"losses": ("dino_global", "dino_local", "ibot", "leads"),
+    panels = {"losses": ("dino_global", "dino_local", "ibot", "leads", "contrast", "wave"),
               "entropy (nats)": ("target_entropy", "patch_target_entropy", "prediction_entropy"),
               "online probe, macro AUROC": ("online_auroc",)}
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(1, 3), panels.items()):
-        for name in names:
+        for name in (n for n in names if any(n in r for r in rows)):
             steps, values = [r["step"] for r in rows if name in r], [r[name] for r in rows if name in r]
             axis.plot(steps, np.array(values, dtype=float), marker="" if len(names) > 1 else "o", label=name)
         axis.set(title=title, xlabel="step")

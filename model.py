@@ -450,7 +450,7 @@ def load_encoder(path, device="cpu"):
     from an encoder.pt; or untrained, "random:SIZE" or "random:SIZE:SEED". ValueError for a device that is not there,
     for a file that is no encoder, and for one that is damaged, each with its own text."""
     device = checked_device(device)
-    if str(path) in SIZES and not Path(path).exists():
+    if str(path) in SIZES and not Path(path).is_file():
         path = PRETRAINED / f"{path}.pt"
     if str(path).startswith("random:"):
         _, size, *seed = str(path).split(":")

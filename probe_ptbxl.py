@@ -91,23 +91,24 @@ def label_sets(codes, statements):
 
 
 def read_recordings(paths, leads=None):
-    """Yield the first RECORD_S of each record, an ecg.Recording of `leads` (names; None: all). ValueError that names a
-    file that cannot be read, or that lacks one of these leads."""
-    for path in paths:
+    """Yield the first RECORD_S of each record, an ecg.Recording; leads: of each record the names of the leads that are
+    shown, or None. ValueError that names a file that cannot be read, or that lacks one of these leads."""
+    for path, names in zip(paths, leads or [None] * len(paths)):
         try:
             recording = read_wfdb(path)
         except Refused as error:
             raise ValueError(f"{path}: {error}") from None
-        names, ids = leads or recording.leads, [lead_id(name) for name in recording.leads]
-        absent = [name for name in names if lead_id(name) not in ids]
+        signal, ids = recording.signal[:round(RECORD_S * recording.fs)], [lead_id(name) for name in recording.leads]
+        absent = [name for name in names or () if lead_id(name) not in ids]
         if absent:
             raise ValueError(f"{path} has no lead {', '.join(absent)}; it has {', '.join(recording.leads)}")
-        columns = [ids.index(lead_id(name)) for name in names]
-        yield recording._replace(signal=recording.signal[:round(RECORD_S * recording.fs), columns], leads=names)
+        if names:
+            signal, recording = signal[:, [ids.index(lead_id(name)) for name in names]], recording._replace(leads=names)
+        yield recording._replace(signal=signal)
 
 
 def extract_features(encoders, paths, leads=None):
-    """Global features (E, R, 2D) of `leads` of R recordings, and how many have gaps and are unusable (NaN)."""
+    """Global features (E, R, 2D) of R recordings, and how many have gaps and are unusable (NaN); leads: of each."""
     features = global_features(encoders, lambda: read_recordings(paths, leads))
     usable = np.isfinite(features[0]).all(axis=1)
     if not usable.any():
@@ -279,12 +280,11 @@ def main(args):
     noise = load_noise(open_corpus(args.noise), "test") if args.noise else None
     fold, patients = table.strat_fold.to_numpy(), table.patient_id.to_numpy()
     train, val, test = split_rows(fold)
-    features, odd = extract_features(encoders, table.path.tolist(), args.leads)
     shown = args.leads_scored or args.leads
-    if args.leads_scored:
-        features[:, ~train], _ = extract_features(encoders, table.path[~train].tolist(), shown)
+    features, odd = extract_features(encoders, table.path.tolist(), [args.leads if t else shown for t in train])
     if noise is not None:
-        noisy = noisy_features(encoders, lambda: read_recordings(table.path[test], shown), noise, args.seed)
+        noisy = noisy_features(encoders, lambda: read_recordings(table.path[test], [shown] * test.sum()), noise,
+                               args.seed)
         features = np.concatenate((features, noisy.reshape(len(encoders), -1, features.shape[2])), axis=1)
 
     sets = label_sets(table.codes, statements)

@@ -2,7 +2,7 @@
 
     python train.py                     # needs no data: synthetic recordings, minutes on a laptop
     python train.py --data data/ptbxl data/mitdb --noise data/nstdb --out runs/real
-    torchrun --nproc-per-node 8 train.py --data ... --size base --batch 1024 --steps 100000 --lr 0.001
+    torchrun --nproc-per-node 8 train.py --data ... --size base
     sbatch run.sbatch                   # on a Slurm cluster: many nodes, and it continues after interruptions
 
 One process per device; --batch is the total batch of all processes. A batch is a pure function of (seed, step), so
@@ -65,15 +65,17 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")      
 # 10,000 steps, three times. Here the shares are the same. DINOv3's anchor sees twice the resolution; this one does not.
 GRAM_RAMP_SHARE = 0.005                          # of the steps from --gram-from on
 GRAM_REFRESH_SHARE, GRAM_REFRESHES = 0.05, 3
-# The recipe, a column per size; flags override the first rows. The column of tiny was found here (LOG.md). The others
-# follow DINOv3 (ViT-L up to huge, then 7B), and only their first steps were ever run. What depends on the batch:
+# The recipe, a column per size; --batch, --steps, --lr, --prototypes (of both heads) and --gram-from override it. The
+# column of tiny was found here (LOG.md). The others follow DINOv3 (ViT-L up to huge, then 7B) and were never run at
+# length. Of DINOv3's 7B they lack a learning rate that stays constant, the shorter rise of the temperature and the
+# smaller head of patches. What depends on the batch:
 #   prototypes        of the CLS head: a power of two, at most 16 for each of the 2 rows of a recording, or the targets
 #                     stay flat
 #   patch_prototypes  a power of two (but for 7B), at most half of the rows, of which a recording has about 200
 #   temperature       Sinkhorn leaves an entropy of ln(prototypes / rows) or more to the targets; the fewer prototypes
 #                     a row has, the more of their entropy has to come from the temperature
-#   lr                DINOv3's is 4e-3 * (batch / 1024) ** 0.5, with a decay from layer to layer that is not here: a
-#                     quarter of it, or less
+#   lr                DINOv3's is 4e-3 * (batch / 1024) ** 0.5, with a decay from layer to layer that is not here: small
+#                     to huge have a quarter of it, or less; 7b has DINOv3's own
 RECIPES = {
     #                     tiny            small         base          large         huge          7b
     "batch":             (32,             256,          1024,         2048,         2048,         4096),
@@ -538,9 +540,11 @@ def settle_flags(args, meta, device, rank):
             setattr(args, name, before[name])
         elif meta and given != before[name] and rank == 0:
             print(f"--{name} is {given} from step {meta['step']} on; until then it was {before[name]}")
-    args.recipe["lr"] = args.lr
     if args.gram_from is None:
         args.gram_from = args.recipe["gram_from"] if args.recipe["gram_from"] < args.steps else -1
+        if meta and args.recipe["gram_from"] >= 0:                     # decided at the start, whatever --steps is now
+            args.gram_from = meta["same"].get("gram_from", args.gram_from)
+    args.recipe |= {name: getattr(args, name) for name in ("batch", "steps", "lr", "prototypes", "gram_from")}
     if meta is None and args.gram_from >= args.steps:
         raise ValueError(f"--gram-from {args.gram_from} is beyond the last of --steps {args.steps}: nothing would be "
                          f"anchored; give --gram-from {args.steps // 2}, for example, or leave it out")
@@ -577,7 +581,7 @@ def signs_of_health(groups, parts, target_cls, logits):
 
 
 def build(args, mesh, device, watchdog):
-    """Student, teacher and Gram teacher (None without --gram-from). They get memory in materialize(), at the end."""
+    """Student, teacher and Gram teacher (None if --gram-from is -1). They get memory in materialize(), at the end."""
     with torch.device("meta"):
         encoder = build_encoder(args.size, args.seed,
                                 window_patches={g.leads: round(g.window_s / PATCH_S) for g in lead_groups()})
@@ -795,13 +799,16 @@ def show_demo(args):
     # A normal ECG has every wave.
     normal = (corpus.index["split"] == SPLITS.index("test")) & (corpus.index["label"] == 1)
     draw_features(load_encoder("tiny"), corpus, int(np.flatnonzero(normal)[0]), out / "features.png")
-    print(f"\nsynthetic recordings, linear probes of frozen features, difference to untrained [95 %]\n{'':45}untrained"
-          f"{f'this run, {args.steps} steps':>31}{'tiny.pt, of real recordings':>31}")
-    for name, *row in zip(("lead I alone, all statements: AUROC", "a heartbeat, RR interval before it: r"), *scores):
-        print(f"  {name:40}{row[0][1]:12.3f}" + "".join(
-            f"{score:9.3f} {difference:+.3f} [{low:+.3f}, {high:+.3f}]" for score, _, difference, (low, high) in row))
+    print("\nsynthetic recordings, linear probes of frozen features; the same network untrained; difference [95 %]")
+    for name, *row in zip(("lead I alone, all statements: AUROC", "a heartbeat, RR interval before it: correlation"),
+                          *scores):
+        print(name)
+        for of, (score, control, difference, (low, high)) in zip((f"this run, {args.steps} steps",
+                                                                  "tiny.pt, of real recordings"), row):
+            print(f"  {of:30}{score:9.3f}{control:9.3f}   {difference:+.3f} [{low:+.3f}, {high:+.3f}]")
     print(f"""
-wrote {out}/encoder.pt, log.jsonl, curves.png, features.png (an ECG coloured by its local features), ptbxl/, mitbih/
+wrote {out}/encoder.pt, log.jsonl, curves.png, features.png (an ECG coloured by local features of tiny.pt), ptbxl/, \
+mitbih/, tiny/
 So few steps on synthetic recordings teach little; they show that the program works. load_encoder("tiny") was trained \
 on real ones, and never saw a synthetic one. Next, with your own:
   python prepare.py ptbxl --raw raw/ptbxl --out data/ptbxl --download
@@ -846,7 +853,7 @@ def parse_args(argv=None):
     add("--steps", type=int, help=f"length of the schedules {of_sizes('steps')}; without --data {DEMO_STEPS}")
     add("--batch", type=int, help=f"recordings per step, of all processes together {of_sizes('batch')}")
     add("--lr", type=float, help=f"peak learning rate; halve it if the loss rises or is NaN {of_sizes('lr')}")
-    add("--prototypes", type=int, help="K of all heads; at most 32 times the batch, otherwise targets stay flat "
+    add("--prototypes", type=int, help="K of both heads; at most 32 times the batch, otherwise targets stay flat "
         f"{of_sizes('prototypes')}")
     add("--gram-from", type=int, metavar="STEP",
         help="Gram anchoring from this step on, if local features get worse in a long run; -1: never (default: never, "

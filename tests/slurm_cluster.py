@@ -197,7 +197,7 @@ class Cluster:
         logs = [f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}"
                 for log in sorted(self.folder.glob("*.log"))]
         what = what() if callable(what) else what
-        raise TimeoutError("\n".join([f"{what}: not within {seconds} s: {error}", *logs]))
+        raise TimeoutError("\n".join([f"{what}: {error} ({seconds} s were given)", *logs]))
 
 
 if __name__ == "__main__":  # the watcher that Cluster starts

@@ -137,9 +137,10 @@ def given_away(student, teacher, sampler, noise, first=0, batches=4):
     return {leads: {name: float(np.mean(values)) for name, values in row.items()} for leads, row in found.items()}
 
 
-# Contrast is that of noisy views, so it varies by 1e-3; everything else is exact, or above chance because of them.
+# Contrast is that of noisy views, so it varies by 1e-3; everything else is exact, or above chance because of them. Wave,
+# which is near 2, may learn the mean ECG of a lead, which is not 0: that says nothing about a recording.
 LIMITS = dict(target_entropy=1e-3, patch_target_entropy=1e-3, contrast=3e-3, dino_global=0.01, dino_local=0.01,
-              ibot=0.01, leads=0.01, wave=0.02) | dict.fromkeys(
+              ibot=0.01, leads=0.01, wave=0.1) | dict.fromkeys(
                   ("global views", "local views", "views of few leads"), 1e-3)
 
 

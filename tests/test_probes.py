@@ -79,11 +79,11 @@ def test_a_record_that_cannot_be_read_is_named(encoder_path, ptbxl_records, tmp_
 
 
 def test_leads_can_be_chosen_by_any_spelling(ptbxl_records):
-    whole, two = (next(probe_ptbxl.read_recordings(ptbxl_records[:1], leads)) for leads in (None, ["aVF", "MLII"]))
+    whole, two = (next(probe_ptbxl.read_recordings(ptbxl_records[:1], [leads])) for leads in (None, ["aVF", "MLII"]))
     assert two.leads == ["aVF", "MLII"] and len(whole.leads) == 12
     np.testing.assert_array_equal(two.signal, whole.signal[:, [5, 1]])
     with pytest.raises(ValueError, match="has no lead V7, X; it has I, II"):
-        next(probe_ptbxl.read_recordings(ptbxl_records[:1], ["I", "V7", "X"]))
+        next(probe_ptbxl.read_recordings(ptbxl_records[:1], [["I", "V7", "X"]]))
 
 
 def test_labels_are_fitted_on_one_copy_of_the_features(monkeypatch):
