@@ -15,12 +15,12 @@ import pytest
 
 import prepare
 import train
-from slurm_cluster import PATH, Cluster, processes
+from slurm_cluster import PATH, Cluster, processes, send
 from test_train import LONG_S, last_step, losses, same, saved_steps, weights
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 70, 5
-LIMIT_SIGNAL_S = 40
+LIMIT_SIGNAL_S, LATE_S = 90, 30      # Slurm sends the signal so long before the time limit, or up to LATE_S later
 
 missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name, path=PATH)]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing) or os.geteuid() != 0, reason=(
@@ -87,6 +87,10 @@ def test_nothing_that_a_cluster_does_changes_the_run(corpora, tmp_path):
             assert {rank_of(pid) for node in cluster.nodes for pid in cluster.on_node(node)} >= {"0", "1"}
             seen.append((round(time.time() - begun), turns, last_step(out)))
 
+        def seconds():
+            """How long this turn of the job has run."""
+            return sum(int(n) * 60 ** k for k, n in enumerate(reversed(cluster.job(job)["RunTime"].split(":"))))
+
         def log():
             return (tmp_path / "job.log").read_text()[-3000:] if (tmp_path / "job.log").exists() else ""
 
@@ -102,7 +106,14 @@ def test_nothing_that_a_cluster_does_changes_the_run(corpora, tmp_path):
         cluster.wait_for(lambda: cluster.job(job)["Restarts"] == "3", LONG_S, "Slurm notices the dead node")
         cluster.start_node(cluster.nodes[1])
         trains(3)
-        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")         # minute
+        # The ranks stand still until the signal has come: a fast machine would be done before, and a slow one may have
+        # run for minutes. Limits are whole minutes.
+        limit = (seconds() + LIMIT_SIGNAL_S + 5) // 60 + 1
+        ranks = [pid for node in cluster.nodes for pid in cluster.on_node(node) if rank_of(pid)]
+        send(signal.SIGSTOP, ranks)
+        cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+        cluster.wait_for(lambda: seconds() > 60 * limit - LIMIT_SIGNAL_S + LATE_S + 2, LONG_S, "the signal")
+        send(signal.SIGCONT, ranks)
         cluster.wait_for(lambda: cluster.job(job)["Restarts"] == "4", LONG_S, lambda: f"the time limit\n{log()}")
         cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=300")
         cluster.wait_for(lambda: cluster.state(job) in ("COMPLETED", "FAILED", "TIMEOUT"), LONG_S,
