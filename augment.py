@@ -33,7 +33,7 @@ MOST_FEW_LEADS = 12              # a view of few leads shows 1 to so many (drawn
 FEW_TOKENS, FEW_PATCHES = 96, 8  # patches of such a view, together (at most) and of a lead (at least)
 ASKED_PATCHES = 16               # patches of such a view that are compared with the teacher's
 NEAR_PAIRS, NEAR_PATCHES = 48, 15   # pairs of patches of a global view, one to predict the other, so far apart at most
-NEAR_OFFSETS = 2 * NEAR_PATCHES + 2  # see pair_patches
+NEAR_OFFSETS = 2 * NEAR_PATCHES + 2  # ids that pair_patches gives to distances
 NOISE_TYPES = ("bw", "em", "ma")     # baseline wander, electrode motion, muscle artefact: records of the noise corpus
 NOISE_TYPE_SHARE = 0.7               # chance of each type in a noisy view
 NOISY_SHARE = 0.5                    # share of the student's views with noise; the others stay clean
@@ -41,7 +41,7 @@ SNR_DB = (0.0, 24.0)                 # uniform; mean-square definition, see add_
 MUSCLE_HIGHPASS_HZ = 1.0             # below that `ma` is mostly wander, and its power would say nothing about muscle
 GAIN = (0.9, 1.1)                    # log-uniform; small, as voltage is diagnostic; one per view, to keep lead ratios
 UNKNOWN_SHARE = 0.05                 # share of a view's leads whose name is replaced by "unknown"
-NAMELESS_SHARE = 0.4                # share of the views of few leads that show no name at all
+NAMELESS_SHARE = 0.4                 # share of the views of few leads that show no name at all
 MASKED_CROPS = 1.0                   # share of the global views with a mask (DINOv3: half; a short run needs all)
 MASK_RATIO = (0.2, 0.6)              # share of patches in a masked view, on an even grid, so that the total is fixed
 MASK_KINDS = dict(time=0.6, lead=0.2, mixed=0.2)

@@ -90,9 +90,7 @@ class Run:
 
     def __init__(self, size, device, groups=None, precision="fp32", recompute=False, mesh=None):
         self.recipe = recipe = train.recipe(size)
-        self.student, self.teacher = dino.build_networks(
-            build_encoder(size), recipe["head_hidden"], recipe["head_bottleneck"], recipe["prototypes"],
-            recipe["patch_prototypes"], NEAR_OFFSETS if recipe["wave"] else 0)
+        self.student, self.teacher = train.networks_of(build_encoder(size), recipe)
         for block in self.student["encoder"].blocks:
             block.recompute = recompute
         for network in (self.student, self.teacher):

@@ -544,7 +544,7 @@ def settle_flags(args, meta, device, rank):
         args.gram_from = args.recipe["gram_from"] if args.recipe["gram_from"] < args.steps else -1
         if meta and args.recipe["gram_from"] >= 0:                     # decided at the start, whatever --steps is now
             args.gram_from = meta["same"].get("gram_from", args.gram_from)
-    args.recipe |= {name: getattr(args, name) for name in ("batch", "steps", "lr", "prototypes", "gram_from")}
+    args.recipe |= dict(lr=args.lr, steps=args.steps, gram_from=args.gram_from)
     if meta is None and args.gram_from >= args.steps:
         raise ValueError(f"--gram-from {args.gram_from} is beyond the last of --steps {args.steps}: nothing would be "
                          f"anchored; give --gram-from {args.steps // 2}, for example, or leave it out")
@@ -580,14 +580,18 @@ def signs_of_health(groups, parts, target_cls, logits):
                                                mean_prediction)
 
 
+def networks_of(encoder, recipe):
+    """Student and teacher with the heads of a recipe."""
+    return build_networks(encoder, recipe["head_hidden"], recipe["head_bottleneck"], recipe["prototypes"],
+                          recipe["patch_prototypes"], NEAR_OFFSETS if recipe["wave"] else 0)
+
+
 def build(args, mesh, device, watchdog):
     """Student, teacher and Gram teacher (None if --gram-from is -1). They get memory in materialize(), at the end."""
     with torch.device("meta"):
         encoder = build_encoder(args.size, args.seed,
                                 window_patches={g.leads: round(g.window_s / PATCH_S) for g in lead_groups()})
-        student, teacher = build_networks(encoder, args.recipe["head_hidden"], args.recipe["head_bottleneck"],
-                                          args.prototypes, args.recipe["patch_prototypes"],
-                                          NEAR_OFFSETS if args.recipe["wave"] else 0)
+        student, teacher = networks_of(encoder, args.recipe)
         gram_teacher = copy.deepcopy(teacher["encoder"]) if args.gram_from >= 0 else None
     for block in encoder.blocks:
         block.recompute = args.checkpoint_activations
@@ -643,7 +647,6 @@ def train(args, rank, world_size, device, stop, watchdog):
     between_s = seconds_between_checkpoints(student, teacher, gram_teacher)
 
     log = open(out / "log.jsonl", "a") if rank == 0 else None
-    weights = {name: args.recipe[name] for name in ("contrast", "leads", "wave")}
     skipped, in_a_row, told, waited_s = {}, 0, set(), 0.0
     batches = Batches(sampler, rank, world_size, noise, encoder.patch_samples, device)
     batches.start(start)
@@ -665,7 +668,7 @@ def train(args, rank, world_size, device, stop, watchdog):
         with autocast:
             loss, parts, cls, logits = objective(student, teacher, gram_teacher if step >= args.gram_from else None,
                                                  groups, s["temperature"], s["patch_temperature"],
-                                                 weights | dict(gram=s["gram_weight"]))
+                                                 args.recipe | dict(gram=s["gram_weight"]))
         loss.backward()
         if world_size > 1 and not sharded:
             average_gradients(student)
@@ -879,11 +882,9 @@ def parse_args(argv=None):
         help=f"keep these checkpoints too, not only the last {KEEP_LAST}; 0: only the last (default: %(default)s)")
     add("--probe-every", type=int, default=100, metavar="STEPS", help="online probe; 0: never (default: %(default)s)")
     args = p.parse_args(argv)
-    args.recipe = recipe(args.size)
-    args.batch = args.recipe["batch"] if args.batch is None else args.batch
-    if args.prototypes is not None:
-        args.recipe["patch_prototypes"] = args.prototypes
-    args.prototypes = args.recipe["prototypes"] if args.prototypes is None else args.prototypes
+    given = dict(batch=args.batch, prototypes=args.prototypes, patch_prototypes=args.prototypes)
+    args.recipe = recipe(args.size) | {name: value for name, value in given.items() if value is not None}
+    args.batch, args.prototypes = args.recipe["batch"], args.recipe["prototypes"]
     return args
 
 
