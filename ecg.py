@@ -281,12 +281,12 @@ class RecordingFeatures:
     """
 
     def __init__(self, rows, shape, width, local):
-        self.rows, self.sum, self.weight = rows, np.zeros(2 * width), 0
+        self.rows, self.sum, self.weight = rows, np.zeros(3 * width), 0
         self.local = np.full((*shape, width), np.nan, np.float32) if local else None
         self.distance = np.full(shape[1] if local else 0, np.inf)            # of each patch to a window's centre
 
     def add(self, start, pooled, weight, local):
-        """Add the output of the window from patch `start`: pooled (2D,), its weight, and local (L, N, D) or None."""
+        """Add the output of the window from patch `start`: pooled (3D,), its weight, and local (L, N, D) or None."""
         self.sum += weight * pooled
         self.weight += weight
         if local is not None:
@@ -297,10 +297,10 @@ class RecordingFeatures:
             self.distance[start + nearer] = distance[nearer]
 
     def whole(self, patch_s):
-        """The global feature (2D,), its first half, and local features (L, N, D) and their times (N,), if kept."""
+        """The global feature (3D,), its CLS, and local features (L, N, D) and their times (N,), if kept."""
         feature = (self.sum / (self.weight or np.nan)).astype(np.float32)
         times_s = None if self.local is None else (np.arange(self.local.shape[1]) + 0.5) * patch_s
-        return feature, feature[:len(feature) // 2], self.local, times_s
+        return feature, feature[:len(feature) // 3], self.local, times_s
 
 
 # ---- reading one recording from a file ------------------------------------------------------------------------------

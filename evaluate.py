@@ -3,7 +3,7 @@ of collapse, an online probe and pictures of its run.
 
     number, counts = resample(patients, seed=0)                       # which patients each resample holds
     interval(resampled_auroc(y, score, number, counts))               # AUROC of each resample; their 95 % interval
-    features = global_features(encoders, recordings)                  # (E, R, 2D) by encoder.embed
+    features = global_features(encoders, recordings)                  # (E, R, 3D) by encoder.embed
 
 Shapes: E encoders, R recordings or rows, D width of an encoder, C labels, G groups (patients, records), S resamples,
 H levels of noise, L leads, T samples (at FS), K prototypes.
@@ -148,14 +148,14 @@ def calibration(p, y):
 
 # ---- global features, clean and under noise -------------------------------------------------------------------------
 def global_features(encoders, recordings):
-    """Global features (E, R, 2D) of R recordings by encoder.embed; NaN where a recording cannot be used. recordings: a
+    """Global features (E, R, 3D) of R recordings by encoder.embed; NaN where a recording cannot be used. recordings: a
     function that returns an iterator of ecg.Recording; it is called once for each encoder."""
     found = [encoder.embed(recordings(), local=False, on_error="nan") for encoder in encoders]
     return np.stack([[embedding.global_feature for embedding in embeddings] for embeddings in found])
 
 
 def noisy_features(encoders, recordings, noise, seed):
-    """Global features (E, H, R, 2D), as above, at every level of NOISE_DB; noise of augment.load_noise. A recording has
+    """Global features (E, H, R, 3D), as above, at every level of NOISE_DB; noise of augment.load_noise. A recording has
     the same noise at every level, only its strength differs."""
     P = encoders[0].patch_samples
     features = global_features(encoders, lambda: add_noise_levels(recordings(), noise, P, seed))
@@ -268,8 +268,8 @@ class OnlineProbe:
         features, scores = [], []
         for windows, leads, _ in self.sets:
             parts = zip(windows.split(PROBE_BATCH), leads.split(PROBE_BATCH))
-            pooled = [encoder(w.to(device).float() / UV_PER_MV, ids.to(device)).pooled() for w, ids in parts]
-            features.append(torch.cat(pooled).float().cpu().numpy())
+            found = [encoder(w.to(device).float() / UV_PER_MV, ids.to(device)).global_feature() for w, ids in parts]
+            features.append(torch.cat(found).cpu().numpy())
         x, x_new = standardized(*features)
         y, y_new = (labels[:, self.scored] for _, _, labels in self.sets)
         for c in PROBE_C:

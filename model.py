@@ -39,6 +39,7 @@ TOKEN_STD = 0.02                 # standard deviation of CLS and registers at th
 # mV; linear below, logarithmic above: P and ST still count next to an R ten times as high, and a higher R stays higher.
 COMPRESS_MV = 0.1
 NORM_EPS = 1e-5
+SPREAD_EPS = 1e-6               # keeps the gradient of a standard deviation of 0 finite
 # {number of leads or more: patches of a lead}: 5 s for 8 leads or more, 8 s for fewer. train.py stores its own lengths.
 WINDOW_PATCHES = {8: 25, 1: 40}
 MAX_EMBED_TOKENS = 4096          # patches that embed() runs at once; limits memory, does not change results
@@ -72,8 +73,7 @@ class Features(NamedTuple):
     valid: torch.Tensor | None = None  # (B, L, N) bool: the patches without a missing sample; None: all of them
 
     def pooled(self):
-        """[CLS, mean of the valid patches] (B, 2D): the global feature of a window. The DINO head and the probes use
-        it, and embed() averages it over windows. Without any valid patch the mean is 0."""
+        """[CLS, mean of the valid patches] (B, 2D), which the DINO head sees. Without any valid patch the mean is 0."""
         if self.valid is None:
             mean = self.patches.mean((1, 2))
         else:
@@ -81,11 +81,21 @@ class Features(NamedTuple):
             mean = torch.where(valid, self.patches, 0.0).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
         return torch.cat((self.cls, mean), dim=1)
 
+    def global_feature(self):
+        """[CLS, mean and standard deviation of the valid patches] (B, 3D): the global feature of a window. The probes
+        use it, and embed() averages it over windows. A mean hides how leads and times differ; the deviation shows it."""
+        pooled = self.pooled().float()
+        away = self.patches.float() - pooled[:, None, None, self.cls.shape[1]:]
+        count = away[0, ..., 0].numel()
+        if self.valid is not None:
+            away, count = torch.where(self.valid[..., None], away, 0.0), self.valid.sum((1, 2)).clamp(min=1)[:, None]
+        return torch.cat((pooled, (away.square().sum((1, 2)) / count + SPREAD_EPS).sqrt()), dim=1)
+
 
 class Embedding(NamedTuple):
     """The output of embed() for a recording, as arrays."""
-    global_feature: np.ndarray   # (2D,) Features.pooled(), mean over windows, each weighted by its valid patches
-    cls: np.ndarray              # (D,) the first half of it
+    global_feature: np.ndarray   # (3D,) Features.global_feature(), mean over windows, weighted by their valid patches
+    cls: np.ndarray              # (D,) the first third of it
     local_features: np.ndarray | None  # (L, N, D); NaN where a patch has missing samples; None if not asked for
     times_s: np.ndarray | None   # (N,) centre of each patch, seconds from the start of the recording
 
@@ -340,8 +350,8 @@ class Encoder(nn.Module):
         equal shape go through the network together, so this is faster than one by one and gives the same numbers.
 
         A recording longer than window_s (default: the training window for as many leads) is cut into windows every
-        stride_s (default: half of window_s). Its global feature is the mean of Features.pooled() over the windows, each
-        weighted by the number of its valid patches. A local feature comes from the window whose centre is nearest.
+        stride_s (default: half of window_s). Its global feature is the mean of Features.global_feature() over the
+        windows, each weighted by the number of its valid patches. A local feature comes from the window whose centre is nearest.
         Samples after the last whole patch are left out. local=False: global features only; memory then hardly grows
         with the number of recordings that an iterable yields. on_error="nan": a recording that cannot be used gets
         global features of NaN and no local ones, instead of a ValueError that names it. device: move the encoder there
@@ -392,7 +402,7 @@ class Encoder(nn.Module):
                 with low_precision(device, self.precision):
                     out = self(torch.from_numpy(np.stack(patches)).flatten(2).to(device),
                                torch.from_numpy(np.stack(lead_ids)).to(device))
-                pooled = out.pooled().float().cpu().numpy()
+                pooled = out.global_feature().cpu().numpy()
                 weights = [L * N] * len(starts) if out.valid is None else out.valid.sum((1, 2)).tolist()
                 local = [None] * len(starts) if owners[0].local is None else out.patches.float().cpu().numpy()
                 for owner, *result in zip(owners, starts, pooled, weights, local):

@@ -108,7 +108,7 @@ def read_recordings(paths, leads=None):
 
 
 def extract_features(encoders, paths, leads=None):
-    """Global features (E, R, 2D) of R recordings, and how many have gaps and are unusable (NaN); leads: of each."""
+    """Global features (E, R, 3D) of R recordings, and how many have gaps and are unusable (NaN); leads: of each."""
     features = global_features(encoders, lambda: read_recordings(paths, leads))
     usable = np.isfinite(features[0]).all(axis=1)
     if not usable.any():

@@ -155,7 +155,7 @@ def test_noise_takes_in_recordings_with_gaps(synth):
     encoders.append(untrained_like(encoders[0]))
     flat = Recording(np.zeros((12, 5000)), 500.0, list(LEADS[1:13]))
     found = evaluate.noisy_features(encoders, lambda: iter([*made, flat]), noise, seed=3)
-    assert found.shape == (2, H, 5, 2 * WIDTH)
+    assert found.shape == (2, H, 5, 3 * WIDTH)
     assert np.isfinite(found[:, :, :4]).all() and np.isnan(found[:, :, 4]).all()
     np.testing.assert_array_equal(found[0], found[1])              # the same weights here: the same noise for both
     one = encoders[0].embed(noisy[2 * H + 1]).global_feature
@@ -166,7 +166,7 @@ def test_global_features_are_those_of_embed():
     encoder, made = small_encoder(), recordings(lost=True)
     short = made[0]._replace(signal=made[0].signal[:, :40])
     found = evaluate.global_features([encoder], lambda: iter([*made, short]))
-    assert found.shape == (1, 5, 2 * WIDTH) and np.isnan(found[0, 4]).all()
+    assert found.shape == (1, 5, 3 * WIDTH) and np.isnan(found[0, 4]).all()
     for feature, recording in zip(found[0], made):
         np.testing.assert_allclose(feature, encoder.embed(recording).global_feature, atol=1e-6)
 
@@ -303,7 +303,7 @@ def test_the_online_probe_finds_what_the_features_hold():
     seen = []
     encoder.forward, forward = lambda *x: seen.append(forward(*x)) or seen[-1], encoder.forward
     probe.score(encoder, torch.device("cpu"))
-    np.testing.assert_allclose(seen[0].pooled()[0], out.pooled()[0], atol=1e-5)
+    np.testing.assert_allclose(seen[0].global_feature()[0], out.global_feature()[0], atol=1e-5)
     assert not evaluate.OnlineProbe([Labels(20, 0)], 15 * PATCH).usable
     assert not evaluate.OnlineProbe([corpus], 11 * FS).usable and not evaluate.OnlineProbe([], 500).usable
 

@@ -125,8 +125,8 @@ def plain_front_end(lead):
 
 
 def plain_encoder(weights, heads, signal, leads):
-    """Of one recording, signal (L, T) mV and leads (L,): CLS (D,), registers (R, D), patches (L, N, D), pooled (2D,).
-    A patch that misses a sample has no token; its feature is NaN."""
+    """Of one recording, signal (L, T) mV and leads (L,): CLS (D,), registers (R, D), patches (L, N, D), and the
+    global feature (3D,). A patch that misses a sample has no token; its feature is NaN."""
     p = {name: value.double() for name, value in weights.items()}
     tokens, times_s, places = [p["cls_token"][0, 0], *p["register_tokens"][0]], [None] * (1 + REGISTERS), []
     for row, (lead, i) in enumerate(zip(signal.double(), leads)):
@@ -147,15 +147,16 @@ def plain_encoder(weights, heads, signal, leads):
     patches = torch.full((*signal.view(len(signal), -1, P).shape[:2], x.shape[1]), float("nan"))
     for (row, n), feature in zip(places, x[1 + REGISTERS:]):
         patches[row, n] = feature
-    mean = x[1 + REGISTERS:].mean(0) if places else torch.zeros(x.shape[1])
-    return x[0], x[1:1 + REGISTERS], patches, torch.cat((x[0], mean))
+    tokens = x[1 + REGISTERS:].double() if places else torch.zeros(1, x.shape[1]).double()
+    spread = (((tokens - tokens.mean(0)) ** 2).mean(0) + 1e-6) ** 0.5
+    return x[0], x[1:1 + REGISTERS], patches, torch.cat((x[0], tokens.mean(0).float(), spread.float()))
 
 
 def assert_equals_plain_code(encoder, signal, leads):
     out = encoder(signal, leads)
     for b in range(len(signal)):
         plain = plain_encoder(encoder.state_dict(), encoder.config["heads"], signal[b], leads[b])
-        for found, expected in zip((out.cls, out.registers, out.patches, out.pooled()), plain):
+        for found, expected in zip((out.cls, out.registers, out.patches, out.global_feature()), plain):
             assert_close(found[b], expected)
     return out
 
@@ -243,7 +244,7 @@ def test_both_forms_of_the_rotation_agree(monkeypatch):
 def test_shapes(encoder):
     out = encoder(randn(2, 3, 5 * P), ids("I", "II", "V1").expand(2, -1))
     assert out.cls.shape == (2, 32) and out.registers.shape == (2, REGISTERS, 32) and out.patches.shape == (2, 3, 5, 32)
-    assert out.pooled().shape == (2, 64)
+    assert out.global_feature().shape == (2, 96) and out.pooled().shape == (2, 64)
     for signal, leads in ((randn(1, 1, P + 1), ids("I")[None]), (randn(1, 2, P), ids("I")[None]),
                           (randn(1, 1, 0), ids("I")[None]), (randn(1, P), ids("I"))):
         with pytest.raises(ValueError, match="multiple of 50.*embed"):
@@ -308,7 +309,7 @@ def test_missing_leads_are_as_if_not_given(encoder):
         assert_close(out.cls[b], subset.cls[0])
         assert_close(out.registers[b], subset.registers[0])
         assert_close(out.patches[b, there], subset.patches[0])
-        assert_close(out.pooled()[b], subset.pooled()[0])
+        assert_close(out.global_feature()[b], subset.global_feature()[0])
         assert out.patches[b, ~there].isnan().all()
 
 
@@ -320,7 +321,7 @@ def test_missing_patches_have_no_token(encoder):
     short = encoder(signal[..., :4 * P], leads)
     assert_close(out.cls, short.cls)
     assert_close(out.patches[:, :, :4], short.patches)
-    assert_close(out.pooled(), short.pooled())
+    assert_close(out.global_feature(), short.global_feature())
     assert out.patches[:, :, 4:].isnan().all()
     late = encoder(with_gaps(signal, (slice(None), slice(None), slice(0, 2))), leads)
     assert (late.cls - encoder(signal[..., 2 * P:], leads).cls).abs().max() > 1e-3     # later in time is not the same
@@ -353,7 +354,7 @@ def test_several_batches_at_once_are_as_one_by_one(encoder, monkeypatch, one_by_
     views[1][0][1, 0, 77] = 0.0
     for out, view in zip(encoder.encode(views), views):                 # as train.py calls it
         assert out.valid is None
-        assert_close(out.pooled(), encoder(*view).pooled())
+        assert_close(out.global_feature(), encoder(*view).global_feature())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,8 +438,8 @@ def test_gradients_are_finite_whatever_is_missing(monkeypatch, masked, recompute
     mask[:, :, 1], mask[0, 1] = True, True
     with torch.enable_grad():
         out = encoder(GAPPY, GAPPY_LEADS, mask if masked else None)
-        assert out.pooled().isfinite().all() and out.registers.isfinite().all()
-        (out.pooled() * randn(*out.pooled().shape)).sum().backward()
+        assert out.global_feature().isfinite().all() and out.registers.isfinite().all()
+        (out.global_feature() * randn(*out.global_feature().shape)).sum().backward()
     for name, p in encoder.named_parameters():
         if name == "mask_token" and not masked:
             assert p.grad is None
@@ -451,7 +452,7 @@ def test_gradients_of_a_batch_are_the_sum_of_those_of_its_recordings():
         encoder = lively()
         with torch.enable_grad():
             for b in rows:
-                encoder(GAPPY[b], GAPPY_LEADS[b]).pooled().square().sum().backward()
+                encoder(GAPPY[b], GAPPY_LEADS[b]).global_feature().square().sum().backward()
         return {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
     together, alone = gradients(slice(None)), gradients(*([b] for b in range(4)))
     for name, gradient in together.items():
@@ -461,7 +462,7 @@ def test_gradients_of_a_batch_are_the_sum_of_those_of_its_recordings():
 def test_missing_samples_get_no_gradient():
     signal = GAPPY.clone().requires_grad_()
     with torch.enable_grad():
-        lively()(signal, GAPPY_LEADS).pooled().sum().backward()
+        lively()(signal, GAPPY_LEADS).global_feature().sum().backward()
     missing = ~GAPPY.unflatten(-1, (-1, P)).isfinite().all(-1).repeat_interleave(P, dim=-1)
     assert signal.grad.isfinite().all() and (signal.grad[missing] == 0).all() and signal.grad[3].abs().sum() > 0
 
@@ -673,10 +674,10 @@ def test_files_of_before_are_still_read(tmp_path):
     encoder = load_encoder(tmp_path / "encoder.pt")
     signal = torch.tensor(draw_ecg(250, 2, ("II", "V1"))).float()
     out = encoder.embed(signal, fs=250, leads=("II", "V1"))
-    cls, _, patches, pooled = plain_encoder(weights, 2, signal, ids("II", "V1"))
+    cls, _, patches, feature = plain_encoder(weights, 2, signal, ids("II", "V1"))
     assert_close(out.local_features, patches)
     assert_close(out.cls, cls)
-    assert_close(out.global_feature, pooled)
+    assert_close(out.global_feature, feature)
 
 
 def test_loading_makes_no_weights_to_throw_away(saved, monkeypatch):
@@ -832,7 +833,7 @@ def test_unknown_names_are_refused(name):
 def test_embed_any_recording(encoder, leads, fs, seconds):
     out = encoder.embed(draw_ecg(fs, seconds, leads), fs=fs, leads=leads)
     N = int(seconds / PATCH_S + 1e-9)
-    assert out.global_feature.shape == (64,) and out.local_features.shape == (len(leads), N, 32)
+    assert out.global_feature.shape == (96,) and out.local_features.shape == (len(leads), N, 32)
     assert np.array_equal(out.cls, out.global_feature[:32])
     assert out.global_feature.dtype == out.local_features.dtype == np.float32
     assert np.isfinite(out.global_feature).all() and np.isfinite(out.local_features).all()
@@ -853,7 +854,7 @@ def test_embed_of_one_window_is_the_encoder_itself(encoder):
     out = encoder.embed(signal, fs=250, leads=("I", "V2"))
     direct = encoder(torch.tensor(signal[None]).float(), ids("I", "V2")[None])
     assert_close(out.cls, direct.cls[0], atol=1e-6)
-    assert_close(out.global_feature, direct.pooled()[0], atol=1e-6)
+    assert_close(out.global_feature, direct.global_feature()[0], atol=1e-6)
     assert_close(out.local_features, direct.patches[0], atol=1e-6)
 
 
@@ -904,7 +905,7 @@ def test_patches_come_from_the_most_central_window(encoder, monkeypatch, at_once
     out = encoder.embed(signal, fs=250, leads=("II", "V1"), window_s=10, stride_s=4)
     starts = [0, 20, 40, 60, 80, 87]                                    # the last window ends with the recording
     windows = [encoder(torch.from_numpy(signal[None, :, s * P:(s + 50) * P]), ids("II", "V1")[None]) for s in starts]
-    assert_close(out.global_feature, torch.cat([w.pooled() for w in windows]).mean(0))
+    assert_close(out.global_feature, torch.cat([w.global_feature() for w in windows]).mean(0))
     for n in range(137):
         off_centre = [abs(n + 0.5 - (s + 25)) if s <= n < s + 50 else np.inf for s in starts]
         nearest = [windows[i].patches[0, :, n - s] for i, s in enumerate(starts) if off_centre[i] == min(off_centre)]
@@ -924,13 +925,13 @@ def test_windows_are_as_long_as_in_training():
 
 @pytest.mark.parametrize("patches, starts", [(65, (0, 10, 20, 30, 40, 45)), (20, (0,)), (12, (0,))])
 def test_the_global_feature_is_the_mean_over_windows(patches, starts):
-    """Of pooled(), each window weighted by its valid patches."""
+    """Of global_feature(), each window weighted by its valid patches."""
     encoder = Encoder(width=32, depth=1, heads=2, layer_scale=1.0, window_patches={1: 20}).eval()
     signal, n = torch.tensor(draw_ecg(250, patches * PATCH_S, ("I", "V1"))[None]).float(), min(20, patches)
     for signal in (signal, with_gaps(signal, (0, 0, slice(2, 7)), (0, 1, patches - 1), (0, 0, patches - 2))):
         windows = [encoder(signal[..., s * P:(s + n) * P], ids("I", "V1")[None]) for s in starts]
         weights = [40 if w.valid is None else int(w.valid.sum()) for w in windows]
-        expected = sum(k * w.pooled()[0] for k, w in zip(weights, windows)) / sum(weights)
+        expected = sum(k * w.global_feature()[0] for k, w in zip(weights, windows)) / sum(weights)
         out = encoder.embed(signal[0], fs=250, leads=("I", "V1"))
         assert_close(out.global_feature, expected)
         assert_close(out.cls, expected[:32])
@@ -1042,7 +1043,7 @@ def test_the_order_of_the_windows_does_not_matter():
     def joined(*order):
         features = RecordingFeatures(np.array([0, 2]), (3, 7), 1, local=True)
         for start in order:
-            features.add(start, np.full(2, start), 1 + start, np.full((2, 4, 1), start, np.float32))
+            features.add(start, np.full(3, start), 1 + start, np.full((2, 4, 1), start, np.float32))
         return features.whole(0.2)
     first = joined(0, 1, 3)
     assert first[2][0, :, 0].tolist() == first[2][2, :, 0].tolist() == [0, 0, 0, 1, 3, 3, 3]
@@ -1099,7 +1100,7 @@ def test_a_recording_that_cannot_be_used(encoder):
         if i in (0, 2):
             assert_close(out.local_features, encoder.embed(signal, fs=250, leads=LIMBS).local_features)
         else:
-            assert out.global_feature.shape == (64,) and out.cls.shape == (32,)
+            assert out.global_feature.shape == (96,) and out.cls.shape == (32,)
             assert np.isnan(out.global_feature).all() and np.isnan(out.cls).all()
             assert out.local_features is None and out.times_s is None
     assert np.isnan(encoder.embed(bad[1], fs=250, leads=LIMBS, on_error="nan").global_feature).all()
@@ -1137,7 +1138,7 @@ def test_embedding_leaves_an_encoder_that_can_be_trained():
     encoder = lively()
     encoder.embed(PAIR[0], fs=250, leads=LIMBS, device="cpu")
     with torch.enable_grad():
-        encoder(GAPPY, GAPPY_LEADS).pooled().sum().backward()
+        encoder(GAPPY, GAPPY_LEADS).global_feature().sum().backward()
     with pytest.raises(Exception, match="meta"):
         encoder.embed(PAIR[0], fs=250, leads=LIMBS, device="meta")
     assert not any(p.is_inference() for p in encoder.parameters())
@@ -1298,7 +1299,7 @@ for _ in range(2):
     sys.modules["tqdm"] = None
 """
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.stdout.splitlines() == ["(64,) (1, 9, 32) True"] * 2, done.stderr
+    assert done.stdout.splitlines() == ["(96,) (1, 9, 32) True"] * 2, done.stderr
 
 
 def test_the_encoder_that_comes_with_the_program():

@@ -61,7 +61,7 @@ def ptbxl_records(tmp_path_factory):
 def test_ptbxl_features_are_those_of_embed(encoder_path, ptbxl_records):
     encoders = load_encoders(str(encoder_path), "cpu")
     features, odd = probe_ptbxl.extract_features(encoders, ptbxl_records)
-    assert features.shape == (2, 5, 2 * WIDTH) and odd == dict(with_gaps=2, unusable=1)
+    assert features.shape == (2, 5, 3 * WIDTH) and odd == dict(with_gaps=2, unusable=1)
     for encoder, found in zip(encoders, features):
         for path, feature in zip(ptbxl_records[:3], found):
             np.testing.assert_allclose(feature, encoder.embed(read_wfdb(path)).global_feature, atol=1e-6)
@@ -155,7 +155,7 @@ def test_a_beat_is_described_by_the_tokens_around_its_r(encoder_path):
     beats_s = np.array([0.1, 5.0, 7.123, 19.9])
     signal_mv, ids = preprocess(signal, FS, ["II", "V1"])
     r_token, both = probe_mitbih.token_features(encoder, signal_mv, ids, beats_s)
-    assert r_token.shape == (4, WIDTH) and both.shape == (4, 2 * WIDTH)
+    assert r_token.shape == (4, WIDTH) and both.shape == (4, 3 * WIDTH)
     np.testing.assert_array_equal(both[:, :WIDTH], r_token)
     for k, start in ((1, 1250 - 2 * PATCH - 25), (2, 1781 - 2 * PATCH - 25)):
         with torch.inference_mode():
@@ -210,7 +210,7 @@ def test_a_recording_shorter_than_a_window_is_the_window():
     tokens = encoder.embed(window, fs=FS, leads=LEAD_PAIR).local_features.mean(axis=0)
     np.testing.assert_allclose(r_token[1], tokens[(125 - start[1]) // PATCH], atol=1e-5)
     r_token, both = probe_mitbih.token_features(encoder, signal_mv[:, :PATCH - 1], ids, beats_s[:1])
-    assert r_token.shape == (1, WIDTH) and both.shape == (1, 2 * WIDTH) and np.isnan(both).all()
+    assert r_token.shape == (1, WIDTH) and both.shape == (1, 3 * WIDTH) and np.isnan(both).all()
 
 
 def test_the_window_of_a_beat_does_not_grow_with_that_of_training():
