@@ -9,8 +9,8 @@ the mean of the tokens from -300 to +400 ms (neighbourhood). Records 201 (DS1) a
 The scores are macros over N, S, V (nine in ten F beats of each set are in one record): `within` is the mean over
 records of the AUROC within a record, which is what a reader of one record needs, and `pooled` that over all beats, in
 which a few records decide. Two controls need no encoder: eight RR features (rr), and 0.75 s of the raw lead II (raw).
-How well a linear fit on DS1 finds two of these numbers from the features of DS2 is the correlation: `rr r` of the
-logarithm of the RR interval before the beat, and `early r` of its ratio to the mean of the ten before, which tells S
+How well a linear fit on DS1 finds two of these numbers from the features of DS2 is the correlation within records:
+`rr r` of the logarithm of the RR interval before the beat, and `early r` of its ratio to the mean of the ten before, which tells S
 from N. --encoder random:SIZE gives only the control.
 
 Writes OUT/mitbih.json, OUT/predictions.npz (beats of DS2) and OUT/mitbih.png.
@@ -51,7 +51,7 @@ FOLDS = 5                        # of DS1 records, to choose C
 RIDGE_GRID = np.logspace(0, 4, 5)  # penalties of the fits of RR intervals
 MIN_BEATS = 5                    # of a class and of all others, to score the class within a record
 LOCAL_BEATS = 10                 # beats whose mean RR interval a beat is compared with
-RR_S, RR_RATIO = (0.2, 3.0), (0.3, 3.0)  # intervals and ratios beyond these are gaps or artefacts
+RR_S, RR_RATIO = (0.2, 3.0), (0.5, 1.5)  # s; beyond these are gaps, pauses and artefacts: they count as the limit
 NAMES = dict(within_nsv="within", macro_nsv="pooled", rr_r="rr r", early_r="early r")  # of scores in JSON, in the table
 BATCH = 64                       # windows, one per beat, in a forward pass
 
@@ -207,17 +207,17 @@ def within_records(y, p, number, counts):
 
 
 def rr_correlation(x, rr, train, test, number, counts):
-    """Correlation (S, 2) on DS2, in every resample of records, of a ridge regression on DS1 with the logarithms of RR
-    before the beat and of its ratio to the mean before; rr (K, 8) of rr_features."""
+    """Correlation (S, 2) within the records of DS2, in every resample of them, of a ridge regression on DS1 with the
+    logarithms of RR before the beat and of its ratio to the mean before; rr (K, 8) of rr_features. The mean of each
+    record is subtracted, so that to know its heart rate is no gain."""
     target = np.log(np.stack((rr[:, 0].clip(*RR_S), rr[:, 3].clip(*RR_RATIO)), axis=1))
     x_train, x_test = standardized(x[train], x[test])
     told = np.stack([RidgeCV(RIDGE_GRID).fit(x_train, t).predict(x_test) for t in target[train].T], axis=1)
-    found = []
+    n, found = np.bincount(number, minlength=counts.shape[1]).clip(1), []
     for a, b in zip(told.T, target[test].T):
-        a, b = a - a.mean(), b - b.mean()
-        sums = np.stack([np.bincount(number, v, counts.shape[1]) for v in (np.ones_like(a), a, b, a * a, b * b, a * b)])
-        n, a, b, aa, bb, ab = sums @ counts.T                                                          # (S,) each
-        found.append((ab - a * b / n) / np.sqrt((aa - a * a / n) * (bb - b * b / n)))
+        a, b = (v - (np.bincount(number, v, len(n)) / n)[number] for v in (a, b))
+        aa, bb, ab = (counts @ np.bincount(number, v, len(n)) for v in (a * a, b * b, a * b))          # (S,) each
+        found.append(ab / np.sqrt(aa * bb))
     return np.stack(found, axis=1)
 
 

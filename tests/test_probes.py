@@ -155,7 +155,7 @@ def test_a_beat_is_described_by_the_tokens_around_its_r(encoder_path):
     beats_s = np.array([0.1, 5.0, 7.123, 19.9])
     signal_mv, ids = preprocess(signal, FS, ["II", "V1"])
     r_token, both = probe_mitbih.token_features(encoder, signal_mv, ids, beats_s)
-    assert r_token.shape == (4, WIDTH) and both.shape == (4, 3 * WIDTH)
+    assert r_token.shape == (4, WIDTH) and both.shape == (4, 2 * WIDTH)
     np.testing.assert_array_equal(both[:, :WIDTH], r_token)
     for k, start in ((1, 1250 - 2 * PATCH - 25), (2, 1781 - 2 * PATCH - 25)):
         with torch.inference_mode():
@@ -210,7 +210,7 @@ def test_a_recording_shorter_than_a_window_is_the_window():
     tokens = encoder.embed(window, fs=FS, leads=LEAD_PAIR).local_features.mean(axis=0)
     np.testing.assert_allclose(r_token[1], tokens[(125 - start[1]) // PATCH], atol=1e-5)
     r_token, both = probe_mitbih.token_features(encoder, signal_mv[:, :PATCH - 1], ids, beats_s[:1])
-    assert r_token.shape == (1, WIDTH) and both.shape == (1, 3 * WIDTH) and np.isnan(both).all()
+    assert r_token.shape == (1, WIDTH) and both.shape == (1, 2 * WIDTH) and np.isnan(both).all()
 
 
 def test_the_window_of_a_beat_does_not_grow_with_that_of_training():
@@ -268,8 +268,19 @@ def test_rr_correlation_is_that_of_numpy_and_finds_what_is_there():
     found = probe_mitbih.rr_correlation(noisy, rr, train, ~train, number, counts)[:, 0]
     told = RidgeCV(probe_mitbih.RIDGE_GRID).fit(noisy[train], log[train, 0]).predict(noisy[~train])  # not standardized
     for r, weights in zip(found, counts):
-        rows = np.repeat(np.arange(300), weights[number])
-        assert r == pytest.approx(np.corrcoef(told[rows], log[~train, 0][rows])[0, 1], abs=0.01)
+        rows, means = np.repeat(np.arange(300), weights[number]), lambda v: np.array([v[number == k].mean() for k in (0, 1)])
+        a, b = (v - means(v)[number] for v in (told, log[~train, 0]))  # within records
+        assert r == pytest.approx(np.corrcoef(a[rows], b[rows])[0, 1], abs=0.01)
+
+
+def test_to_know_the_heart_rate_of_a_record_is_no_correlation():
+    rng = np.random.default_rng(9)
+    train, record = np.arange(800) < 400, np.repeat(np.arange(8), 100)
+    rate = np.linspace(-0.4, 0.4, 8)[record]
+    rr = np.exp(rate[:, None] + rng.normal(0, 0.05, (800, 8)))
+    number, counts = record[~train] - 4, np.ones((1, 4), int)
+    x = np.stack((rate, rng.normal(size=800)), axis=1)
+    assert abs(probe_mitbih.rr_correlation(x, rr, train, ~train, number, counts)[0, 0]) < 0.1
 
 
 def test_c_is_chosen_without_the_test_records():
