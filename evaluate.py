@@ -30,7 +30,8 @@ from ecg import FS, LEADS, MISSING, UV_PER_MV, Recording, Refused, atomic_write,
 from model import load_encoder, untrained_like
 
 BOOTSTRAPS = 1000                # resamples of patients or records
-ECE_BINS = 15                    # equal-width bins of the class-wise expected calibration error
+CALIBRATION_BINS = 15            # of equal size, of each label
+PERFECT_DRAWS = 200              # of labels from the probabilities themselves: what a perfect model would score
 NOISE_DB = (24, 18, 12, 6, 0, -6)  # dB, signal-to-noise ratios of augment.add_noise
 COLORS = {"untrained": "#c4c4c4", "pre-trained": "#7fb2e5", "RR intervals alone": "#d9c8a9", "raw waveform": "#e3b9b0"}
 
@@ -135,15 +136,63 @@ def platt(logit, y, logit_new):
     return model.fit(logit[:, None], y).predict_proba(logit_new[:, None])[:, 1]
 
 
-def calibration(p, y):
-    """Brier score, negative log-likelihood (nats) and class-wise ECE: means over labels of p (R, C), y (R, C)."""
+def calibration(p, y, prevalence, group):
+    """How far the probabilities p (R, C) of labels y (R, C) bool can be believed: dict of means over labels.
+
+    brier, nll     proper scores (nll in nats); brier_skill, nll_skill: 1 - score / score of a constant, the prevalence
+                   (C,) in the training set. 0 is as good as this constant, 1 is perfect, below 0 is worse
+    reliability    part of the Brier score that comes from wrong probabilities, and resolution: what is gained by
+                   telling rows apart; both without the bias of small bins (Ferro and Fricker 2012)
+    ece            expected calibration error; ece_perfect: that of labels drawn from p itself, so of a perfect model,
+                   the mean and the 95 % of the draws. An ECE can only be read next to it
+    z              Spiegelhalter's (1986) test: 0 for a perfect model, between -2 and 2 for 95 % of such; larger for
+                   overconfident probabilities, smaller for timid ones. group (R,) int: rows that are not independent
+    """
     if not p.size:
-        return dict(brier=np.nan, nll=np.nan, ece=np.nan)
-    bins = np.minimum((p * ECE_BINS).astype(int), ECE_BINS - 1)
-    gaps = [np.bincount(bins[:, k], weights=p[:, k] - y[:, k]) for k in range(p.shape[1])]
-    likelihood = np.where(y, p, 1 - p).clip(np.finfo(float).tiny)
-    return dict(brier=np.mean((p - y) ** 2), nll=-np.mean(np.log(likelihood)),
-                ece=np.mean([np.abs(gap).sum() / len(p) for gap in gaps]))
+        return dict.fromkeys(("brier", "brier_skill", "nll", "nll_skill", "reliability", "resolution", "ece",
+                              "ece_perfect", "ece_perfect_ci95", "z"), np.nan)
+    rng, constant = np.random.default_rng(0), np.broadcast_to(prevalence, p.shape)
+    brier, nll = np.mean((p - y) ** 2), neg_log_likelihood(p, y)
+    said, seen, n = in_bins(p, y)
+    bias = n[:, None] * seen * (1 - seen) / (n[:, None] - 1).clip(1) / len(p)
+    share, mean = n[:, None] / len(p), y.mean(axis=0)
+    perfect = [expected_error(p, rng.random(p.shape) < p) for _ in range(PERFECT_DRAWS)]
+    of_group = np.bincount(group, ((y - p) * (1 - 2 * p)).sum(axis=1))
+    return dict(brier=brier, brier_skill=1 - brier / np.mean((constant - y) ** 2), nll=nll,
+                nll_skill=1 - nll / neg_log_likelihood(constant, y),
+                reliability=((said - seen) ** 2 * share - bias).sum(axis=0).mean(),
+                resolution=(((seen - mean) ** 2 * share - bias).sum(axis=0) + mean * (1 - mean) / (len(p) - 1)).mean(),
+                ece=expected_error(p, y), ece_perfect=np.mean(perfect), ece_perfect_ci95=interval(perfect),
+                z=of_group.sum() / np.sqrt((of_group ** 2).sum()).clip(1e-12))
+
+
+def neg_log_likelihood(p, y):
+    return -np.mean(np.log(np.where(y, p, 1 - p).clip(np.finfo(float).tiny)))
+
+
+def in_bins(p, y, bins=CALIBRATION_BINS):
+    """Mean probability and share of positives (bins, C) in bins of equal size, from the lowest p of each label on, and
+    the sizes of the bins (bins,)."""
+    order = np.argsort(p, axis=0, kind="stable")
+    starts = np.unique(np.linspace(0, len(p), min(bins, len(p)) + 1).astype(int)[:-1])
+    n = np.diff(np.append(starts, len(p)))
+    sums = (np.add.reduceat(np.take_along_axis(x, order, axis=0).astype(float), starts, axis=0) for x in (p, y))
+    return *(x / n[:, None] for x in sums), n
+
+
+def expected_error(p, y):
+    """Class-wise expected calibration error, the mean over labels of p (R, C) and y (R, C)."""
+    said, seen, n = in_bins(p, y)
+    return np.mean(n @ np.abs(said - seen) / len(p))
+
+
+CALIBRATION_NOTE = ("Brier skill: 1 - Brier score / that of the constant prevalence of the training set; ECE [of a perfect "
+                    "model]; z: of a perfect model between -2 and 2, larger if overconfident")
+
+
+def show_calibration(found):
+    """Columns of a table from a result of calibration, for people."""
+    return {"Brier skill": found["brier_skill"], "ECE": show(found["ece"], found["ece_perfect_ci95"]), "z": found["z"]}
 
 
 # ---- global features, clean and under noise -------------------------------------------------------------------------

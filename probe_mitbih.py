@@ -33,8 +33,8 @@ from sklearn.model_selection import GroupKFold
 from tqdm import tqdm
 
 from ecg import FS, LEAD_IDS, Refused, preprocess, read_wfdb
-from evaluate import (calibration, draw_bars, interval, label_auroc, load_encoders, macro, parser_of, plain_auroc,
-                      resample, show, standardized, to_json, write_results)
+from evaluate import (CALIBRATION_NOTE, calibration, draw_bars, interval, label_auroc, load_encoders, macro, parser_of,
+                      plain_auroc, resample, show, show_calibration, standardized, to_json, write_results)
 from model import low_precision
 from prepare import MITDB_DS1, MITDB_DS2
 
@@ -121,8 +121,8 @@ def raw_features(signal_mv, lead_ids, beats_s):
 
 
 def collect(raw, encoders, most=None):
-    """Beats of every record of DS1 and DS2 in `raw`: record, beat_s and cls, each (K,), and features (K, F), numbered
-    by encoder; most: see used_beats. ValueError if a set is absent, or if a file cannot be read."""
+    """Beats of every record of DS1 and DS2 in `raw`: record, beat_s, cls and stands_for (how many beats of its class and
+    record it represents), each (K,), and features (K, F), numbered by encoder; most: see used_beats. ValueError if a set is absent, or if a file cannot be read."""
     names = [n for n in MITDB_DS1 + MITDB_DS2 if (raw / f"{n}.hea").is_file()]
     if not set(names) & set(MITDB_DS1) or not set(names) & set(MITDB_DS2):
         raise ValueError(f"{raw} holds {len(names)} of the 44 records of DS1 and DS2 ({' '.join(names) or 'none'}); "
@@ -139,6 +139,8 @@ def collect(raw, encoders, most=None):
             continue
         rr, times_s = rr_features(times_s)[used], times_s[used]
         part = dict(record=np.full(len(times_s), name), beat_s=times_s, cls=classes[used], rr=rr,
+                    stands_for=(one_hot(classes).sum(axis=0) / one_hot(classes[used]).sum(axis=0).clip(1)
+                                )[one_hot(classes[used]).argmax(axis=1)],
                     raw=raw_features(signal_mv, lead_ids, times_s))
         for e, encoder in enumerate(encoders):
             part[f"r_token {e}"], part[f"neighbourhood {e}"] = token_features(encoder, signal_mv, lead_ids, times_s)
@@ -181,6 +183,13 @@ def probe(x, data, train, test):
     scores = [nsv(plain_auroc(one_hot(cls), p)[None])[0] for p in held_out]
     best = int(np.nanargmax(scores))
     return fit(x_train, cls, x[test])[best], C_GRID[best]
+
+
+def with_prior(p, prior):
+    """Probabilities (K, C) of the balanced fit, as if classes were as frequent as `prior` (C,): beats of each in DS1.
+    Balanced weights count every class the same, so p says "V" far too often. AUROC is that of p."""
+    p = p * prior
+    return p / p.sum(axis=1, keepdims=True)
 
 
 def one_hot(cls):
@@ -232,6 +241,8 @@ def detection(p, cls):
 def score(x, data, train, test, number, counts):
     """The probe of features x on DS2: JSON entry, probabilities (K', C), and the scores of NAMES (4, S)."""
     p, c = probe(x, data, train, test)
+    prior = (one_hot(data["cls"][train]) * data["stands_for"][train][:, None]).sum(axis=0)
+    believed = with_prior(p, prior)
     cls, without = data["cls"][test], data["record"][test] != "232"  # 232 has three quarters of DS2's S beats
     y = one_hot(cls)
     auroc, within = label_auroc(y, p, number, counts), within_records(y, p, number, counts)
@@ -242,7 +253,8 @@ def score(x, data, train, test, number, counts):
                 within_per_class=dict(zip(CLASSES, within[0])),
                 rr_r=r[0, 0], rr_r_ci95=interval(r[1:, 0]), early_r=r[0, 1], early_r_ci95=interval(r[1:, 1]),
                 ci95=interval(macro_nsv[1:]), s_without_232=plain_auroc(y[without], p[without])[1],
-                detection=detection(p, cls), calibration=calibration(p, y)), p, np.stack((within_nsv, macro_nsv, *r.T))
+                detection=detection(p, cls),
+                calibration=calibration(believed, y, prior / prior.sum(), number)), p, np.stack((within_nsv, macro_nsv, *r.T))
 
 
 # ---- report and picture ---------------------------------------------------------------------------------------------
@@ -256,7 +268,7 @@ def report(result):
                       **{f"within {k}": r["within_per_class"][k] for k in "SVN"},
                       "pooled": show(r["macro_nsv"], r["ci95"]), **r["per_class"], "S without 232": r["s_without_232"],
                       "rr r": r["rr_r"], "early r": r["early_r"],
-                      "Brier": r["calibration"]["brier"], "ECE": r["calibration"]["ece"]}
+                      **show_calibration(r["calibration"])}
         for key, d in (r.get("differences", {}) if not result["untrained_only"] else {}).items():
             differences.setdefault(NAMES[key], {})[name] = show(d["difference"], d["ci95"])
             untrained.setdefault(NAMES[key], {})[name] = r["untrained_scores"][key]
@@ -268,6 +280,7 @@ def report(result):
         + f"; Q is neither trained nor scored; C by {FOLDS} folds of DS1 records",
         "macro AUROC of N, S, V within records and pooled, of each class pooled [95 %, records resampled]"
         + (f"; no beats of {', '.join(n['absent'])} in DS2: macros go over the others" if n["absent"] else ""),
+        CALIBRATION_NOTE + "; with the class frequencies of DS1 put back",
         table(rows), *([f"untrained\n{table(untrained)}\ndifference\n{table(differences)}"] if differences else [])))
 
 

@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy.special import expit
-from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import MultiLabelBinarizer
 from threadpoolctl import threadpool_limits
@@ -33,9 +32,9 @@ from tqdm import tqdm
 from augment import load_noise
 from corpus import open_corpus
 from ecg import Refused, lead_id, preprocess, read_wfdb
-from evaluate import (COLORS, NOISE_DB, both_classes, calibration, draw_bars, global_features, interval, label_auroc,
-                      load_encoders, macro, noisy_features, parser_of, plain_auroc, platt, resample, show, standardized,
-                      to_json, write_results)
+from evaluate import (CALIBRATION_NOTE, COLORS, NOISE_DB, both_classes, calibration, draw_bars, global_features, in_bins,
+                      interval, label_auroc, load_encoders, macro, noisy_features, parser_of, plain_auroc, platt,
+                      resample, show, show_calibration, standardized, to_json, write_results)
 
 TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's folds; a patient is in one fold only
@@ -182,12 +181,15 @@ def compare(names, y, fold, logits, patient, counts):
                            ("difference", "difference_ci95", a - b)):
             entry |= {f"{key}{suffix}": x[0], f"{ci}{suffix}": interval(x[1:])}
     for key, run in (("calibration", encoder), ("untrained_calibration", control)):
-        entry[key] = {kind: calibration(run[kind], y_test) for kind in ("raw", "platt")}
+        prevalence = y[train][:, scored].mean(axis=0)
+        entry[key] = {kind: calibration(run[kind], y_test, prevalence, patient) for kind in ("raw", "platt")}
     if len(encoder["noisy"]):
         entry["robustness"] = noise = dict(snr_db=NOISE_DB)
         for key, run in (("macro_auroc", encoder), ("untrained", control)):
             noise |= {key: run["noisy"][:, 0].tolist(), f"{key}_ci95": [interval(level[1:]) for level in run["noisy"]],
-                      f"{key}_kept": run["noisy"][:, 0].mean() / entry[key]}
+                      f"{key}_kept": (run["noisy"][:, 0].mean() - 0.5) / (entry[key] - 0.5)}     # 0.5 is chance
+        differences = encoder["noisy"] - control["noisy"]
+        noise |= dict(difference=differences[:, 0].tolist(), difference_ci95=[interval(d[1:]) for d in differences])
     entry["labels"] = {names[label]: dict(
         auroc=encoder["auroc"][0, k], untrained=control["auroc"][0, k], positives_train=y[train, label].sum(),
         positives_val=y[val, label].sum(), positives_test=y[test, label].sum()) for k, label in enumerate(scored)}
@@ -208,8 +210,8 @@ def report(result):
                       "encoder": None if alone else show(r["macro_auroc"], r["ci95"]),
                       "difference": None if alone else show(r["difference"], r["difference_ci95"]),
                       "10+": r["n_labels_min10"], "encoder, 10+": show(r["macro_auroc_min10"], r["ci95_min10"]),
-                      "Brier": r["calibration"]["raw"]["brier"], "ECE": r["calibration"]["raw"]["ece"],
-                      "calibrated": r["calibration"]["platt"]["ece"],
+                      **{f"{name}{key}": show_calibration(r["calibration"][kind])[key]
+                         for kind, name in (("raw", ""), ("platt", "Platt: ")) for key in ("Brier skill", "ECE", "z")},
                       "kept under noise": noise.get("macro_auroc_kept"), "untrained keeps": noise.get("untrained_kept")}
     table = pd.DataFrame.from_dict(rows, orient="index").dropna(axis=1, how="all")
     return "\n".join((
@@ -220,6 +222,7 @@ def report(result):
         f"{n['unusable']} without a valid patch (taken as the mean recording)",
         "macro AUROC [95 %] over the labels with both classes in folds 1-8 and in fold 10 (of those defined); "
         f"10+: over those with {MIN_POSITIVES} positives or more in fold 10",
+        CALIBRATION_NOTE + "; Platt: the same after a sigmoid fitted on fold 9",
         *["few test patients: the intervals are wide, and labels with few positives change the macro over all labels"]
         * (n["test_patients"] < FEW_PATIENTS),
         table.to_string(na_rep="-", float_format="{:.3g}".format)))
@@ -237,8 +240,8 @@ def draw(result, arrays):
     bars.set_ylabel("macro AUROC, fold 10")
     bars.set_title(f"PTB-XL, {result['n']['test']} test recordings; lines: 95 %, patient bootstrap", loc="left")
     bars.legend(frameon=False, loc="upper left", ncols=2)
-    draw_reliability(curve, *(arrays[f"superdiagnostic_{key}"] for key in ("labels", "y", "p", "p_platt")))
-    curve.set_title("Reliability of the superclasses", loc="left")
+    draw_reliability(curve, *(arrays[f"superdiagnostic_{key}"] for key in ("labels", "y", "p_platt")))
+    curve.set_title("Reliability of the superclasses; bars: a perfect model", loc="left")
     for axis in more:                            # none without noise
         levels = [str(db) for db in NOISE_DB]
         for name, (key, _) in keys.items():
@@ -251,13 +254,15 @@ def draw(result, arrays):
     return figure
 
 
-def draw_reliability(axis, labels, y, p, p_platt):
-    """Share of positives against the calibrated probability; a point stands for about 40 recordings or more."""
-    n_bins = int(np.clip(len(y) // 40, 4, 10))
+def draw_reliability(axis, labels, y, p_platt):
+    """Share of positives against the calibrated probability; a point stands for about 40 recordings or more. The bars
+    are where 95 % of the points of a perfect model lie: labels drawn from its own probabilities."""
+    n_bins, rng = int(np.clip(len(y) // 40, 4, 10)), np.random.default_rng(0)
     for k, name in enumerate(labels):
-        truth, said = calibration_curve(y[:, k], p_platt[:, k], n_bins=n_bins, strategy="quantile")
-        raw, calibrated = (calibration(x[:, [k]], y[:, [k]])["ece"] for x in (p, p_platt))
-        axis.plot(said, truth, marker="o", markersize=4, label=f"{name}  ECE {raw:.3f}, calibrated {calibrated:.3f}")
+        said, truth, n = (x.ravel() for x in in_bins(p_platt[:, [k]], y[:, [k]], n_bins))
+        perfect = rng.binomial(n, said.clip(0, 1), (1000, len(n))) / n
+        line, = axis.plot(said, truth, marker="o", markersize=4, label=name)
+        axis.vlines(said, *np.quantile(perfect, (0.025, 0.975), axis=0), color=line.get_color(), alpha=0.3, linewidth=4)
     axis.plot((0, 1), (0, 1), color="#999999", linewidth=1, linestyle="--")
     axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="calibrated probability", ylabel="share with the label")
     axis.legend(frameon=False, fontsize=8, loc="upper left")

@@ -97,20 +97,64 @@ def test_platt_keeps_raw_probabilities_where_nothing_can_be_fitted():
     assert evaluate.platt(logit, logit > 1, logit)[2] != pytest.approx(1 / (1 + np.exp(-3)))   # one positive is enough
 
 
+def drawn(seed, n=255, temperature=1.0):
+    """Labels of five classes drawn from probabilities, and these with their logits multiplied by `temperature`."""
+    rng = np.random.default_rng(seed)
+    logit = rng.normal(0, 1.6, (n, 5)) - np.array([-0.2, 1.2, 1.2, 1.4, 2.4])
+    return 1 / (1 + np.exp(-temperature * logit)), rng.random((n, 5)) < 1 / (1 + np.exp(-logit))
+
+
 def test_calibration_is_its_definition():
-    rng = np.random.default_rng(2)
-    p, y = rng.random((300, 2)), rng.random((300, 2)) < 0.4
-    found, ece = evaluate.calibration(p, y), []
-    for k in range(2):
-        gap = 0.0
-        for b in range(15):
-            inside = (p[:, k] >= b / 15) & (p[:, k] < (b + 1) / 15)
-            gap += inside.mean() * abs(p[inside, k].mean() - y[inside, k].mean()) if inside.any() else 0.0
-        ece.append(gap)
-    assert found["ece"] == pytest.approx(np.mean(ece))
-    assert found["brier"] == pytest.approx(np.mean([brier_score_loss(y[:, k], p[:, k]) for k in range(2)]))
+    p, y = drawn(2, 300)
+    found, rows = evaluate.calibration(p, y, np.full(5, 0.3), np.arange(300)), []
+    for k in range(5):
+        order = np.argsort(p[:, k])
+        ece, reliability, resolution = 0.0, 0.0, 0.0
+        for b in range(15):                                        # bins of 20
+            said, seen = p[order[20 * b:20 * b + 20], k].mean(), y[order[20 * b:20 * b + 20], k].mean()
+            bias = seen * (1 - seen) / 19
+            ece += abs(said - seen) / 15
+            reliability += ((said - seen) ** 2 - bias) / 15
+            resolution += ((seen - y[:, k].mean()) ** 2 - bias) / 15
+        rows.append((ece, reliability, resolution + y[:, k].mean() * (1 - y[:, k].mean()) / 299))
+    for key, expected in zip(("ece", "reliability", "resolution"), np.mean(rows, axis=0)):
+        assert found[key] == pytest.approx(expected, abs=1e-9), key
+    assert found["brier"] == pytest.approx(np.mean([brier_score_loss(y[:, k], p[:, k]) for k in range(5)]))
     assert found["nll"] == pytest.approx(-np.mean(np.log(np.where(y, p, 1 - p))))
-    assert evaluate.calibration(np.tile(y.mean(0), (300, 1)), y)["ece"] == pytest.approx(0, abs=1e-12)
+    assert found["brier_skill"] == pytest.approx(1 - found["brier"] / np.mean((0.3 - y) ** 2))
+    spread = ((y - p) * (1 - 2 * p)).sum(axis=1)
+    assert found["z"] == pytest.approx(spread.sum() / np.sqrt((spread ** 2).sum()))
+    # Brier = reliability - resolution + uncertainty, up to the spread of p within a bin.
+    uncertainty = np.mean(y.mean(0) * (1 - y.mean(0)))
+    assert found["brier"] == pytest.approx(found["reliability"] - found["resolution"] + uncertainty, abs=0.01)
+
+
+def test_a_perfect_model_is_called_so_and_an_overconfident_one_is_not(monkeypatch):
+    monkeypatch.setattr(evaluate, "PERFECT_DRAWS", 20)
+    found = {t: [evaluate.calibration(*drawn(seed, temperature=t), np.full(5, 0.3), np.arange(255))
+                 for seed in range(200)] for t in (1.0, 1.5)}
+    called = {t: np.mean([abs(f["z"]) < 2 for f in results]) for t, results in found.items()}
+    assert 0.9 < called[1.0] < 0.99 and called[1.5] == 0
+    assert all(f["z"] > 2 for f in found[1.5])                     # and its sign says: overconfident
+    ece, perfect = np.mean([[f["ece"], f["ece_perfect"]] for f in found[1.0]], axis=0)
+    assert ece == pytest.approx(perfect, abs=0.002) and ece > 0.05       # a perfect model has an ECE of that size
+
+
+def test_a_constant_has_no_skill_and_no_resolution():
+    _, y = drawn(3, 3000)
+    found = evaluate.calibration(np.broadcast_to(y.mean(0), y.shape), y, y.mean(0), np.arange(3000))
+    assert found["brier_skill"] == found["nll_skill"] == 0 and abs(found["resolution"]) < 1e-3
+    worse = evaluate.calibration(np.full(y.shape, 0.9), y, y.mean(0), np.arange(3000))
+    assert worse["brier_skill"] < -1 and worse["nll_skill"] < -1
+
+
+def test_rows_of_one_patient_count_as_one():
+    """Every row ten times is no more evidence than once."""
+    p, y = drawn(4, temperature=1.2)
+    once = evaluate.calibration(p, y, np.full(5, 0.3), np.arange(255))["z"]
+    tenfold = evaluate.calibration(*(np.repeat(x, 10, axis=0) for x in (p, y)), np.full(5, 0.3),
+                                   np.repeat(np.arange(255), 10))["z"]
+    assert tenfold == pytest.approx(once) and once > 1
 
 
 def test_what_json_gets():

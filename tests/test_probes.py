@@ -283,6 +283,19 @@ def test_to_know_the_heart_rate_of_a_record_is_no_correlation():
     assert abs(probe_mitbih.rr_correlation(x, rr, train, ~train, number, counts)[0, 0]) < 0.1
 
 
+def test_the_prior_is_put_back_into_balanced_probabilities():
+    """A balanced fit on 90 % N says S as often as N; with the prior its mean probability is the share of S again."""
+    rng = np.random.default_rng(10)
+    cls = np.where(rng.random(4000) < 0.1, "S", "N")
+    x = rng.normal(size=(4000, 1)) + (cls == "S")[:, None]
+    p = probe_mitbih.fit(x, cls, x)[-1]
+    prior = probe_mitbih.one_hot(cls).sum(axis=0)
+    assert p[:, 1].mean() > 0.3
+    back = probe_mitbih.with_prior(p, prior)
+    assert back[:, 1].mean() == pytest.approx((cls == "S").mean(), abs=0.01)
+    np.testing.assert_allclose(back.sum(axis=1), 1)
+
+
 def test_c_is_chosen_without_the_test_records():
     """Labels of the test rows may be anything: the choice and the probabilities are the same."""
     rng = np.random.default_rng(6)
@@ -322,7 +335,10 @@ def test_ptbxl_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
     noise = task["robustness"]
     assert len(noise["macro_auroc"]) == len(noise["snr_db"]) == len(NOISE_DB)
     assert noise["macro_auroc"][0] == pytest.approx(task["macro_auroc"], abs=0.05)   # 24 dB is hardly any noise
-    assert noise["macro_auroc_kept"] == pytest.approx(np.mean(noise["macro_auroc"]) / task["macro_auroc"], abs=1e-5)
+    assert noise["macro_auroc_kept"] == pytest.approx((np.mean(noise["macro_auroc"]) - 0.5)
+                                                      / (task["macro_auroc"] - 0.5), abs=1e-4)
+    assert noise["difference"] == pytest.approx(np.subtract(noise["macro_auroc"], noise["untrained"]), abs=2e-6)
+    assert all(low <= d <= high for d, (low, high) in zip(noise["difference"], noise["difference_ci95"]))
     said = capsys.readouterr().out
     assert f"fold 10 is scored ({len(y)} recordings" in said and "kept under noise" in said
 
