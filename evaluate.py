@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy.stats
 import torch
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure             # no pyplot: it draws without a display
@@ -107,6 +108,31 @@ def macro(auroc):
 def interval(samples):
     """95 % percentile interval [low, high] of bootstrap samples (S,)."""
     return np.nanpercentile(samples, [2.5, 97.5]).tolist() if np.isfinite(samples).any() else [np.nan, np.nan]
+
+
+def interval_of_seeds(scores):
+    """95 % interval of the mean over encoders (seeds of one recipe) of scores (E, S): of the test set itself, [:, 0], and
+    of its resamples.
+
+    One encoder: the percentiles of its resamples, which say nothing about another seed. Several: the variance of the
+    mean over resamples of patients plus that over seeds, by Student's t with the degrees of freedom of Welch (1947) and
+    Satterthwaite, because few seeds say little about their own spread.
+    """
+    E, mean = len(scores), scores.mean(axis=0)
+    if E == 1:
+        return interval(mean[1:])
+    of_patients, of_seeds = np.nanvar(mean[1:], ddof=1), scores[:, 0].var(ddof=1) / E
+    variance = of_patients + of_seeds
+    freedom = variance ** 2 / (of_seeds ** 2 / (E - 1) + of_patients ** 2 / (len(mean) - 2))
+    half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance)
+    return [mean[0] - half, mean[0] + half]
+
+
+def mean_of(found):
+    """The mean of several results of one form: dicts of dicts or of numbers."""
+    if isinstance(found[0], dict):
+        return {key: mean_of([each[key] for each in found]) for key in found[0]}
+    return np.mean(np.array(found, dtype=float), axis=0)
 
 
 def both_classes(y):
@@ -418,9 +444,10 @@ def draw_bars(axis, labels, series):
 def parser_of(description, raw_example):
     """A parser with the flags that both probes share. raw_example: a publisher's folder, for --help."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--encoder", required=True,
-                        help="encoder.pt of a run, or tiny, which comes with the program; random:SIZE gives only the "
-                             "untrained control")
+    parser.add_argument("--encoder", required=True, nargs="+", metavar="FILE",
+                        help="encoder.pt of a run, or of several runs that differ in --seed: scores are then means, and "
+                             "intervals are over seeds and patients or records; tiny comes with the program; "
+                             "random:SIZE gives only the untrained control")
     parser.add_argument("--raw", type=Path, required=True,
                         help=f"folder of the raw recordings in their publisher's layout, such as {raw_example}; not "
                              "the prepared corpus")
@@ -435,13 +462,21 @@ def parser_of(description, raw_example):
     return parser
 
 
-def load_encoders(path, device, precision="auto"):
-    """The encoder and its untrained control; only the control for random:SIZE. ValueError as in model.load_encoder."""
+def load_encoders(paths, device, precision="auto"):
+    """Networks: the encoders at `paths` and then their untrained controls, equal ones once; and the place of the control
+    of each encoder (random:SIZE is its own). ValueError as in model.load_encoder."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load_encoder(path, device)         # this checks the device
-    encoder.precision = precision
-    return [encoder] if path.startswith("random:") else [encoder, untrained_like(encoder)]
+    networks, control_of = [load_encoder(path, device) for path in paths], []        # this checks the device
+    for number, path in enumerate(paths):
+        networks[number].precision = precision
+        same = [k for k in range(len(paths), len(networks)) if networks[k].config == networks[number].config]
+        if str(path).startswith("random:"):
+            same = [number]
+        elif not same:
+            networks.append(untrained_like(networks[number]))
+        control_of.append(same[0] if same else len(networks) - 1)
+    return networks, control_of
 
 
 def to_json(value):

@@ -33,8 +33,9 @@ from sklearn.model_selection import GroupKFold
 from tqdm import tqdm
 
 from ecg import FS, LEAD_IDS, Refused, preprocess, read_wfdb
-from evaluate import (CALIBRATION_NOTE, calibration, draw_bars, interval, label_auroc, load_encoders, macro, parser_of,
-                      plain_auroc, resample, show, show_calibration, standardized, to_json, write_results)
+from evaluate import (CALIBRATION_NOTE, calibration, draw_bars, interval, interval_of_seeds, label_auroc, load_encoders,
+                      macro, mean_of, parser_of, plain_auroc, resample, show, show_calibration, standardized, to_json,
+                      write_results)
 from model import low_precision
 from prepare import MITDB_DS1, MITDB_DS2
 
@@ -53,6 +54,7 @@ MIN_BEATS = 5                    # of a class and of all others, to score the cl
 LOCAL_BEATS = 10                 # beats whose mean RR interval a beat is compared with
 RR_S, RR_RATIO = (0.2, 3.0), (0.5, 1.5)  # s; beyond these are gaps, pauses and artefacts: they count as the limit
 NAMES = dict(within_nsv="within", macro_nsv="pooled", rr_r="rr r", early_r="early r")  # of scores in JSON, in the table
+CI_NAMES = dict(within_nsv="within_ci95", macro_nsv="ci95")      # of their intervals in JSON
 BATCH = 64                       # windows, one per beat, in a forward pass
 
 
@@ -239,7 +241,8 @@ def detection(p, cls):
 
 
 def score(x, data, train, test, number, counts):
-    """The probe of features x on DS2: JSON entry, probabilities (K', C), and the scores of NAMES (4, S)."""
+    """The probe of features x on DS2: JSON entry, probabilities (K', C), and the scores of NAMES (4, S), the first of
+    which are DS2 itself."""
     p, c = probe(x, data, train, test)
     prior = (one_hot(data["cls"][train]) * data["stands_for"][train][:, None]).sum(axis=0)
     believed = with_prior(p, prior)
@@ -248,13 +251,19 @@ def score(x, data, train, test, number, counts):
     auroc, within = label_auroc(y, p, number, counts), within_records(y, p, number, counts)
     macro_nsv, within_nsv = nsv(auroc), nsv(within)
     r = rr_correlation(x, data["rr"], train, test, number, counts)
-    return dict(c=c, macro_nsvf=macro(auroc)[0], macro_nsv=macro_nsv[0], per_class=dict(zip(CLASSES, auroc[0])),
-                within_nsv=within_nsv[0], within_ci95=interval(within_nsv[1:]),
-                within_per_class=dict(zip(CLASSES, within[0])),
-                rr_r=r[0, 0], rr_r_ci95=interval(r[1:, 0]), early_r=r[0, 1], early_r_ci95=interval(r[1:, 1]),
-                ci95=interval(macro_nsv[1:]), s_without_232=plain_auroc(y[without], p[without])[1],
+    return dict(c=c, macro_nsvf=macro(auroc)[0], per_class=dict(zip(CLASSES, auroc[0])),
+                within_per_class=dict(zip(CLASSES, within[0])), s_without_232=plain_auroc(y[without], p[without])[1],
                 detection=detection(p, cls),
                 calibration=calibration(believed, y, prior / prior.sum(), number)), p, np.stack((within_nsv, macro_nsv, *r.T))
+
+
+def with_intervals(runs):
+    """JSON entry of several runs of score(), of encoders that differ in their seed: means, with intervals of NAMES."""
+    entry, scores = mean_of([run[0] for run in runs]), np.stack([run[2] for run in runs], axis=1)   # (4, E, S)
+    entry["each"] = {key: of[:, 0].tolist() for key, of in zip(NAMES, scores)}
+    for key, of in zip(NAMES, scores):
+        entry |= {key: of[:, 0].mean(), CI_NAMES.get(key, f"{key}_ci95"): interval_of_seeds(of)}
+    return entry
 
 
 # ---- report and picture ---------------------------------------------------------------------------------------------
@@ -264,10 +273,10 @@ def report(result):
     thinned = (f"at most {result['beats']} of a class and record" if result["beats"] else
                f"N thinned to {MAX_N_TRAIN} a record")
     for name, r in (result["features"] | result["controls"]).items():
-        rows[name] = {"C": r["c"], "within": show(r["within_nsv"], r["within_ci95"]),
+        rows[name] = {"C": f"{r['c']:g}", "within": show(r["within_nsv"], r["within_ci95"]),
                       **{f"within {k}": r["within_per_class"][k] for k in "SVN"},
-                      "pooled": show(r["macro_nsv"], r["ci95"]), **r["per_class"], "S without 232": r["s_without_232"],
-                      "rr r": r["rr_r"], "early r": r["early_r"],
+                      "pooled": show(r["macro_nsv"], r["ci95"]), **r["per_class"],
+                      "S without 232": r["s_without_232"], "rr r": r["rr_r"], "early r": r["early_r"],
                       **show_calibration(r["calibration"])}
         for key, d in (r.get("differences", {}) if not result["untrained_only"] else {}).items():
             differences.setdefault(NAMES[key], {})[name] = show(d["difference"], d["ci95"])
@@ -317,7 +326,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    encoders = load_encoders(args.encoder, args.device, args.precision)
+    encoders, control_of = load_encoders(args.encoder, args.device, args.precision)
     data = collect(args.raw, encoders, args.beats)
     train, test = (np.isin(data["record"], names) for names in (MITDB_DS1, MITDB_DS2))
     number, counts = resample(data["record"][test], args.seed)
@@ -325,22 +334,28 @@ def main(args):
 
     stored, result = {key: data[key][test] for key in ("record", "beat_s", "cls")}, dict(features={}, controls={})
     for name in ("rr", "raw"):
-        result["controls"][name], stored[f"p_{name}"], _ = score(data[name], data, train, test, number, counts)
+        run = score(data[name], data, train, test, number, counts)
+        result["controls"][name], stored[f"p_{name}"] = with_intervals([run]), run[1]
     for name in ("r_token", "neighbourhood"):
         runs = [score(data[f"{name} {e}"], data, train, test, number, counts) for e in range(len(encoders))]
-        (entry, p, scores), (control, p0, scores0) = runs[0], runs[-1]  # the control alone: both are the same
-        differences = {key: dict(difference=d[0], ci95=interval(d[1:])) for key, d in zip(NAMES, scores - scores0)}
-        pooled = differences["macro_nsv"]
-        result["features"][name] = dict(entry, untrained=control["macro_nsv"], untrained_scores=control,
+        ours, controls = runs[:len(control_of)], [runs[k] for k in control_of]
+        gains = np.stack([run[2] - control[2] for run, control in zip(ours, controls)], axis=1)      # (4, E, S)
+        differences = {key: dict(difference=of[:, 0].mean(), ci95=interval_of_seeds(of),
+                                 each=[dict(difference=one[0], ci95=interval(one[1:])) for one in of])
+                       for key, of in zip(NAMES, gains)}
+        pooled, control = differences["macro_nsv"], with_intervals(controls)
+        result["features"][name] = dict(with_intervals(ours), untrained=control["macro_nsv"], untrained_scores=control,
                                         difference=pooled["difference"], difference_ci95=pooled["ci95"],
                                         differences=differences)
-        stored |= {f"p_{name}": p, f"p_untrained_{name}": p0, f"difference_{name}": (scores - scores0)[1]}
+        p = np.stack([run[1] for run in ours])                         # one encoder: (K', C), several: (E, K', C)
+        stored |= {f"p_{name}": p[0] if len(p) == 1 else p, f"p_untrained_{name}": controls[0][1],
+                   f"difference_{name}": gains[1].mean(axis=0)}
 
     train_beats, test_beats = (dict(zip(CLASSES, one_hot(data["cls"][rows]).sum(axis=0))) for rows in (train, test))
     n = dict(train=train.sum(), test=test.sum(), train_records=len(set(data["record"][train])),
              test_records=counts.shape[1], train_beats=train_beats, test_beats=test_beats,
              absent=[name for name, beats in test_beats.items() if not beats])
-    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=len(encoders) == 1,
+    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=control_of == [*range(len(encoders))],
                           beats=args.beats or 0, n=n, mapping=AAMI, **result))
     print(report(result))
     write_results(args.out, "mitbih", result, stored, draw(result))

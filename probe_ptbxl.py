@@ -33,8 +33,9 @@ from augment import load_noise
 from corpus import open_corpus
 from ecg import Refused, lead_id, preprocess, read_wfdb
 from evaluate import (CALIBRATION_NOTE, COLORS, NOISE_DB, both_classes, calibration, draw_bars, global_features, in_bins,
-                      interval, label_auroc, load_encoders, macro, noisy_features, parser_of, plain_auroc, platt,
-                      resample, show, show_calibration, standardized, to_json, write_results)
+                      interval, interval_of_seeds, label_auroc, load_encoders, macro, mean_of, noisy_features,
+                      parser_of, plain_auroc, platt, resample, show, show_calibration, standardized, to_json,
+                      write_results)
 
 TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's folds; a patient is in one fold only
@@ -165,38 +166,44 @@ def score_task(logits, y, fold, scored, patient, counts):
                 noisy=np.array([macro(label_auroc(y_test, level, patient, counts)) for level in levels]))
 
 
-def compare(names, y, fold, logits, patient, counts):
+def compare(names, y, fold, logits, control_of, patient, counts):
     """JSON entry of a task and its arrays for predictions.npz. names (C,), y (R, C), fold (R,); logits (G, rows, C) of
-    each encoder, control last: folds 9 and 10, then fold 10 at each level of noise; patient, counts: see resample."""
+    each network, of folds 9 and 10, then of fold 10 at each level of noise; control_of: see load_encoders; patient,
+    counts: see resample. Scores are means over encoders."""
     train, val, test = split_rows(fold)
     scored = np.flatnonzero(both_classes(y[test]) & both_classes(y[train]))
     y_test = y[test][:, scored]
     frequent = y_test.sum(axis=0) >= MIN_POSITIVES
-    encoder, control = (score_task(z, y, fold, scored, patient, counts) for z in (logits[0], logits[-1]))
-    entry = dict(n_labels=len(scored), n_labels_min10=frequent.sum(), n_labels_defined=len(names),
-                 n_test=test.sum(), c=encoder["c"], untrained_c=control["c"])
-    for suffix, chosen in (("", slice(None)), ("_min10", frequent)):
-        a, b = macro(encoder["auroc"][:, chosen]), macro(control["auroc"][:, chosen])
+    networks = [score_task(z, y, fold, scored, patient, counts) for z in logits]
+    runs = {"macro_auroc": networks[:len(control_of)], "untrained": [networks[k] for k in control_of]}
+    entry = dict(n_labels=len(scored), n_labels_min10=frequent.sum(), n_labels_defined=len(names), n_test=test.sum(),
+                 c=[run["c"] for run in runs["macro_auroc"]], untrained_c=[run["c"] for run in runs["untrained"]])
+    for suffix, chosen in (("_min10", frequent), ("", slice(None))):
+        a, b = (np.stack([macro(run["auroc"][:, chosen]) for run in of]) for of in runs.values())    # (E, S)
         for key, ci, x in (("macro_auroc", "ci95", a), ("untrained", "untrained_ci95", b),
                            ("difference", "difference_ci95", a - b)):
-            entry |= {f"{key}{suffix}": x[0], f"{ci}{suffix}": interval(x[1:])}
-    for key, run in (("calibration", encoder), ("untrained_calibration", control)):
-        prevalence = y[train][:, scored].mean(axis=0)
-        entry[key] = {kind: calibration(run[kind], y_test, prevalence, patient) for kind in ("raw", "platt")}
-    if len(encoder["noisy"]):
+            entry |= {f"{key}{suffix}": x[:, 0].mean(), f"{ci}{suffix}": interval_of_seeds(x)}
+            entry.setdefault("each", {}).setdefault(f"{key}{suffix}", x[:, 0].tolist())
+            entry["each"][f"{ci}{suffix}"] = [interval(one[1:]) for one in x]
+    prevalence = y[train][:, scored].mean(axis=0)
+    for key, of in zip(("calibration", "untrained_calibration"), runs.values()):
+        entry[key] = {kind: mean_of([calibration(run[kind], y_test, prevalence, patient) for run in of])
+                      for kind in ("raw", "platt")}
+    if len(networks[0]["noisy"]):
         entry["robustness"] = noise = dict(snr_db=NOISE_DB)
-        for key, run in (("macro_auroc", encoder), ("untrained", control)):
-            noise |= {key: run["noisy"][:, 0].tolist(), f"{key}_ci95": [interval(level[1:]) for level in run["noisy"]],
-                      f"{key}_kept": (run["noisy"][:, 0].mean() - 0.5) / (entry[key] - 0.5)}     # 0.5 is chance
-        differences = encoder["noisy"] - control["noisy"]
-        noise |= dict(difference=differences[:, 0].tolist(), difference_ci95=[interval(d[1:]) for d in differences])
+        levels = {key: np.stack([run["noisy"] for run in of], axis=1) for key, of in runs.items()}   # (H, E, S)
+        for key, x in (*levels.items(), ("difference", levels["macro_auroc"] - levels["untrained"])):
+            noise |= {key: x[:, :, 0].mean(axis=1).tolist(), f"{key}_ci95": [interval_of_seeds(level) for level in x]}
+        noise |= {f"{key}_kept": (np.mean(noise[key]) - 0.5) / (entry[key] - 0.5) for key in runs}   # 0.5 is chance
+    auroc, untrained = (np.mean([run["auroc"][0] for run in of], axis=0) for of in runs.values())
     entry["labels"] = {names[label]: dict(
-        auroc=encoder["auroc"][0, k], untrained=control["auroc"][0, k], positives_train=y[train, label].sum(),
+        auroc=auroc[k], untrained=untrained[k], positives_train=y[train, label].sum(),
         positives_val=y[val, label].sum(), positives_test=y[test, label].sum()) for k, label in enumerate(scored)}
-    # The same seed draws the same patients for every encoder: the differences can be averaged over several runs.
-    return entry, dict(labels=np.array([names[k] for k in scored], dtype=str), y=y_test, p=encoder["raw"],
-                       p_platt=encoder["platt"], p_untrained=control["raw"],
-                       difference=macro(encoder["auroc"]) - macro(control["auroc"]))
+    # The same seed draws the same patients in every run of this program. One encoder: (R', C), several: (E, R', C).
+    p, p_platt = (np.stack([run[kind] for run in runs["macro_auroc"]]) for kind in ("raw", "platt"))
+    p, p_platt = (p[0], p_platt[0]) if len(p) == 1 else (p, p_platt)
+    return entry, dict(labels=np.array([names[k] for k in scored], dtype=str), y=y_test, p=p, p_platt=p_platt,
+                       p_untrained=runs["untrained"][0]["raw"], difference=(a - b).mean(axis=0))
 
 
 # ---- report and pictures --------------------------------------------------------------------------------------------
@@ -205,7 +212,7 @@ def report(result):
     n, alone, rows = result["n"], result["untrained_only"], {}
     for task, r in result["tasks"].items():
         noise = r.get("robustness", {})
-        rows[task] = {"labels": f"{r['n_labels']}/{r['n_labels_defined']}", "C": r["c"],
+        rows[task] = {"labels": f"{r['n_labels']}/{r['n_labels_defined']}", "C": " ".join(map("{:g}".format, r["c"])),
                       "untrained": show(r["untrained"], r["untrained_ci95"]),
                       "encoder": None if alone else show(r["macro_auroc"], r["ci95"]),
                       "difference": None if alone else show(r["difference"], r["difference_ci95"]),
@@ -217,6 +224,9 @@ def report(result):
     return "\n".join((
         f"PTB-XL at {n['rate_hz']} Hz: folds 1-8 train ({n['train']}), fold 9 chooses C and calibrates ({n['val']}), "
         f"fold 10 is scored ({n['test']} recordings, {n['test_patients']} patients); no refit with fold 9",
+        f"encoders: {' '.join(result['encoder'])}" + ("; means, intervals over seeds and patients" if
+                                                     len(result["encoder"]) > 1 else "; one seed: intervals are over "
+                                                     "patients alone"),
         f"leads: {' '.join(result['leads']) or 'all'}; of folds 9 and 10: {' '.join(result['leads_scored']) or 'all'}",
         f"{n['features']} features; {n['with_gaps']} recordings with missing samples (mean over valid patches), "
         f"{n['unusable']} without a valid patch (taken as the mean recording)",
@@ -240,7 +250,8 @@ def draw(result, arrays):
     bars.set_ylabel("macro AUROC, fold 10")
     bars.set_title(f"PTB-XL, {result['n']['test']} test recordings; lines: 95 %, patient bootstrap", loc="left")
     bars.legend(frameon=False, loc="upper left", ncols=2)
-    draw_reliability(curve, *(arrays[f"superdiagnostic_{key}"] for key in ("labels", "y", "p_platt")))
+    labels, y, p = (arrays[f"superdiagnostic_{key}"] for key in ("labels", "y", "p_platt"))
+    draw_reliability(curve, labels, y, p if p.ndim == 2 else p[0])
     curve.set_title("Reliability of the superclasses; bars: a perfect model", loc="left")
     for axis in more:                            # none without noise
         levels = [str(db) for db in NOISE_DB]
@@ -281,7 +292,7 @@ def parse_args(argv=None):
 
 def main(args):
     table, statements, rate = read_tables(args.raw)
-    encoders = load_encoders(args.encoder, args.device, args.precision)
+    encoders, control_of = load_encoders(args.encoder, args.device, args.precision)
     noise = load_noise(open_corpus(args.noise), "test") if args.noise else None
     fold, patients = table.strat_fold.to_numpy(), table.patient_id.to_numpy()
     train, val, test = split_rows(fold)
@@ -300,12 +311,12 @@ def main(args):
     ends = np.cumsum([len(names) for names, _ in sets.values()])[:-1]
     tasks, stored = {}, dict(ecg_id=table.index.to_numpy()[test], patient_id=patients[test])
     for (task, (names, y)), *of_task in zip(sets.items(), *(np.split(z, ends, axis=2) for z in logits)):
-        tasks[task], arrays = compare(names, y, fold, of_task, patient, counts)
+        tasks[task], arrays = compare(names, y, fold, of_task, control_of, patient, counts)
         stored |= {f"{task}_{key}": value for key, value in arrays.items()}
 
     n = dict(rate_hz=rate, train=train.sum(), val=val.sum(), test=test.sum(), features=features.shape[2],
              test_patients=counts.shape[1], **odd)
-    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=len(encoders) == 1,
+    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=control_of == [*range(len(encoders))],
                           leads=args.leads or [], leads_scored=shown or [], n=n, tasks=tasks))
     print(report(result))
     write_results(args.out, "ptbxl", result, stored, draw(result, stored))

@@ -14,6 +14,7 @@ with a checkpoint and exit code 75 (torchrun hides exit codes: there it is 0, an
 Shapes: B recordings, V views, L leads, T samples, N patches, K prototypes, D width.
 """
 import argparse
+import contextlib
 import copy
 import faulthandler
 import json
@@ -780,38 +781,40 @@ def prepare_demo(args, rank):
         args.steps = DEMO_STEPS
 
 
-def demo_scores(encoder, out, raw):
-    """[(score, control, difference, interval)] of an encoder: of the statements from lead I, and of RR intervals."""
+def demo_scores(encoders, out):
+    """For the statements from lead I and for RR intervals, (score, control, difference, interval) of each encoder."""
     probe_ptbxl.main(probe_ptbxl.parse_args(
-        ["--encoder", encoder, "--raw", str(raw / "ptbxl"), "--out", str(out / "ptbxl"), "--leads", "I"]))
+        ["--encoder", *encoders, "--raw", str(out / "raw/ptbxl"), "--out", str(out / "ptbxl"), "--leads", "I"]))
     probe_mitbih.main(probe_mitbih.parse_args(
-        ["--encoder", encoder, "--raw", str(raw / "mitdb"), "--out", str(out / "mitbih"), "--beats", DEMO_BEATS]))
-    leads = json.loads((out / "ptbxl/ptbxl.json").read_text())["tasks"]["all"]
+        ["--encoder", *encoders, "--raw", str(out / "raw/mitdb"), "--out", str(out / "mitbih"), "--beats", DEMO_BEATS]))
+    leads = json.loads((out / "ptbxl/ptbxl.json").read_text())["tasks"]["all"]["each"]
     beats = json.loads((out / "mitbih/mitbih.json").read_text())["features"]["neighbourhood"]
-    rr = beats["differences"]["rr_r"]
-    return [(leads["macro_auroc"], leads["untrained"], leads["difference"], leads["difference_ci95"]),
-            (beats["rr_r"], beats["untrained_scores"]["rr_r"], rr["difference"], rr["ci95"])]
+    gains = beats["differences"]["rr_r"]["each"]
+    return [list(zip(*(leads[key] for key in ("macro_auroc", "untrained", "difference", "difference_ci95")))),
+            list(zip(beats["each"]["rr_r"], beats["untrained_scores"]["each"]["rr_r"],
+                     *([gain[key] for gain in gains] for key in ("difference", "ci95"))))]
 
 
 def show_demo(args):
     """Probe the demo's encoder, the one that comes with the program and the untrained control, draw features, and print
     the scores."""
     out, encoder = args.out, str(args.out / "encoder.pt")
-    scores = [demo_scores(name, folder, out / "raw") for name, folder in ((encoder, out), ("tiny", out / "tiny"))]
+    with contextlib.redirect_stdout(None):       # their tables hold means of the two encoders
+        scores = demo_scores([encoder, "tiny"], out)
     corpus = open_corpus(args.data[0][0])
     # A normal ECG has every wave.
     normal = (corpus.index["split"] == SPLITS.index("test")) & (corpus.index["label"] == 1)
     draw_features(load_encoder("tiny"), corpus, int(np.flatnonzero(normal)[0]), out / "features.png")
     print("\nsynthetic recordings, linear probes of frozen features; the same network untrained; difference [95 %]")
-    for name, *row in zip(("lead I alone, all statements: AUROC", "a heartbeat, RR interval before it: correlation"),
-                          *scores):
+    for name, row in zip(("lead I alone, all statements: AUROC", "a heartbeat, RR interval before it: correlation"),
+                         scores):
         print(name)
         for of, (score, control, difference, (low, high)) in zip((f"this run, {args.steps} steps",
                                                                   "tiny.pt, of real recordings"), row):
             print(f"  {of:30}{score:9.3f}{control:9.3f}   {difference:+.3f} [{low:+.3f}, {high:+.3f}]")
     print(f"""
 wrote {out}/encoder.pt, log.jsonl, curves.png, features.png (an ECG coloured by local features of tiny.pt), ptbxl/, \
-mitbih/, tiny/
+mitbih/
 So few steps on synthetic recordings teach little; they show that the program works. load_encoder("tiny") was trained \
 on real ones, and never saw a synthetic one. Next, with your own:
   python prepare.py ptbxl --raw raw/ptbxl --out data/ptbxl --download

@@ -16,7 +16,7 @@ from augment import load_noise
 from conftest import draw_ecg
 from corpus import INDEX_DTYPE, open_corpus
 from ecg import FS, LEADS, Recording
-from model import Encoder, untrained_like
+from model import Encoder, save_encoder, untrained_like
 
 WIDTH, PATCH = 16, 50
 PNG = b"\x89PNG"
@@ -403,10 +403,52 @@ def test_bars_leave_out_what_is_not_known(tmp_path):
 
 def test_an_absent_device_and_an_absent_encoder_are_named(tmp_path):
     with pytest.raises(ValueError, match="nosuch"):
-        evaluate.load_encoders("random:tiny", "nosuch")
+        evaluate.load_encoders(["random:tiny"], "nosuch")
     with pytest.raises(ValueError, match="no encoder at"):
-        evaluate.load_encoders(str(tmp_path / "encoder.pt"), "cpu")
-    assert len(evaluate.load_encoders("random:tiny", "auto")) == 1
+        evaluate.load_encoders([tmp_path / "encoder.pt"], "cpu")
+    networks, control_of = evaluate.load_encoders(["random:tiny"], "auto")
+    assert len(networks) == 1 and control_of == [0]
+
+
+def test_encoders_of_one_seed_share_their_control(tmp_path):
+    for name, seed in (("a", 0), ("b", 1), ("c", 0)):
+        encoder = Encoder(width=WIDTH, depth=1, heads=1, layer_scale=1.0, init_seed=seed)
+        encoder.cls_token.data += 1
+        save_encoder(encoder, tmp_path / name)
+    networks, control_of = evaluate.load_encoders([tmp_path / name for name in "abc"], "cpu", "fp32")
+    assert len(networks) == 5 and control_of == [3, 4, 3]
+    for number, control in enumerate(control_of):
+        moved = networks[number].cls_token - networks[control].cls_token
+        torch.testing.assert_close(moved, torch.ones_like(moved))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_over_seeds_and_patients_cover_the_truth(seeds):
+    """The score of a seed is the truth, plus what the seed adds, plus what the test patients add (the same for all
+    seeds) and what they add to each seed. 95 % of the intervals hold the truth; fewer of those of one seed.
+    """
+    rng, held = np.random.default_rng(0), []
+    for _ in range(2000):
+        patients = rng.normal(0, 0.04, 200)                        # what each of 200 patients adds to all seeds
+        own = rng.normal(0, 0.01, (seeds, 200))                    # and to one seed
+        counts = rng.multinomial(200, np.full(200, 1 / 200), size=100) / 200
+        seed = rng.normal(0, 0.003, seeds)[:, None]
+        scores = 0.85 + seed + (patients + own) @ np.concatenate((np.full((1, 200), 1 / 200), counts)).T
+        low, high = evaluate.interval_of_seeds(scores)
+        alone = evaluate.interval(scores[0, 1:])
+        held.append((low <= 0.85 <= high, alone[0] <= 0.85 <= alone[1]))
+    both, alone = np.mean(held, axis=0)
+    assert 0.93 <= both <= 0.97 and alone < both - 0.05
+
+
+def test_the_interval_of_one_encoder_is_that_of_its_patients():
+    scores = np.random.default_rng(0).normal(0.8, 0.01, (1, 1001))
+    assert evaluate.interval_of_seeds(scores) == evaluate.interval(scores[0, 1:])
+
+
+def test_the_mean_of_results_is_that_of_every_number():
+    found = evaluate.mean_of([dict(a=1.0, b=dict(c=[1, 2])), dict(a=2.0, b=dict(c=[3, 5]))])
+    assert found["a"] == 1.5 and found["b"]["c"].tolist() == [2, 3.5]
 
 
 def test_help_says_that_raw_is_the_publishers_folder(capsys):

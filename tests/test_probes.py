@@ -59,7 +59,7 @@ def ptbxl_records(tmp_path_factory):
 
 
 def test_ptbxl_features_are_those_of_embed(encoder_path, ptbxl_records):
-    encoders = load_encoders(str(encoder_path), "cpu")
+    encoders, _ = load_encoders([encoder_path], "cpu")
     features, odd = probe_ptbxl.extract_features(encoders, ptbxl_records)
     assert features.shape == (2, 5, 3 * WIDTH) and odd == dict(with_gaps=2, unusable=1)
     for encoder, found in zip(encoders, features):
@@ -71,7 +71,7 @@ def test_ptbxl_features_are_those_of_embed(encoder_path, ptbxl_records):
 
 
 def test_a_record_that_cannot_be_read_is_named(encoder_path, ptbxl_records, tmp_path):
-    encoders = load_encoders(str(encoder_path), "cpu")
+    encoders, _ = load_encoders([encoder_path], "cpu")
     with pytest.raises(ValueError, match="nothing.*is not there"):
         probe_ptbxl.extract_features(encoders, [ptbxl_records[0], str(tmp_path / "nothing")])
     with pytest.raises(ValueError, match="none of the 1 recordings is usable.*flat"):
@@ -150,7 +150,7 @@ def test_a_record_with_one_beat_or_none_has_as_many_rr_features():
 
 def test_a_beat_is_described_by_the_tokens_around_its_r(encoder_path):
     """Each beat's features are those of a window with R in the middle, made here one by one."""
-    encoder = load_encoders(str(encoder_path), "cpu")[0]
+    encoder = load_encoders([encoder_path], "cpu")[0][0]
     signal = np.random.default_rng(4).normal(0, 0.3, (2, 20 * FS)).astype(np.float32)
     beats_s = np.array([0.1, 5.0, 7.123, 19.9])
     signal_mv, ids = preprocess(signal, FS, ["II", "V1"])
@@ -174,7 +174,7 @@ LEAD_PAIR = ["II", "V1"]
                          ids=["whole", "gap in a lead", "gap in both leads", "dead lead"])
 def test_mitbih_features_are_those_of_embed(encoder_path, lost):
     """The token of R is the mean over leads of the local features of exactly that window, without what is missing."""
-    encoder = load_encoders(str(encoder_path), "cpu")[0]
+    encoder = load_encoders([encoder_path], "cpu")[0][0]
     signal = draw_ecg(FS, 20, LEAD_PAIR, rr_s=0.9)
     if lost is not None:
         signal[lost] = np.nan
@@ -341,6 +341,25 @@ def test_ptbxl_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
     assert all(low <= d <= high for d, (low, high) in zip(noise["difference"], noise["difference_ci95"]))
     said = capsys.readouterr().out
     assert f"fold 10 is scored ({len(y)} recordings" in said and "kept under noise" in said
+
+
+@pytest.mark.parametrize("probe, database", [(probe_ptbxl, "ptbxl"), (probe_mitbih, "mitdb")])
+def test_scores_of_several_encoders_are_means(synth, encoder_path, tmp_path, probe, database):
+    """Of two seeds: each has its own control, and its scores are those that it gets alone."""
+    save_encoder(Encoder(width=WIDTH, depth=1, heads=1, layer_scale=1.0, init_seed=1), tmp_path / "second.pt")
+    found, flags = {}, ["--beats", "5"] if probe is probe_mitbih else []
+    for name, paths in {"a": [encoder_path], "b": [tmp_path / "second.pt"],
+                        "ab": [encoder_path, tmp_path / "second.pt"]}.items():
+        probe.main(probe.parse_args(["--encoder", *map(str, paths), "--raw", str(synth / "raw" / database), "--out",
+                                     str(tmp_path / name), "--device", "cpu", *flags]))
+        result = json.loads(next((tmp_path / name).glob("*.json")).read_text())
+        found[name] = (result["tasks"]["all"], "macro_auroc") if probe is probe_ptbxl else (
+            result["features"]["r_token"], "within_nsv")
+    (a, key), (b, _), (ab, _) = found["a"], found["b"], found["ab"]
+    assert ab["each"][key] == pytest.approx([a[key], b[key]], abs=2e-6)
+    assert ab[key] == pytest.approx((a[key] + b[key]) / 2, abs=2e-6) and a[key] != b[key]
+    ci = "ci95" if probe is probe_ptbxl else "within_ci95"
+    assert ab[ci][1] - ab[ci][0] > abs(a[key] - b[key])               # two seeds say little about a third
 
 
 def test_a_probe_of_twelve_leads_is_scored_on_others(synth, tmp_path):
