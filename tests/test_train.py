@@ -688,7 +688,7 @@ def test_the_synthetic_run_from_nothing_to_its_table(tmp_path):
     done = run(PYTHON, TRAIN, "--out", str(tmp_path / "demo"), "--steps", "3", "--device", "cpu")
     table = done.stdout.partition("difference [95 %]")[2]
     assert table.count("this run, 3 steps") == table.count("tiny.pt, of real recordings") == 2
-    for name in ("encoder.pt", "curves.png", "features.png", "ptbxl/ptbxl.json", "tiny/mitbih/mitbih.json"):
+    for name in ("encoder.pt", "curves.png", "features.png", "ptbxl/ptbxl.json", "mitbih/mitbih.json"):
         assert (tmp_path / "demo" / name).is_file()
 
 
