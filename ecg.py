@@ -7,6 +7,8 @@ Nothing is filtered, normalised or centred. prepare.py, the probes and encoder.e
 
 Shapes: L leads, T samples (at FS unless said otherwise).
 """
+import contextlib
+import functools
 import hashlib
 import itertools
 import os
@@ -312,12 +314,8 @@ SIGNAL_LINE = re.compile(r"(\S+) +(16|212)(?:x1)?(?:\+(\d+))? +([\d.eE+-]+)(?:\(
 
 def read_wfdb(path):
     """Read a WFDB record: a Recording with signal (T, L) in mV. Raises Refused if the file is absent or damaged."""
-    try:
+    with readable(path):
         signal, fs, names, units = read_plain_wfdb(path) or read_any_wfdb(path)
-    except FileNotFoundError as error:
-        raise Refused("absent file", f"{Path(error.filename or path).name} is not there") from None
-    except Exception as error:  # wfdb has no exception of its own: a damaged file may raise anything
-        raise Refused("unreadable or truncated file", f"{type(error).__name__}: {error}") from None
     scale = np.array([MV_PER_UNIT.get(str(unit).lower(), np.nan) for unit in units])
     volts = np.flatnonzero(np.isfinite(scale))
     if not len(volts):
@@ -330,7 +328,7 @@ def read_wfdb(path):
 def read_plain_wfdb(path):
     """Signal (T, L) in physical units, fs, names and units of a plain header with format 16 (also the .mat files of the
     Challenges) or 212: what wfdb.rdrecord reads, several times as fast. None for other or damaged files."""
-    with open(f"{path}.hea", errors="replace") as file:
+    with open(any_case(f"{path}.hea"), errors="replace") as file:
         lines = [line for line in map(str.strip, file) if line and not line.startswith("#")]
     record = RECORD_LINE.fullmatch(lines[0]) if lines else None
     fields = [SIGNAL_LINE.fullmatch(line) for line in lines[1:]]
@@ -341,7 +339,7 @@ def read_plain_wfdb(path):
     zeros = np.array([float(f[5] or f[7]) for f in fields])
     count = n_leads * n_samples
     n_bytes = 2 * count if kind == "16" else 3 * -(-count // 2)
-    source = os.path.join(os.path.dirname(path), name)
+    source = any_case(os.path.join(os.path.dirname(path), name))
     if n_leads != len(fields) or not count or (gains == 0).any() or os.path.getsize(source) < int(skip or 0) + n_bytes:
         return None
     with open(source, "rb") as file:
@@ -378,26 +376,154 @@ def rdrecord_any_date(path):
     import wfdb  # imported here: features of an array do not need it
     try:
         return wfdb.rdrecord(path)
-    except ValueError:
+    except (ValueError, FileNotFoundError) as error:                   # a date, or a name in capitals
         path = Path(path)
         record_line, *signal_lines = header_lines(f"{path}.hea")
-        if len(record_line) <= 4 or "/" in record_line[0]:  # NAME CHANNELS RATE SAMPLES: no date, another error
+        has_no_date = len(record_line) <= 4                            # NAME CHANNELS RATE SAMPLES
+        if "/" in record_line[0] or has_no_date and isinstance(error, ValueError):
             raise
         with tempfile.TemporaryDirectory() as folder:  # the same record, under a header that stops before the date
             lines = [record_line[:4], *signal_lines]
             Path(folder, f"{path.name}.hea").write_text("\n".join(map(" ".join, lines)))
             for name in {fields[0] for fields in signal_lines}:
-                os.symlink(path.parent.resolve() / name, Path(folder, name))
+                os.symlink(any_case(path.parent.resolve() / name), Path(folder, name))
             return wfdb.rdrecord(f"{folder}/{path.name}")
 
 
 def header_lines(path):
     """The fields of every line of a WFDB header that is not a comment."""
-    lines = [line.split() for line in Path(path).read_text(errors="replace").splitlines()]
+    lines = [line.split() for line in Path(any_case(path)).read_text(errors="replace").splitlines()]
     return [fields for fields in lines if fields and not fields[0].startswith("#")]
 
 
+def read_edf(path):
+    """Read an EDF or EDF+ file: a Recording with signal (L, T) in mV, at the highest rate of its voltage channels; NaN
+    between the parts of a recording with interruptions (EDF+D). Raises Refused if the file is absent or damaged.
+
+    wfdb.io.convert.edf.read_edf rounds baselines, reads all channels at the lowest rate, and refuses interruptions.
+    """
+    with readable(path):
+        with open(path, "rb") as file:
+            head = file.read(256).decode("latin-1")
+            n_channels = int(head[252:256])
+            text = file.read(256 * n_channels).decode("latin-1")
+            data = np.fromfile(file, "<i2")
+        columns, start = [], 0                   # one list per field of the channels; see edfplus.info/specs/edf.html
+        for width in (16, 80, 8, 8, 8, 8, 8, 80, 8):
+            columns.append([text[start + i * width:][:width].strip() for i in range(n_channels)])
+            start += n_channels * width
+        names, _, units, low, high, digital_low, digital_high, _, counts = columns
+        counts, seconds, n_records = np.array(counts, int), float(head[244:252]), int(head[236:244])
+        n_records = n_records if n_records >= 0 else len(data) // counts.sum()       # -1: not known
+        if head[:8].strip() != "0" or not 0 < n_records * counts.sum() <= len(data) or counts.min() < 1:
+            raise ValueError(f"version {head[:8]!r}, {n_records} records of {counts.sum()} samples, but {len(data)} "
+                             "samples are there: expected EDF's version 0 and at least as many samples")
+        channels = np.split(data[:n_records * counts.sum()].reshape(n_records, -1), counts.cumsum()[:-1], axis=1)
+        volts = [i for i, unit in enumerate(units) if unit.lower() in MV_PER_UNIT]
+        is_notes = np.array([name in ("EDF Annotations", "BDF Annotations") for name in names])
+        if not volts:
+            raise Refused("no voltage channel", f"units {units}: expected at least one channel in mV, uV or V")
+        n = counts[volts].max()                  # samples per record and lead
+        at = np.arange(n_records) * n
+        if head[192:197] == "EDF+D":             # the first note of a record says when it begins
+            onsets = [float(row.tobytes().split(b"\x14")[0]) for row in channels[int(np.argmax(is_notes))]]
+            at = np.rint((np.array(onsets) - onsets[0]) * n / seconds).astype(int)
+        if not 0 < at[-1] + n <= MAX_SAMPLES // len(volts) or (np.diff(at) < n).any():
+            raise ValueError(f"{n_records} records take {at[-1] + n:,} samples: expected records one after the other, "
+                             f"and at most {MAX_SAMPLES:,} samples in all")
+        signal = np.full((len(volts), at[-1] + n), np.nan)
+        for lead, i in zip(signal, volts):
+            gain = (float(high[i]) - float(low[i])) / (float(digital_high[i]) - float(digital_low[i]))
+            x = ((channels[i] - float(digital_low[i])) * gain + float(low[i])) * MV_PER_UNIT[units[i].lower()]
+            ratio = Fraction(int(n), int(counts[i]))
+            breaks = np.flatnonzero(np.diff(at) > n) + 1
+            for part, first in zip(np.split(x, breaks), at[np.r_[0, breaks]]):
+                part = resample_poly(part.ravel(), ratio.numerator, ratio.denominator, padtype="line")
+                lead[first:first + len(part)] = part
+    return Recording(signal, n / seconds, [names[i] for i in volts], left_out=int((~is_notes).sum()) - len(volts))
+
+
+def read_array(path, fs, units, leads):
+    """The Recording in a file of one of ARRAY_READERS. fs: a number, also as text. leads: names with ; or spaces between
+    them; "" if the file has a header of names. Raises Refused if the file is absent or damaged."""
+    names = [name.strip() for name in (leads.split(";") if ";" in leads else leads.split())]
+    with readable(path):
+        signal, header = ARRAY_READERS[Path(path).suffix.lower()](path)
+        fs = float(fs or "nan")
+    plain = [re.sub(r"[\[(].*", "", name).strip().lower() for name in header]     # "II (mV)" is ii
+    wanted = [name.lower() for name in names] or [name for name in plain if name not in NO_LEAD_COLUMNS]
+    if wanted and {*wanted} <= {*plain}:
+        columns = [plain.index(name) for name in wanted]
+        signal, names = signal[:, columns], [header[i] for i in columns]
+    if not names:
+        raise Refused("leads", "no names of leads, and the file has no header with names: name them in the table")
+    return Recording(signal, fs, names, units)
+
+
+def read_csv(path):
+    """(T, L) numbers of a CSV file, and the names in its header: [] without a header."""
+    import pandas as pd
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        first, second = file.readline(), file.readline()
+    separator = max(",;\t", key=first.count)
+    point = "," if separator == ";" and "," in first + second else "."
+    cells = [cell.strip().strip('"') for cell in first.strip("\n").split(separator)]
+    try:
+        header = [float(cell.replace(point, ".")) for cell in cells if cell] and []
+    except ValueError:                           # not all are numbers
+        header = cells
+    table = pd.read_csv(path, sep=separator, decimal=point, header=None, skiprows=int(bool(header)))
+    return table.to_numpy(np.float64), header
+
+
+def only_array(arrays):
+    """The array named signal, or the only one with more than one number, of a .npz or .mat file; and no header."""
+    arrays = {name: x for name, x in arrays.items() if getattr(x, "size", 0) > 1 and x.dtype.kind in "biuf"}
+    if "signal" not in arrays and len(arrays) != 1:
+        raise ValueError(f"it holds the arrays {sorted(arrays)}: expected one, or one named signal")
+    return arrays.get("signal", next(iter(arrays.values()))), []
+
+
+def read_mat(path):
+    from scipy.io import loadmat
+    return only_array(loadmat(path))
+
+
+ARRAY_READERS = {".csv": read_csv, ".npy": lambda path: (np.load(path), []), ".mat": read_mat,
+                 ".npz": lambda path: only_array(np.load(path))}
+NO_LEAD_COLUMNS = ("", "time", "t", "timestamp", "date", "datetime", "sample", "samples", "index", "unnamed: 0", "ms",
+                   "s", "sec", "second", "seconds", "n")  # of a CSV header
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def readable(path):
+    """Errors while a file is read become Refused, with their cause."""
+    try:
+        yield
+    except Refused:
+        raise
+    except FileNotFoundError as error:
+        raise Refused("absent file", f"{Path(error.filename or path).name} is not there") from None
+    except Exception as error:  # a damaged file may raise anything
+        raise Refused("unreadable or truncated file", f"{type(error).__name__}: {error}") from None
+
+
+def any_case(path):
+    """`path` if it is there; otherwise the file of its folder whose name differs only in capitals (.HEA and .DAT of a
+    Windows export), if there is one; otherwise `path`."""
+    folder, name = os.path.split(path)
+    if not os.path.exists(path) and os.path.isdir(folder or "."):
+        name = names_by_lower(folder or ".", os.stat(folder or ".").st_mtime_ns).get(name.lower(), name)
+    return os.path.join(folder, name)
+
+
+@functools.lru_cache(1)
+def names_by_lower(folder, changed_ns):
+    """The names in a folder by their lower-case form, listed again only when the folder changes."""
+    return {name.lower(): name for name in sorted(os.listdir(folder), reverse=True)}
+
+
 def atomic_write(path, content):
     """Write a file whole or not at all, even if the machine stops.
 
