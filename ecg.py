@@ -410,7 +410,8 @@ def read_edf(path):
             data = np.fromfile(file, "<i2")
         columns, start = [], 0                   # one list per field of the channels; see edfplus.info/specs/edf.html
         for width in (16, 80, 8, 8, 8, 8, 8, 80, 8):
-            columns.append([text[start + i * width:][:width].strip() for i in range(n_channels)])
+            fields = [text[start + i * width:][:width].strip() for i in range(n_channels)]
+            columns.append([field.replace("\xc2", "") for field in fields])           # of a µ in UTF-8
             start += n_channels * width
         names, _, units, low, high, digital_low, digital_high, _, counts = columns
         counts, seconds, n_records = np.array(counts, int), float(head[244:252]), int(head[236:244])

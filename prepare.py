@@ -249,16 +249,16 @@ def list_arrays(raw, args, notes):
     path = args.table or raw / "table.csv"
     table = pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame()
     if not len(table) or not {*ARRAY_COLUMNS[:4]} <= {*table} or {*table.get("split", "")} - {"", *SPLITS}:
-        raise ValueError(f"{path} has {len(table)} rows with the columns {', '.join(table)}: give --table FILE.csv with "
-                         f"{', '.join(ARRAY_COLUMNS[:4])}, and perhaps patient and split ({', '.join(SPLITS)})")
+        found = f"has {len(table)} rows with the columns {', '.join(table)}" if path.is_file() else "is not there"
+        raise ValueError(f"{path} {found}: expected a table (--table FILE.csv) with {', '.join(ARRAY_COLUMNS[:4])}, and "
+                         f"perhaps patient and split; a split is {', '.join(SPLITS)} or empty")
     table = table.reindex(columns=ARRAY_COLUMNS, fill_value="").apply(lambda column: column.str.strip())
     table["file"] = table.file.str.replace("\\", "/").str.removeprefix("./")
-    found = {file.relative_to(raw).as_posix() for file in find_files(raw, notes, {*ARRAY_READERS})
-             if not file.samefile(path)}
+    files = find_files(raw, notes, {*ARRAY_READERS})
+    found = {file.relative_to(raw).as_posix() for file in files if not file.samefile(path)}
     notes["files"] = text = f"{path} names {len(found & {*table.file}):,} of {len(found):,} files"
     if not found & {*table.file}:
-        raise ValueError(f"{text}: it says {table.file[0]!r}, and there is {min(found, default='none')!r}; expected paths "
-                         f"in {raw}")
+        raise ValueError(f"{text} in {raw}: it says {table.file[0]!r}, and there is {min(found, default='none')!r}")
     is_copy = table.file.map(lambda name: bool(HELD_OUT_COPY.fullmatch(Path(name).stem)))
     is_copy |= table.patient.isin({*table.patient[is_copy]} - {""})        # with a copy, all of its patient is held out
     for row, again, copy in zip(table.itertuples(index=False), table.file.duplicated(), is_copy):
@@ -335,8 +335,8 @@ class Lookup:
     def __init__(self, raw, name, key, value, paths=False):
         self.name, self.paths, self.asked, self.found = name, paths, 0, 0
         self.may_miss = key == value               # a list of duplicates: a part of a database may hold none of them
-        keys, values = [np.zeros(0, np.uint64)], [np.zeros(0, "S1")]
-        for path in sorted(path for folder in ("", "*/", "*/*/") for path in raw.glob(folder + name)):
+        keys, values, folders = [np.zeros(0, np.uint64)], [np.zeros(0, "S1")], ("", "*/", "*/*/")
+        for path in [raw / name] if paths else sorted(path for folder in folders for path in raw.glob(folder + name)):
             for part in read_table(path, [key, value]):
                 keys.append(np.fromiter(map(self.hash, part[key]), np.uint64, len(part)))
                 values.append(np.char.encode(part[value].to_numpy(str)))
@@ -584,9 +584,8 @@ def clean_up(part, made):
     """Delete OUT/.part unless a run can continue there, and OUT if this run made it and it is empty."""
     if not (part / "plan.json").exists():
         shutil.rmtree(part, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            if made:
-                part.parent.rmdir()
+        if made and not os.listdir(part.parent):
+            part.parent.rmdir()
 
 
 def make_plan(source, raw, part, args, command):
@@ -926,8 +925,7 @@ def parse_args(argv=None):
             (is_synth and (args.limit or args.dry_run), "no --limit and no --dry-run: for synth there is --records"),
             (args.patients and source != "wfdb", f"--patients is for wfdb; {source} knows its patients"),
             (args.table and source != "arrays", f"--table is for arrays; the files of {source} say what they are"),
-            *((path and not path.is_file(), f"--{name} {path}: there is no such file")
-              for name, path in (("patients", args.patients), ("table", args.table))),
+            (args.patients and not args.patients.is_file(), f"--patients {args.patients}: there is no such file"),
             (not is_synth and not args.download and not args.raw.is_dir(), f"--raw {args.raw} is no folder")):
         if is_wrong:
             parser.error(message)

@@ -280,12 +280,76 @@ def folder(tmp_path_factory):
     return run("wfdb", folder / "raw", folder / "out"), good, bad
 
 
-def test_folders_and_links_to_nowhere_named_like_headers_are_no_records(tmp_path):
+def test_folders_and_links_to_nowhere_named_like_headers_are_no_records(tmp_path, capsys):
     write(tmp_path / "raw", "good", noise(0))
     (tmp_path / "raw" / "folder.hea").mkdir()
-    os.symlink("nowhere", tmp_path / "raw" / "dangling.hea")
+    os.mkfifo(tmp_path / "raw" / "pipe.hea")
+    for target, name in (("nowhere", "dangling.hea"), ("itself.hea", "itself.hea")):
+        os.symlink(target, tmp_path / "raw" / name)
     corpus = run("wfdb", tmp_path / "raw", tmp_path / "out")
     assert names_of(corpus) == ["good"] and not corpus.manifest["rejected"]
+    assert corpus.manifest["notes"] == {prepare.NOT_READ: "2 links to nowhere, 1 pipes and devices"}
+    assert f"  {prepare.NOT_READ}: 2 links to nowhere" in capsys.readouterr().out
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    """Circles too, and a folder keeps its own name where it has one."""
+    raw = tmp_path / "raw"
+    for seed, name in enumerate(("raw/a/1", "raw/b/2", "raw/3", "elsewhere/4", "elsewhere/deep/5")):
+        write(tmp_path, name, noise(seed))
+    os.symlink(tmp_path / "elsewhere", raw / "a" / "cohort")
+    os.symlink(raw / "b", raw / "a" / "of_b")
+    os.symlink("..", raw / "b" / "up")
+    os.symlink(raw, tmp_path / "elsewhere" / "deep" / "back")
+    os.symlink(tmp_path / "elsewhere" / "deep", raw / "z")
+    os.symlink(raw / "3.hea", raw / "b" / "link.hea")
+    os.symlink(raw / "3.dat", raw / "b" / "3.dat")
+    for folder, flags in ((raw, ()), (raw.parent / "as_link", ("--workers", "2"))):
+        if not folder.exists():
+            os.symlink(raw, folder)
+        corpus = run("wfdb", folder, tmp_path / f"out_{folder.name}", *flags)
+        assert names_of(corpus) == ["3", "a/1", "b/2", "b/link", "a/cohort/4", "a/cohort/deep/5"]
+        assert corpus.manifest["notes"] == {prepare.NOT_READ: "4 links to folders that were listed already"}
+
+
+def test_names_in_capitals(tmp_path):
+    """A Windows export: the headers name the files in other capitals, in all that read_wfdb can read."""
+    raw, kinds = tmp_path / "raw", (("HEA", "DAT"), ("Hea", "Dat"), ("hea", "DAT"), ("HEA", "dat"))
+    for seed, (hea, dat) in enumerate(kinds):
+        write(raw, f"r{seed}", noise(seed))
+        (raw / f"r{seed}.hea").rename(raw / f"R{seed}.{hea}")
+        (raw / f"r{seed}.dat").rename(raw / f"R{seed}.{dat}")
+    wfdb.wrsamp("c", 500, ["mV"] * 2, ["I", "II"], d_signal=noise(9), fmt=["24"] * 2, adc_gain=[200.0] * 2,
+                baseline=[1024] * 2, write_dir=str(raw))           # a format that read_plain_wfdb does not read
+    (raw / "c.hea").rename(raw / "C.HEA")
+    (raw / "c.dat").rename(raw / "C.DAT")
+    write(raw, "lost", noise(5))
+    (raw / "lost.hea").rename(raw / "LOST.HEA")
+    (raw / "lost.dat").unlink()
+    corpus = run("wfdb", raw, tmp_path / "out")
+    assert names_of(corpus) == ["C", "R0", "R1", "R2", "R3"] and rejects_of(corpus.dir) == {"LOST": "absent file"}
+    for i in range(4):
+        np.testing.assert_array_equal(corpus.read(i + 1), 5 * (noise(i).T - 1024))
+    assert_stored(corpus.read(0), preprocess((noise(9) - 1024) / 200, 500, ["I", "II"])[0])
+
+
+def test_what_is_not_read_is_counted(tmp_path):
+    """Files that belong to a record, or cannot hold one, are not."""
+    raw = tmp_path / "raw"
+    write(raw, "a", noise(0))
+    write(raw, "slp01", noise(1))
+    (raw / "slp01.dat").rename(raw / "slp01a.dat")
+    (raw / "slp01.hea").write_text((raw / "slp01.hea").read_text().replace("slp01.dat", "slp01a.dat"))
+    (raw / "sub").mkdir()
+    for name in ("a.mat", "a.csv", "b.mat", "c.DCM", "sub/d.dcm", "e.xml", "a1.dat", "f.dat", "LICENSE.txt", "a.atr",
+                 "sub/a.xml"):
+        (raw / name).touch()
+    corpus = run("wfdb", raw, tmp_path / "out")
+    assert names_of(corpus) == ["a", "slp01"]
+    assert corpus.manifest["notes"] == {prepare.NOT_READ: "1 .dat, 2 .dcm, 1 .mat, 2 .xml"}
+    with pytest.raises(ValueError, match=r"no wfdb recordings under .*sub: expected WFDB headers .*; found 1 .dcm, 1 .xml"):
+        run("wfdb", raw / "sub", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def stored_name(name):
@@ -400,7 +464,7 @@ def processes_of(session):
 @pytest.mark.parametrize("end", ["SIGINT", "SIGTERM", "SIGKILL", "a worker is killed"])
 def test_an_interrupted_run_goes_on_where_it_stood(end, tmp_path):
     """One record's signal file is a pipe that nobody writes to, so the run stands in the middle until it is ended."""
-    raw, out, part = tmp_path / "raw", tmp_path / "out", tmp_path / "out.part"
+    raw, out, part = tmp_path / "raw", tmp_path / "out", tmp_path / "out" / ".part"
     for i in range(6):
         write(raw, f"r{i}", noise(i))
     whole = files_of(run("wfdb", raw, out).dir)
@@ -432,7 +496,7 @@ def test_an_interrupted_run_goes_on_where_it_stood(end, tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert code == (-signal.SIGKILL if end == "SIGKILL" else 1)
-    assert not out.exists()
+    assert os.listdir(out) == [".part"]
     said = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGKILL": "",
             "a worker is killed": "try again with a smaller --workers"}[end]
     n = len(list(part.glob("done/*.npz")))
@@ -672,7 +736,8 @@ def test_heedb_takes_both_forms_and_its_tables(shared_data, tmp_path):
         assert [LEADS[k] for k in corpus.index["leads"][i][:12]] == list(TWELVE) and corpus.index["fs_hz"][i] == 500
         assert patient_of(corpus, i) == f"heedb/{patient}"
         assert SPLITS[corpus.index["split"][i]] == prepare.hashed_split(f"heedb/{patient}")
-    assert corpus.manifest["notes"] == {}
+    assert corpus.manifest["notes"] == {"patients": "demographics_ECG.csv (5 names) names 5 of 6 recordings",
+                                        "duplicates": "duplicated.csv (1 names) names 1 of 6 recordings"}
     for table in (raw / "Metadata").iterdir():
         table.unlink()
     corpus = run("heedb", raw, tmp_path / "alone")
@@ -844,7 +909,13 @@ def test_faults_of_heedb_are_counted(tmp_path):
     assert leads["gaps"] == [*TWELVE[:5], *TWELVE[6:]] and (corpus.read(rows["gaps"])[2] == MISSING).sum() == 101
     assert (corpus.read(rows["rails"])[3] == MISSING).sum() >= 300 and corpus.index["length"][rows["fine_250"]] == 5000
     assert patient_of(corpus, rows["stranger"]) == "heedb/stranger" and len(corpus.patients) == 2
-    assert corpus.manifest["notes"] == {prepare.NO_PATIENT: 1}
+    assert corpus.manifest["notes"] == {
+        "patients": "demographics_ECG.csv (12 names) names 12 of 13 recordings",
+        "duplicates": "duplicated.csv (1 names) names 1 of 13 recordings"}
+    pd.DataFrame({"FileName": ["ECG_1.mat"], "BDSPPatientID": 7}).to_csv(raw / "demographics_ECG.csv", index=False)
+    refusal = "demographics_ECG.csv names none of the 13 recordings: it says 'ECG_1.mat', and there is '.*'; expected"
+    with pytest.raises(ValueError, match=refusal):
+        run("heedb", raw, tmp_path / "again")
 
 
 def test_faults_of_icentia11k_are_counted(tmp_path):
@@ -888,7 +959,13 @@ def test_patients_of_a_folder_come_from_a_table(tmp_path):
     who = {name: patient_of(corpus, i) for name, i in rows_of(corpus).items()}
     assert who == {"a/1": "wfdb-patient/5", "a/2": "wfdb-patient/6", "b/HR00001": "wfdb-patient/6", "c": "wfdb/c"}
     assert sorted(names_of(corpus, "test")) == ["a/2", "b/HR00001"]    # with the copy, all of its patient is held out
-    assert list(corpus.manifest["notes"].values()) == [1] and "--patients" in corpus.manifest["command"]
+    assert corpus.manifest["notes"] == {"patients": "patients.csv (3 names) names 3 of 4 recordings"}
+    assert "--patients" in corpus.manifest["command"]
+    pd.DataFrame({"record": ["x/9", ""], "patient": [1, 2]}).to_csv(table)
+    refusal = "patients.csv names none of the 4 recordings: it says 'x/9', and there is 'b/HR00001'; expected the same names"
+    with pytest.raises(ValueError, match=refusal):
+        run("wfdb", raw, tmp_path / "no", "--patients", str(table))
+    assert not (tmp_path / "no").exists()
     pd.DataFrame({"name": ["a/1"]}).to_csv(table)
     with pytest.raises(ValueError, match="has the columns .*name: expected one of record, path"):
         run("wfdb", raw, tmp_path / "no", "--patients", str(table))
@@ -899,6 +976,93 @@ def test_limit_and_dry_run(tmp_path, capsys):
         write(tmp_path / "raw", f"r{i}", noise(i))
     assert run_dry(tmp_path) == [] and "5 recordings to read; about 5e-05 GB on disk" in capsys.readouterr().out
     assert names_of(run("wfdb", tmp_path / "raw", tmp_path / "out", "--limit", "3")) == ["r0", "r1", "r2"]
+
+
+def mounted(folder, *options):
+    """Mount an empty tmpfs, or skip the test."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not allowed here")
+
+
+@pytest.mark.parametrize("kind", ["mount", "link", "link to nothing", "empty folder"])
+def test_out_may_be_a_mount_point_or_a_link(small_raw, small_corpus, tmp_path, monkeypatch, kind):
+    """The unfinished corpus lies on the same disk, an interrupted run continues, nothing is left behind."""
+    out, disk = tmp_path / "out", tmp_path / "big"
+    if kind == "mount":
+        mounted(out)
+        (out / "lost+found").mkdir()
+    elif kind == "empty folder":
+        out.mkdir()
+    else:
+        disk.mkdir()
+        os.symlink(disk / "mine", out)
+        if kind == "link":
+            (disk / "mine").mkdir()
+    args = prepare.parse_args(["wfdb", "--raw", str(small_raw), "--out", str(out), "--workers", "1"])
+    rename, moved = Path.rename, []
+
+    def interrupted(path, target):
+        if moved:
+            raise KeyboardInterrupt("interrupted")
+        moved.append(path.name)
+        rename(path, target)
+    try:
+        for name, function in (("assemble", lambda *a: interrupted(*a[:2])), ("rename", interrupted)):
+            moved[:] = [0] if name == "assemble" else []
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(*((Path, name) if name == "rename" else (prepare, name)), function)
+                prepare.main(args)
+            with pytest.raises(ValueError, match="out holds no corpus .*out/.part holds an unfinished one|"
+                                                 "mine/.part holds an unfinished one"):
+                open_corpus(out)
+        assert moved == ["fingerprints.npy"] and "3 finished shards are kept" in prepare.end_of_run(args, ValueError())
+        with monkeypatched(prepare, "prepare_shard") as prepared:
+            prepare.main(args)
+        made, expected = files_of(out), files_of(small_corpus)
+        assert not prepared and {name for name in expected if made[name] != expected[name]} == {"manifest.json"}
+        assert made.keys() == expected.keys() and not part_of(out).exists()
+        assert sorted(os.listdir(tmp_path)) == (["big", "out"] if "link" in kind else ["out"])
+        assert not disk.exists() or os.listdir(disk) == ["mine"]
+        before = files_of(out)
+        with pytest.raises(ValueError, match="out already exists: delete it"):
+            prepare.main(args)
+        assert files_of(out) == before
+    finally:
+        if kind == "mount":
+            subprocess.run(["umount", "-l", str(out)], check=True)
+
+
+def test_synth_too_goes_to_a_mount_point(tmp_path):
+    mounted(tmp_path / "out")
+    (tmp_path / "raw").mkdir()
+    try:
+        prepare.main(prepare.parse_args(["synth", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out"),
+                                         "--records", "3", "--workers", "1"]))
+        assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "raw")) == ["mitdb", "nstdb", "ptbxl"]
+        assert len(open_corpus(tmp_path / "out" / "ptbxl").index) == 3
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "out")], check=True)
+
+
+def test_a_run_that_fails_leaves_a_folder_of_the_user_alone(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "mine").mkdir()
+    for name, stays in (("mine", True), ("new", False)):
+        with pytest.raises(ValueError, match="no wfdb recordings"):
+            run("wfdb", tmp_path / "raw", tmp_path / name)
+        assert (tmp_path / name).exists() == stays and not part_of(tmp_path / name).exists()
+
+
+def test_cores_are_those_of_the_job(small_raw, tmp_path, capsys):
+    """As taskset, Slurm and containers give them."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        run_dry(small_raw.parent)
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert " min on 1 cores" in capsys.readouterr().out
 
 
 def run_dry(folder):
@@ -945,7 +1109,7 @@ def test_sigkill_at_random_instants_changes_no_byte(tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(600)
-        standing.append(len(list(tmp_path.glob("out.part/done/*.npz"))))
+        standing.append(len(list(part_of(out).glob("done/*.npz"))))
         done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0 or out.exists() and "already exists" in done.stderr     # it had come to its end
         assert files_of(out) == whole and not part_of(out).exists()
@@ -964,9 +1128,7 @@ def after_the_plan(monkeypatch, function):
 
 def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(tmp_path, monkeypatch):
     disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs is not allowed here")
+    mounted(disk, "-o", "size=400k")
     try:
         for i in range(20):
             write(tmp_path / "raw", f"r{i:02d}", noise(i))
@@ -975,8 +1137,8 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(tmp_path, monkeypat
         with pytest.raises(OSError, match="No space left on device") as error:
             run("wfdb", tmp_path / "raw", disk / "out")
         args = prepare.parse_args(["wfdb", "--raw", str(tmp_path / "raw"), "--out", str(disk / "out")])
-        kept = len(list((disk / "out.part" / "done").glob("*.npz")))
-        assert 0 < kept < 20 and f"No space left on device; {kept} finished shards are kept in {disk / 'out.part'}" in \
+        kept = len(list((disk / "out" / ".part" / "done").glob("*.npz")))
+        assert 0 < kept < 20 and f"No space left on device; {kept} finished shards are kept in {disk / 'out/.part'}" in \
             prepare.end_of_run(args, error.value)
         (disk / "other").unlink()
         monkeypatch.undo()
@@ -1011,16 +1173,17 @@ def test_what_may_not_be_read(tmp_path):
     try:
         with pytest.raises(PermissionError, match="raw/a"):       # a folder that is closed is no empty one
             run("wfdb", raw, tmp_path / "again")
-        assert not (tmp_path / "again.part").exists()
+        assert not (tmp_path / "again").exists()
     finally:
         (raw / "a").chmod(0o755)
 
 
 def test_two_runs_do_not_write_into_one_folder(small_raw, tmp_path):
     part = part_of(tmp_path / "out")
-    part.mkdir()
-    with lock_folder(part), pytest.raises(ValueError, match="another process writes into .*out.part"):
+    part.mkdir(parents=True)
+    with lock_folder(part), pytest.raises(ValueError, match="another process writes into .*out/.part"):
         run("wfdb", small_raw, tmp_path / "out")
+    assert part.is_dir()                                           # it is the other's
 
 
 # ---------------------------------------------------------------------------------------------------------------------
