@@ -445,17 +445,19 @@ def read_edf(path):
 
 
 def read_array(path, fs, units, leads):
-    """The Recording in a file of one of ARRAY_READERS. fs: a number, also as text. leads: names with ; or spaces between
-    them; "" if the file has a header of names. Raises Refused if the file is absent or damaged."""
-    names = [name.strip() for name in (leads.split(";") if ";" in leads else leads.split())]
+    """The Recording in a file of one of ARRAY_READERS. fs: a number, also as text. leads: names with ";", "," or spaces
+    between them; "" if the file has a header of names. Raises Refused if the file is absent or damaged."""
+    names = re.split(r"\s*[;,]\s*" if re.search("[;,]", leads) else r"\s+", leads.strip()) if leads.strip() else []
     with readable(path):
         signal, header = ARRAY_READERS[Path(path).suffix.lower()](path)
         fs = float(fs or "nan")
-    plain = [re.sub(r"[\[(].*", "", name).strip().lower() for name in header]     # "II (mV)" is ii
-    wanted = [name.lower() for name in names] or [name for name in plain if name not in NO_LEAD_COLUMNS]
-    if wanted and {*wanted} <= {*plain}:
-        columns = [plain.index(name) for name in wanted]
-        signal, names = signal[:, columns], [header[i] for i in columns]
+    header = [re.sub(r"[\[(].*", "", name).strip() for name in header]             # "II (mV)" is II
+    known = [name.lower() for name in header]
+    columns = [i for i, name in enumerate(known) if name not in NO_LEAD_COLUMNS]
+    if {name.lower() for name in names} <= {*known} and names:
+        columns = [known.index(name.lower()) for name in names]
+    if header:
+        signal, names = signal[:, columns], names or [header[i] for i in columns]
     if not names:
         raise Refused("leads", "no names of leads, and the file has no header with names: name them in the table")
     return Recording(signal, fs, names, units)

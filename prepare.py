@@ -85,8 +85,8 @@ ARRAY_COLUMNS = ("file", "rate", "unit", "leads", "patient", "split")
 PATIENT_COLUMNS = (("record", "path", "file_name", "FileName"),  # names that --patients may use
                    ("patient", "patient_id", "subject_id", "BDSPPatientID"))
 NOT_READ = "other things in these folders, which were not read"  # a note: their kinds and numbers
-OTHER_FORMATS = set(".dat .mat .edf .bdf .gdf .rec .ecg .dcm .xml .scp .csv .tsv .npy .npz .h5 .hdf5 .parquet .mef .zip "
-                    ".gz .tar .7z .pdf".split())  # suffixes of files that may hold recordings
+OTHER_FORMATS = set(".dat .mat .edf .bdf .gdf .rec .ecg .dcm .xml .scp .csv .tsv .npy .npz .h5 .hdf5 .parquet .mef "
+                    ".zip .gz .tar .7z .pdf".split())  # suffixes of files that may hold recordings
 HASHED_NOTE = "by a hash of the patient 1 % of the patients are val and 1 % test: pre-train on the train split only"
 LEAK_NOTES = {
     **dict.fromkeys(("heedb", "code15", "code", "icentia11k"), HASHED_NOTE),
@@ -250,8 +250,8 @@ def list_arrays(raw, args, notes):
     table = pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame()
     if not len(table) or not {*ARRAY_COLUMNS[:4]} <= {*table} or {*table.get("split", "")} - {"", *SPLITS}:
         found = f"has {len(table)} rows with the columns {', '.join(table)}" if path.is_file() else "is not there"
-        raise ValueError(f"{path} {found}: expected a table (--table FILE.csv) with {', '.join(ARRAY_COLUMNS[:4])}, and "
-                         f"perhaps patient and split; a split is {', '.join(SPLITS)} or empty")
+        raise ValueError(f"{path} {found}: expected a table (--table FILE.csv) with {', '.join(ARRAY_COLUMNS[:4])}, "
+                         f"and perhaps patient and split; a split is {', '.join(SPLITS)} or empty")
     table = table.reindex(columns=ARRAY_COLUMNS, fill_value="").apply(lambda column: column.str.strip())
     table["file"] = table.file.str.replace("\\", "/").str.removeprefix("./")
     files = find_files(raw, notes, {*ARRAY_READERS})
@@ -362,11 +362,11 @@ class Lookup:
         self.stranger = names[0]
 
     def share(self):
-        """How many recordings the table names, as text; "" without a table. ValueError if it names none."""
-        if len(self) and self.asked and not self.found and not self.may_miss:
+        """How many recordings the table names, as text. ValueError if it names none."""
+        if self.asked and not self.found and not self.may_miss:
             raise ValueError(f"{self.name} names none of the {self.asked:,} recordings: it says {self.example!r}, and "
                              f"there is {self.stranger!r}; expected the same names")
-        return f"{self.name} ({len(self):,} names) names {self.found:,} of {self.asked:,} recordings" if len(self) else ""
+        return f"{self.name} ({len(self):,} names) names {self.found:,} of {self.asked:,} recordings"
 
 
 def read_table(path, columns):
@@ -382,7 +382,7 @@ def read_table(path, columns):
 
 
 def read_patients(path):
-    """--patients: a Lookup of patients (None without a table), and the patients who have a copy of a held-out recording."""
+    """--patients: a Lookup (None without a table), and the patients who have a copy of a held-out recording."""
     if path is None:
         return None, set()
     found = pd.read_csv(path, nrows=0).columns
@@ -907,7 +907,7 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="only print the number of recordings, and the disk and time they need")
     add("--patients", type=Path, metavar="CSV",
         help="wfdb only: table with a column record (the path in --raw, or its last part) and a column patient")
-    add("--table", type=Path, metavar="CSV", help="arrays only: what the files are, see below (default: table.csv in --raw)")
+    add("--table", type=Path, metavar="CSV", help="arrays only: what the files are (default: table.csv in --raw)")
     add("--rate", choices=("auto", "100", "500"), default="auto",
         help="ptbxl only: which copy to read, in Hz (default: 500 if all of it is there, otherwise 100)")
     add("--records", type=int, default=SYNTH_RECORDS, metavar="N",
