@@ -490,8 +490,10 @@ def checked_device(device):
     try:
         return torch.empty(1, device=device).device
     except Exception as error:                   # each backend has errors of its own
-        raise ValueError(f"device {device!r} cannot be used here ({first_line(error)}): PyTorch {torch.__version__} "
-                         f"sees {torch.cuda.device_count()} CUDA GPUs; use device='cpu'") from error
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        here += ["mps"] * torch.backends.mps.is_available()
+        raise ValueError(f"device {device!r} cannot be used here: PyTorch {torch.__version__} finds {', '.join(here)} "
+                         f"({first_line(error)}); use device='cpu'") from error
 
 
 def read_encoder(path):

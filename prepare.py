@@ -224,9 +224,9 @@ def list_icentia11k(raw, args, notes):
 
 
 def list_wfdb(raw, args, notes):
-    """any folder of WFDB records (*.hea) and EDF or EDF+ files (*.edf), in all subfolders; every channel in volts is a
-              lead; a record with a name from PTB-XL or DS2 goes to the test split; --patients names the patient of
-              each record"""
+    """any folder of WFDB records (*.hea) and EDF or EDF+ files (*.edf), in all subfolders; every channel in
+              volts is a lead; a record with a name from PTB-XL or DS2 goes to the test split; --patients names the
+              patient of each record"""
     patient_of, held_out = read_patients(args.patients)
     notes["patients"] = patient_of or ""
     for folder, group in itertools.groupby(find_files(raw, notes, {".hea", ".edf"}), key=lambda path: path.parent):
@@ -243,9 +243,9 @@ def list_wfdb(raw, args, notes):
 
 
 def list_arrays(raw, args, notes):
-    """any folder of CSV, .npy, .npz and .mat files. For each of them --table has a row: file, rate (Hz), unit (mV, uV
-              or V) and leads (I II V1, or I;II;V1; empty if the CSV has a header with them), and, if you like,
-              patient (otherwise each file is one) and split (train, val or test)"""
+    """any folder of CSV, .npy, .npz and .mat files; --table has a row for each: file, rate (Hz), unit (mV, uV or
+              V), leads (I II V1, or I;II;V1; empty if the CSV has a header with them), and, if you like, patient
+              (otherwise each file is one) and split (train, val or test)"""
     path = args.table or raw / "table.csv"
     table = pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame()
     if not len(table) or not {*ARRAY_COLUMNS[:4]} <= {*table} or {*table.get("split", "")} - {"", *SPLITS}:
