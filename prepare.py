@@ -333,14 +333,14 @@ class Lookup:
     without suffix, and without folder unless `paths`. It counts what is found, for share()."""
 
     def __init__(self, raw, name, key, value, paths=False):
-        self.name, self.paths, self.asked, self.found = name, paths, 0, 0
+        self.name, self.paths, self.asked, self.found, self.example = name, paths, 0, 0, ""
         self.may_miss = key == value               # a list of duplicates: a part of a database may hold none of them
         keys, values, folders = [np.zeros(0, np.uint64)], [np.zeros(0, "S1")], ("", "*/", "*/*/")
         for path in [raw / name] if paths else sorted(path for folder in folders for path in raw.glob(folder + name)):
             for part in read_table(path, [key, value]):
                 keys.append(np.fromiter(map(self.hash, part[key]), np.uint64, len(part)))
                 values.append(np.char.encode(part[value].to_numpy(str)))
-                self.example = part[key].iloc[0]
+                self.example = self.example or next(iter(part[key]), "")
         self.keys, first = np.unique(np.concatenate(keys), return_index=True)
         self.values = np.concatenate(values)[first]
 

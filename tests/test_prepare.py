@@ -574,8 +574,8 @@ def test_arrays_with_a_table(tmp_path):
     for name, signal_mv in expected.items():
         np.testing.assert_array_equal(corpus.read(rows[name]), np.rint(signal_mv * 1000), err_msg=name)
     resampled = {"header.csv": (x[0], 500), "header_named.csv": (x[1][:, ::-1], 500), "sub/wide.npy": (x[5], 360)}
-    for name, (signal, fs) in resampled.items():
-        assert_stored(corpus.read(rows[name]), preprocess(signal, fs, ["II", "V1"])[0])
+    for name, (values, fs) in resampled.items():
+        assert_stored(corpus.read(rows[name]), preprocess(values, fs, ["II", "V1"])[0])
         assert corpus.index["fs_hz"][rows[name]] == fs
     leads = {name: " ".join(LEADS[k] for k in corpus.lead_ids(i)) for name, i in rows.items()}
     assert leads == dict.fromkeys(("header.csv", "plain.csv", "german.csv", "sub/wide.npy"), "II V1") | {
