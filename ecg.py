@@ -7,11 +7,16 @@ Nothing is filtered, normalised or centred. prepare.py, the probes and encoder.e
 
 Shapes: L leads, T samples (at FS unless said otherwise).
 """
+import contextlib
+import functools
 import hashlib
 import itertools
+import math
 import os
 import re
 import tempfile
+import warnings
+from collections import Counter, namedtuple
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -23,24 +28,56 @@ FS = 250                         # Hz: more than twice the 40 to 100 Hz that a d
 UV_PER_MV = 1000                 # a step of the stored int16 is 1 uV, which is also what PTB-XL stores
 MISSING = -32768                 # int16 value of a missing sample
 MAX_MV = 32.767                  # largest amplitude in int16; above it an electrode is off or the amplifier saturated
-FS_RANGE = (50, 4000)            # Hz, what preprocess accepts: below 50 no QRS is left, above 4,000 the header is wrong
+FS_RANGE = (50, 100_000)         # Hz, of an ECG: below 50 no QRS is left, above 100,000 the header is wrong
 PAD_S = 0.5                      # s, exact zeros at either end for this long are padding
 FLAT_S = 1.0                     # s, a value held exactly for this long is a disconnected or saturated lead
 FLAT_STD_MV = 1e-4               # mV, a lead with a smaller standard deviation over the whole recording is flat
-MAX_SAMPLES = 2**28              # of all channels of a record together, at its own rate: 24 h of 12 leads at 250 Hz
+MAX_SAMPLES = 2**28              # of all channels together, at their own rate, that are read at once
+PIECE_S, PIECE_SAMPLES = 7200, 2**23  # a longer record is prepared in pieces: s, and samples of all channels together
+MAX_RECORD_S = 400 * 86400       # s; a record that claims to be longer has a damaged header
 MAX_LEADS = 16                   # leads that an index row holds; a recording with more keeps its first 16
-# mV, from the 1st to the 99th percentile of the largest lead of an ECG. Outside these limits the units are wrong.
-MIN_SPREAD_MV, MAX_SPREAD_MV = 0.005, 20.0
+MAX_TAPS = 100_000               # largest factor of the resampler; it bounds time and memory for rates like 3999.999
+# The span of a lead is the range of its values within SPAN_S, which holds a QRS but little drift: the 95th percentile
+# over the recording. Outside the limits units or gain are wrong; outside USUAL_MV they may be wrong by 10. Of 9,900
+# real recordings (shared data) 0.2 % have a largest span outside USUAL_MV, and none outside the limits.
+SPAN_S, MIN_SPAN_MV, MAX_SPAN_MV, USUAL_MV = 0.2, 0.005, 20.0, (0.1, 10.0)
+MAX_OFFSET_MV = 300.0            # what an ECG amplifier has to stand from its electrodes, IEC 60601-2-25
+MAX_BEYOND = 0.2                 # share of a lead's samples beyond MAX_MV: if there are more, the lead is no ECG
 
 LEADS = ("unknown", "I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6",
          "V7", "V8", "V9", "V3R", "V4R", "X", "Y", "Z")              # a lead id is an index into this tuple
 LEAD_IDS = {name.upper(): i for i, name in enumerate(LEADS)}
-LEAD_ALIASES = {"VX": "X", "VY": "Y", "VZ": "Z"}                     # Frank leads as PTB writes them
-for _i, _limb in enumerate(("I", "II", "III"), 1):                   # DI, D1: CODE; MLI: modified limb leads of Holters
-    LEAD_ALIASES |= {f"D{_limb}": _limb, f"D{_i}": _limb, f"ML{_limb}": _limb}
+LEAD_ALIASES = {"VX": "X", "VY": "Y", "VZ": "Z",                     # Frank leads as PTB writes them
+                "LA-RA": "I", "LL-RA": "II", "LL-LA": "III",    # Einthoven's definition, in sleep studies
+                "MCL1": "V1", "MCL6": "V6",                          # bedside monitors
+                "AVR,AUGMENTEDVOLTAGE,RIGHT": "aVR", "AVL,AUGMENTEDVOLTAGE,LEFT": "aVL",    # DICOM PS3.16 CID 3001
+                "AVF,AUGMENTEDVOLTAGE,FOOT": "aVF"}
+for _i, _limb in enumerate(("I", "II", "III"), 1):                   # DI, D1: CODE; MLI, ML1: modified leads of Holters
+    LEAD_ALIASES |= {f"D{_limb}": _limb, f"D{_i}": _limb, f"ML{_limb}": _limb, f"ML{_i}": _limb}
 for _i in range(1, 7):
     LEAD_ALIASES |= {f"MV{_i}": f"V{_i}", f"MLV{_i}": f"V{_i}"}
-MV_PER_UNIT = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "volt": 1e3, "volts": 1e3}
+# Numbers of leads in SCP-ECG (EN 1064), which DICOM (5.6.3-9-n, MDC 2:n) and IEEE 11073-10101 (131072 + n) took over.
+for _i, _lead in {1: "I", 2: "II", 61: "III", 62: "aVR", 63: "aVL", 64: "aVF", 3: "V1", 4: "V2", 5: "V3", 6: "V4",
+                  7: "V5", 8: "V6", 9: "V7", 66: "V8", 67: "V9", 11: "V3R", 12: "V4R", 16: "X", 17: "Y", 18: "Z"}.items():
+    LEAD_ALIASES |= {f"5.6.3-9-{_i}": _lead, f"2:{_i}": _lead, f"2:{256 + _i}": _lead, f"{131072 + _i}": _lead,
+                     f"{131328 + _i}": _lead}
+# What stands around a name: "ECG II" of EDF+ (edfplus.info/specs/edftexts.html), "Lead I (Einthoven)" of DICOM,
+# MDC_ECG_LEAD_II of HL7 aECG, "II-Ref" of EEG amplifiers, "II," of BIDMC. A minus before aVR is a sign (Cabrera).
+LEAD_NAME = re.compile(r"(?:(?:MDC(?:_ECG_(?:LEAD|ELEC_POTL))?|ECG|EKG|LEAD)(?:[\s_.:]+|-(?!AVR)|(?=[^\s_.:-])|$))*(.*?)"
+                       r"(?:-REF|\s*\((?:EINTHOVEN|GOLDBERGER|WILSON|FRANK)\))?[\s,;.]*")
+UNIT_IN_NAME = re.compile(r"(.*?\S)(?:\s*[\[(]([mu\u00b5\u03bc]?V)[\])]|[\s_]+([mu\u00b5\u03bc]V))\s*", re.IGNORECASE)
+TIME_NAME = re.compile(r"'?(?:ELAPSED[ _])?(?:TIME(?:STAMP)?S?|T|SAMPLES?|INDEX|SECONDS?)"
+                       r"(?:[ _]?(?:#|NO|NUMBER|INTERVAL|M?S|[\[(].*[\])]))?'?")
+# Names of what is no ECG, whatever its unit: the signals of MIMIC and of other bedside monitors (physionet.org/content/
+# mimic3wdb), the types of EDF+, and those of sleep studies (sleepdata.org) and of wearables.
+NO_ECG = re.compile(r"(?:(?:RESP(?:IRATION|IRATORY)?|PLETH\w*|PPG|ABP|I?BP|NIBP|ART(?:ERIAL)?|AO|CVP|PAP|ICP|[LRU]AP|UVP|"
+                    r"P\d|PRESS(?:URE)?|SP?O2|SAO2|OSAT|O2|(?:ET)?CO2|CAPNO\w*|[EM]EG|E[MO]G|ERG|I?EGM|GSR|EDA|UC|TOCO|"
+                    r"[FM]?HR|PULSE|PR|TEMP\w*|THOR\w*|ABDO?\w*|NASAL|(?:AIR)?FLOW|CPAP|SNOR\w*|CHIN|R?LEG|TIB\w*|"
+                    r"POS(?:ITION)?|LIGHT|SOUND|EVENTS?|MARKERS?|STAT(?:US)?|STIM\w*|TRIG\w*|EDF ANNOTATIONS|BATT\w*|"
+                    r"ACC\w*|GYRO\w*|[SPB]CG|PHONO\w*|IMP(?:EDANCE)?|LOC|ROC)(?![A-Z])"
+                    r"|(?:FP|F|C|P|O|T|E)[\dZ]-(?:REF|AVG|[A-Z]{1,2}[\dZ]))")
+MV_PER_UNIT = {"mv": 1.0, "millivolt": 1.0, "millivolts": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3,
+               "microvolt": 1e-3, "microvolts": 1e-3, "v": 1e3, "volt": 1e3, "volts": 1e3}
 
 
 class Refused(ValueError):
@@ -57,77 +94,187 @@ class Recording(NamedTuple):
     fs: float                    # Hz
     leads: Sequence[str]         # L names
     units: str = "mV"
-    left_out: int = 0            # number of channels of the file that are not voltages
+    notes: Counter | None = None  # what the reader left out or did not understand: how often, by reason
 
 
+def name_and_unit(name):
+    """The name of a lead as text, and the unit that it holds ("II (mV)", b"V1_uV") or None."""
+    text = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+    found = UNIT_IN_NAME.fullmatch(text)
+    return (found[1], found[2] or found[3]) if found else (text.strip(), None)
+
+
+@functools.lru_cache(10_000)
 def lead_id(name):
-    """Index of a lead in LEADS, for any spelling ("II", "lead II", "MLII" and "DII" all give 2); 0 if unknown."""
-    key = "".join(str(name).upper().split()).removeprefix("LEAD")
+    """Index of a lead in LEADS, for any spelling ("II", "lead II", b"MLII" and "ECG DII" all give 2); 0 if unknown."""
+    key = re.sub(r"[\s_]", "", LEAD_NAME.fullmatch(name_and_unit(name)[0].upper().replace("\n", " "))[1])
     return LEAD_IDS.get(LEAD_ALIASES.get(key, key).upper(), 0)
 
 
-def preprocess(signal, fs, leads, units="mV"):
+@functools.lru_cache(10_000)
+def is_no_ecg(name):
+    """Whether a channel of this name is known to be something else than an ECG."""
+    return not lead_id(name) and bool(NO_ECG.match(name_and_unit(name)[0].upper()))
+
+
+def preprocess(signal, fs, leads, units="mV", notes=None):
     """Convert any recording to the one form that the encoder knows.
 
     signal (L, T) or (T, L) in `units` (mV, uV or V) at `fs` Hz; NaN and values under a NumPy mask are missing. leads: L
-    names; a single lead may be 1-D. Returns signal_mv float32 (L, ceil(T * FS / fs)), NaN where missing, and lead_ids
-    int64 (L,). Only the resampler filters, nothing is normalised, and 250 Hz passes unchanged. Raises Refused, a
-    ValueError, if the input is not such a recording.
+    names; a single lead may be 1-D; a unit in a name ("V1 (uV)") goes before `units`. Returns signal_mv float32
+    (L, ceil(T * FS / fs)), NaN where missing, and lead_ids int64 (L,). A channel that is no ECG by its name is NaN.
+    Only the resampler filters, nothing is normalised, and 250 Hz passes unchanged. notes: a Counter that gets what was
+    left out or looks wrong; without it this is a warning. Raises Refused, a ValueError, if it is no such recording.
     """
-    x = as_lead_rows(signal, fs, leads, units)
+    found = Counter()
+    x, names = as_lead_rows(signal, fs, leads, units)
+    ids = np.array([lead_id(name) for name in names], dtype=np.int64)
+    leave_out_channels(x, names, ids, found)
+    check_values(x, fs, units, found, getattr(getattr(signal, "dtype", None), "kind", "") in "iu")
     mark_missing(x, fs)
-    missing = np.isnan(x)
-    if missing.all():
+    if np.isnan(x).all():
         raise Refused("no valid lead", "no sample of this recording is usable: every lead is flat, zero, NaN or beyond "
                                        f"+-{MAX_MV} mV; check the units (now {units!r}) and the gain")
-    ratio = Fraction(FS) / Fraction(float(fs)).limit_denominator(1000)
-    if ratio != 1:
-        bridge_gaps(x, missing)
-        x = resample_poly(x, ratio.numerator, ratio.denominator, axis=1, padtype="line")
-        if missing.any():
-            x[resample_missing(missing, ratio)] = np.nan
-    return x.astype(np.float32), np.array([lead_id(name) for name in as_list(leads)], dtype=np.int64)
+    x = resample(x, Fraction(FS) / Fraction(float(fs)).limit_denominator(1000))
+    if notes is None:
+        warn_of(found)
+    else:
+        notes.update(found)
+    return x.astype(np.float32), ids
 
 
-def as_list(leads):
-    return [leads] if isinstance(leads, str) else list(leads)
+def warn_of(notes):
+    """One warning with all that was left out or not understood."""
+    if notes:
+        some = [f"{what} ({n})" for what, n in notes.most_common(20)]
+        warnings.warn("; ".join(some) + ("; ..." if len(notes) > 20 else ""), stacklevel=3)
 
 
 def as_lead_rows(signal, fs, leads, units):
-    """A new float64 array (L, T) of the signal in mV, with NaN for inf. Raises Refused if the input is wrong."""
+    """A new float64 array (L, T) of the signal in mV, with NaN for inf, and L names. Raises Refused if it is wrong."""
     if not isinstance(fs, (int, float, np.integer, np.floating)) or not FS_RANGE[0] <= fs <= FS_RANGE[1]:
         raise Refused("sampling rate", f"fs is {fs!r}: expected the sampling rate in Hz, "
                                        f"a number from {FS_RANGE[0]} to {FS_RANGE[1]}")
-    if str(units).lower() not in MV_PER_UNIT:
-        raise Refused("units", f"units is {units!r}: expected mV, uV or V; scale the signal and say units=\"mV\"")
+    if isinstance(leads, (set, frozenset)):
+        raise Refused("leads", f"leads is the set {leads!r:.80}, and a set has no order: give a list of names")
     try:
+        names = [leads] if isinstance(leads, (str, bytes)) else list(leads)
+        own = [name_and_unit(name)[1] for name in names]
+        signal = signal.to_numpy() if hasattr(signal, "columns") else signal         # a pandas table
         x = np.array(np.ma.array(signal, dtype=np.float64).filled(np.nan))
-        n_leads = len(as_list(leads))
     except (ValueError, TypeError, RuntimeError) as error:
         raise Refused("shape", f"signal or leads cannot be read ({error}): expected numbers (leads, samples) and one "
                                "name per lead") from None
-    if x.ndim == 1 and n_leads == 1:
+    if not all(own) and str(units).lower() not in MV_PER_UNIT:
+        raise Refused("units", f"units is {units!r}: expected mV, uV or V; scale the signal and say units=\"mV\"")
+    if x.ndim == 1 and len(names) == 1:
         x = x[None]
-    if x.ndim != 2 or n_leads not in x.shape:
-        raise Refused("shape", f"signal has shape {x.shape} and leads names {n_leads}: expected (leads, samples) or "
+    if x.ndim != 2 or len(names) not in x.shape:
+        raise Refused("shape", f"signal has shape {x.shape} and leads names {len(names)}: expected (leads, samples) or "
                                "(samples, leads) with one name per lead")
-    x = x if len(x) == n_leads else np.ascontiguousarray(x.T)
+    x = x if len(x) == len(names) else np.ascontiguousarray(x.T)
     if x.size == 0:
         raise Refused("empty", f"signal is empty (shape {x.shape}): expected at least one lead and one sample")
-    if MV_PER_UNIT[str(units).lower()] != 1:
-        x *= MV_PER_UNIT[str(units).lower()]
+    scale = np.array([MV_PER_UNIT[str(unit or units).lower()] for unit in own])
+    if (scale != 1).any():
+        x *= scale[:, None]
     x[np.isinf(x)] = np.nan
+    return x, names
+
+
+def leave_out_channels(x, names, ids, notes):
+    """Write NaN into the channels of x (L, T) that are no ECG by their name, and count what is not known. Raises
+    Refused for a time column."""
+    for k in np.flatnonzero(ids == 0):
+        name = name_and_unit(names[k])[0]
+        if TIME_NAME.fullmatch(name.upper()):
+            raise Refused("time column", f"lead {k} is named {name!r}: time is no lead; leave this column out of signal "
+                                         "and leads, and give the rate as fs")
+        if is_no_ecg(name):
+            x[k] = np.nan
+            notes[f"channels left out: {name:.40}"] += 1
+        elif name != LEADS[0]:
+            notes[f"leads stored as unknown: the name {name!r:.40}"] += 1
+        step = np.diff(x[k, :3])
+        if len(step) and step[0] > 0 and (np.abs(np.diff(x[k]) - step[0]) < 1e-3 * step[0]).all():
+            notes["leads that rise evenly, like a time column"] += 1
+    if len(ids) and np.isnan(x).all() and all(map(is_no_ecg, names)):
+        raise Refused("no ECG channel", f"the channels {', '.join(map(str, names)):.80} are no ECG by their names")
+
+
+def check_values(x, fs, units, notes, integers):
+    """Judge amplitude and offset of x (L, T) mV, for preprocess: the one place for prepare.py, embed and the probes.
+
+    A lead whose span, offset or share of samples beyond +-MAX_MV no ECG has becomes NaN; Refused is raised if all are
+    like this, or if all are too small. Other samples beyond +-MAX_MV become NaN. They are counted from 0 or, where a
+    lead rides on more than half of MAX_MV, from its offset, which is its median. What looks normalised or wrong by 10
+    is counted in `notes`. integers: whether the numbers came as integers, as those of an ADC do.
+    """
+    starts = np.arange(0, x.shape[1], max(1, round(SPAN_S * fs)))
+    high, low = np.fmax.reduceat(x, starts, axis=1), np.fmin.reduceat(x, starts, axis=1)
+    spans = np.where(high > low, high - low, np.nan)               # a block where a value is held says nothing
+    count, rows = np.isfinite(spans).sum(axis=1), np.arange(len(x))
+    live = count > 0
+    if not live.any():
+        return
+    span = np.sort(spans, axis=1)[rows, np.rint(0.95 * (count - 1)).astype(int)]      # NaN comes last
+    offset = np.sort(np.where(spans > 0, (high + low) / 2, np.nan), axis=1)[rows, (count - 1) // 2]
+    centre = np.where(np.abs(offset) > MAX_MV / 2, offset, 0)[:, None]
+    beyond = np.zeros(len(x))
+    if max(np.nanmax(high - centre), np.nanmax(centre - low)) > MAX_MV:
+        outside = np.abs(x - centre) > MAX_MV
+        beyond = outside.mean(axis=1)
+        x[outside] = np.nan
+    wrong = live & ((span > MAX_SPAN_MV) | (np.abs(offset) > MAX_OFFSET_MV) | (beyond > MAX_BEYOND))
+    largest, k = span[live].max(), np.flatnonzero(live)[span[live].argmax()]
+    if wrong.sum() == live.sum() or largest < MIN_SPAN_MV:
+        real = next((f"; in {unit} it would be {largest * share:.2g} mV" for unit, share in
+                     (("uV", 1e-3), ("V", 1e3)) if 0.2 < largest * share < 10), "")
+        raise Refused("amplitude", f"the signal spans {largest:.2g} mV within {SPAN_S} s on an offset of {offset[k]:.3g} mV "
+                                   f"if it is in {units}{real}; an ECG spans {MIN_SPAN_MV} to {MAX_SPAN_MV:g} mV on at "
+                                   f"most {MAX_OFFSET_MV:g} mV: check the units" + integers * (
+                                       " (the numbers are integers: divide ADC steps by the gain, in steps per mV)"))
+    if wrong.any():
+        x[wrong] = np.nan
+        notes["leads left out: an amplitude or offset that no ECG has"] += int(wrong.sum())
+    good = live & ~wrong
+    largest, top, bottom = span[good].max(), np.fmax.reduce(high[good], axis=1), np.fmin.reduce(low[good], axis=1)
+    ends = [set(zip(bottom, top)), {(bottom.min(), top.max())}]
+    if {(0, 1)} in ends or {(-1, 1)} in ends or is_z_score(x[good]):
+        notes["signals that look normalised (mean 0, deviation 1, or from 0 or -1 to 1): the scale in mV is lost"] += 1
+    elif not USUAL_MV[0] <= largest <= USUAL_MV[1]:
+        notes[f"signals that span {'more' if largest > 1 else 'less'} than most ECGs: the gain may be wrong by 10"] += 1
+
+
+def is_z_score(x):
+    """Whether the leads of x (L, T), or all of them together, have mean 0 and standard deviation 1."""
+    if not 0.7 < np.nanstd(x[:, ::8]) < 1.4:                       # most ECGs, in little time
+        return False
+    return any((np.abs(np.nanmean(x, axis)) < 0.01).all() and (np.abs(np.nanstd(x, axis) - 1) < 0.01).all()
+               for axis in (1, None))
+
+
+def resample(x, ratio):
+    """x (L, T), NaN where missing -> (L, ceil(T * ratio)). Fills the gaps of x in place."""
+    if ratio == 1:
+        return x
+    if max(ratio.numerator, ratio.denominator) > MAX_TAPS:
+        ratio = ratio.limit_denominator(int(MAX_TAPS / max(ratio, 1)))
+    missing = np.isnan(x)
+    bridge_gaps(x, missing)
+    x = resample_poly(x, ratio.numerator, ratio.denominator, axis=1, padtype="line")
+    if missing.any():
+        x[resample_missing(missing, ratio)] = np.nan
     return x
 
 
 def mark_missing(x, fs):
     """Write NaN into x (L, T) mV at fs wherever there is a value but no signal.
 
-    These are values beyond +-MAX_MV, zeros at either end for PAD_S, any value held exactly for FLAT_S, and leads with
-    a spread below FLAT_STD_MV. Of 26,000 real leads (PTB-XL, MIT-BIH, Challenges 2017 and 2021) none holds a value for
+    These are zeros at either end for PAD_S, any value held exactly for FLAT_S, and leads with a spread below
+    FLAT_STD_MV. Of 26,000 real leads (PTB-XL, MIT-BIH, Challenges 2017 and 2021) none holds a value for
     1 s unless it is completely flat: a real electrode always has noise, so the rule removes no signal.
     """
-    x[np.abs(x) > MAX_MV] = np.nan
     block = max(1, int(min(FLAT_S, 2 * PAD_S) * fs) // 2)
     for lead in x:
         # A value held for FLAT_S fills a block of half that length. Few leads have such a block, and to look for it
@@ -177,6 +324,8 @@ def as_recordings(signal, fs=None, leads=None, units="mV"):
     """
     if isinstance(signal, Recording):
         return [signal], False
+    if hasattr(leads, "__next__"):               # an iterator of names: every recording needs them
+        leads = list(leads)
     if getattr(signal, "dtype", None) == object:
         signal = list(signal)
     about = (fs, leads, units)
@@ -221,41 +370,31 @@ def dimensions(x):
 
 def is_lead_set(leads):
     """Whether `leads` is one set of names (or invalid), and not one set for each recording."""
-    return isinstance(leads, str) or not hasattr(leads, "__len__") or not any(np.ndim(name) for name in leads)
+    return isinstance(leads, (str, bytes)) or not hasattr(leads, "__len__") or not any(np.ndim(name) for name in leads)
 
 
 def complete(signal, fs, leads, units):
     """A Recording; ValueError if its rate or its leads are not given."""
     if isinstance(signal, Recording):
         return signal
+    if leads is None and hasattr(signal, "columns"):             # a pandas table names its leads
+        leads = list(signal.columns)
     if fs is None or leads is None:
         raise ValueError("fs or leads is absent: give fs, the sampling rate in Hz, and leads, a name per lead")
     return Recording(signal, fs, leads, units)
 
 
-def check_amplitude(signal_mv, units):
-    """Raise Refused if a recording (L, T) mV is so large or so small that `units` must be wrong."""
-    ordered, count = np.sort(signal_mv, axis=1), np.isfinite(signal_mv).sum(axis=1)     # missing samples come last
-    count, ordered = count[count > 0], ordered[count > 0]
-    low, high = (ordered[np.arange(len(count)), np.rint(share * (count - 1)).astype(int)] for share in (0.01, 0.99))
-    spread, missing = (high - low).max(initial=0), np.isnan(signal_mv).mean()
-    if not MIN_SPREAD_MV <= spread <= MAX_SPREAD_MV or missing > 0.5 and spread > MAX_SPREAD_MV / 2:
-        raise Refused("amplitude", f"the signal spans {spread:.2g} mV if it is in {units}, and {missing:.0%} of "
-                                   f"its samples are unusable; an ECG spans {MIN_SPREAD_MV} to {MAX_SPREAD_MV:g} mV: "
-                                   "check the units")
-
-
 # ---- a recording to windows, and their features back to the recording -----------------------------------------------
-def cut_patches(recording, patch_samples):
+def cut_patches(recording, patch_samples, notes):
     """Preprocess a Recording and cut it into N patches of P samples at FS. Returns patches float32 (L, N, P), NaN where
     samples are missing; valid (L, N) bool, the patches without a missing sample; lead ids (L,). Samples after the last
-    whole patch are left out. ValueError if no patch is valid or the unit is wrong."""
-    signal_mv, lead_ids = preprocess(*recording[:4])
+    whole patch are left out. ValueError if no patch is valid or the unit is wrong. notes: see preprocess."""
+    notes.update(recording.notes)
+    signal_mv, lead_ids = preprocess(*recording[:4], notes)
     N = signal_mv.shape[1] // patch_samples
     if N == 0:
         raise ValueError(f"the recording lasts {signal_mv.shape[1] / FS:.3f} s; at least one patch of "
                          f"{patch_samples / FS:.1f} s is needed")
-    check_amplitude(signal_mv, recording.units)
     patches = signal_mv[:, :N * patch_samples].reshape(len(lead_ids), N, patch_samples)
     valid = np.isfinite(patches).all(axis=2)
     if not valid.any():
@@ -304,97 +443,277 @@ class RecordingFeatures:
 
 
 # ---- reading one recording from a file ------------------------------------------------------------------------------
-# Plain WFDB headers: one file, one format, no skew, no frames. See header(5) of the WFDB manual.
-RECORD_LINE = re.compile(r"[^\s/]+ +(\d+) +(\d+\.?\d*)(?:[/(]\S*)? +(\d+)(?: .*)?")
-SIGNAL_LINE = re.compile(r"(\S+) +(16|212)(?:x1)?(?:\+(\d+))? +([\d.eE+-]+)(?:\((-?\d+)\))?(?:/(\S+))? +\d+ +(-?\d+)"
-                         r"(?: +-?\d+ +-?\d+ +\d+(?: +(.*))?)?")
+# WFDB: header(5) and signal(5) of its manual. wfdb.rdrecord averages the samples of a frame, gives all segments the gain
+# and the unit of the first, and drops what is not ASCII: here it only unpacks the formats that are not in FORMATS.
+RECORD_LINE = re.compile(r"[^\s/]+(?:/(\d+))?\s+(\d+)(?:\s+(\d+\.?\d*)(?:[/(]\S*)?(?:\s+(\d+)(?:\s.*)?)?)?")
+SEGMENT_LINE = re.compile(r"(\S+)\s+(\d+)")
+FORMAT_FIELD = re.compile(r"(\d+)(?:x(\d+))?(?::(\d+))?(?:\+(\d+))?")
+GAIN_FIELD = re.compile(r"([-+\d.eE]+)(?:\(([-+\d.]+)\))?(?:/(\S+))?")
+FORMATS = {"16": "<i2", "61": ">i2", "32": "<i4", "212": "u1"}       # type of a word
+BITS = {"16": 16, "61": 16, "32": 32, "212": 12, "24": 24, "80": 8, "160": 16, "310": 10, "311": 10, "508": 8, "516": 16,
+        "524": 24, "8": 0}                                           # of a sample; its lowest value means "no sample"
+BYTES = {"8": 1, "16": 2, "24": 3, "32": 4, "61": 2, "80": 1, "160": 2, "212": 1.5, "310": 4 / 3, "311": 4 / 3}
+# A signal line of a header. Samples per frame, frames by which it comes too early in its file, bytes (FLAC: samples)
+# before the first frame, steps per unit, step of 0 units, first value of format 8. File "~" has no samples.
+Channel = namedtuple("Channel", "file format per_frame skew offset gain zero unit initial name")
+# The frames of a record from `start` to `stop` are in the same files, which hold `frames`: a segment, or all of it.
+Part = namedtuple("Part", "start stop frames folder channels")
+# A record that is ready to be read. names: {(name, how many of it came before): name} of the ECG channels; per_frame:
+# samples of the fastest of them.
+OpenRecord = namedtuple("OpenRecord", "fs frames parts names per_frame notes")
 
 
-def read_wfdb(path):
-    """Read a WFDB record: a Recording with signal (T, L) in mV. Raises Refused if the file is absent or damaged."""
+def read_wfdb(path, start_s=0, stop_s=math.inf):
+    """Read a WFDB record, or a stretch of it: a Recording with signal (T, L) in mV. Raises Refused if its files are
+    absent or damaged, or if it holds no ECG. All formats (FLAC needs soundfile), several samples in a frame, skew, and
+    segments of both layouts. Channels slower than the fastest are resampled to its rate. A segment that cannot be read
+    is missing samples, and a note."""
+    with as_refused(path):
+        record = open_wfdb(str(path))
+        start, stop = (round(min(at, record.frames / record.fs) * record.fs) for at in (start_s, stop_s))
+        return read_stretch(record, start, stop)
+
+
+def read_pieces(path):
+    """Yield (start in s, Recording) of a WFDB record in pieces of at most PIECE_S and PIECE_SAMPLES, one after another,
+    all but the last of whole seconds. To prepare one takes at most 0.5 GB, whatever the record's length."""
+    with as_refused(path):
+        record = open_wfdb(str(path))
+    samples = record.frames * record.per_frame * len(record.names)
+    n = max(math.ceil(record.frames / record.fs / PIECE_S), math.ceil(samples / PIECE_SAMPLES))
+    edges = [round(i * record.frames // n // record.fs * record.fs) for i in range(n)] + [record.frames]
+    for start, stop in zip(edges, edges[1:]):
+        with as_refused(path):
+            recording = read_stretch(record, start, stop)
+        yield start / record.fs, recording if start == 0 else recording._replace(notes=None)
+
+
+@contextlib.contextmanager
+def as_refused(path):
+    """Turns what reading the files of a record may raise into Refused."""
     try:
-        signal, fs, names, units = read_plain_wfdb(path) or read_any_wfdb(path)
+        yield
     except FileNotFoundError as error:
         raise Refused("absent file", f"{Path(error.filename or path).name} is not there") from None
-    except Exception as error:  # wfdb has no exception of its own: a damaged file may raise anything
-        raise Refused("unreadable or truncated file", f"{type(error).__name__}: {error}") from None
-    scale = np.array([MV_PER_UNIT.get(str(unit).lower(), np.nan) for unit in units])
-    volts = np.flatnonzero(np.isfinite(scale))
-    if not len(volts):
-        raise Refused("no voltage channel", f"units {units}: expected at least one channel in mV, uV or V")
-    if len(volts) < len(scale) or (scale != 1).any():
-        signal = signal[:, volts] * scale[volts]
-    return Recording(signal, fs, [names[i] or "" for i in volts], left_out=len(scale) - len(volts))
+    except Exception as error:                                     # wfdb and soundfile may raise anything
+        if isinstance(error, Refused):
+            raise
+        raise Refused("unreadable or truncated file", f"{Path(path).name}: {type(error).__name__}: {error}") from None
 
 
-def read_plain_wfdb(path):
-    """Signal (T, L) in physical units, fs, names and units of a plain header with format 16 (also the .mat files of the
-    Challenges) or 212: what wfdb.rdrecord reads, several times as fast. None for other or damaged files."""
-    with open(f"{path}.hea", errors="replace") as file:
-        lines = [line for line in map(str.strip, file) if line and not line.startswith("#")]
+def open_wfdb(path):
+    """Read the headers of a record and compare them with the sizes of its files: an OpenRecord."""
+    fs, stated, channels, segments = read_header(path)
+    folder, notes, layout, failed, at = os.path.dirname(path), Counter(), [], [], 0
+    parts = [] if segments else [Part(0, n := frames_held(folder, channels, stated), n, folder, channels)]
+    for i, (name, frames) in enumerate(segments):
+        try:
+            if name != "~":                                        # a gap
+                with as_refused(name):
+                    _, own, channels, nested = read_header(os.path.join(folder, name), fs)
+                    if not i and not frames and all(channel.file == "~" for channel in channels):
+                        layout = channels                          # the names of all channels, without samples
+                        continue
+                    own = frames_held(folder, channels, own)
+                notes["segments longer or shorter than their record says"] += frames not in (0, own)
+                frames = frames or own
+                parts.append(Part(at, at + frames, own, folder, channels))
+        except Refused as error:
+            failed.append(error)
+            notes[f"segments left out: {error.reason}"] += 1
+        at += frames
+    if failed and not parts:
+        raise failed[0]
+    at = at if segments else parts[0].stop
+    if not 0 < at <= MAX_RECORD_S * fs:
+        raise ValueError(f"it lasts {at:,} frames at {fs} Hz: expected at least one, and at most {MAX_RECORD_S:,} s")
+    return OpenRecord(fs, at, parts, *choose_channels(fs, parts, layout, notes), +notes)
+
+
+def choose_channels(fs, parts, layout, notes):
+    """The names and the samples per frame of an OpenRecord: of the ECG channels. Counts the others."""
+    names, dropped = {key: 0 for key, _ in numbered(layout)}, {}
+    for key, channel in (pair for part in parts for pair in numbered(part.channels)):
+        if channel.file == "~":
+            continue
+        if channel.unit.lower() not in MV_PER_UNIT:
+            dropped[key] = f"{channel.name:.40} in {channel.unit:.20}"
+        elif is_no_ecg(channel.name):
+            dropped[key] = f"{channel.name:.40}"
+        else:
+            names[key] = max(channel.per_frame, names.get(key, 0))
+    fastest = max(names.values(), default=0)
+    if not fastest:
+        raise Refused("no voltage channel", f"channels {', '.join(dropped.values()) or 'none'}: expected an ECG in mV, uV "
+                                            "or V")
+    if not FS_RANGE[0] <= fastest * fs <= FS_RANGE[1]:
+        raise Refused("sampling rate", f"{fastest * fs:g} samples per second: expected {FS_RANGE[0]} to {FS_RANGE[1]}")
+    slow = {key: f"{key[0]:.40} at {n * fs:g} Hz" for key, n in names.items() if 0 < n * fs < FS_RANGE[0]}
+    notes.update(f"channels left out: {name}" for name in (dropped | slow).values())
+    return {key: name_and_unit(key[0])[0] for key, n in names.items() if n and key not in slow}, fastest
+
+
+def numbered(channels):
+    """Yield ((name, how many of this name came before), channel): two channels of one name are two channels."""
+    seen = Counter()
+    for channel in channels:
+        yield (channel.name, seen[channel.name]), channel
+        seen[channel.name] += 1
+
+
+def read_header(path, record_fs=None):
+    """Parse a WFDB header: frames per second, number of frames (0: not stated), its Channels, and its segments as
+    (name, frames). record_fs: the rate of the record of which this is a segment. ValueError for a damaged one."""
+    lines = header_lines(f"{path}.hea")
     record = RECORD_LINE.fullmatch(lines[0]) if lines else None
-    fields = [SIGNAL_LINE.fullmatch(line) for line in lines[1:]]
-    if not record or None in fields or len({f.group(1, 2, 3) for f in fields}) != 1:
-        return None
-    n_leads, n_samples, (name, kind, skip) = int(record[1]), int(record[3]), fields[0].group(1, 2, 3)
-    gains = np.array([float(f[4]) for f in fields])
-    zeros = np.array([float(f[5] or f[7]) for f in fields])
-    count = n_leads * n_samples
-    n_bytes = 2 * count if kind == "16" else 3 * -(-count // 2)
-    source = os.path.join(os.path.dirname(path), name)
-    if n_leads != len(fields) or not count or (gains == 0).any() or os.path.getsize(source) < int(skip or 0) + n_bytes:
-        return None
-    with open(source, "rb") as file:
-        file.seek(int(skip or 0))
-        data = np.fromfile(file, "<i2" if kind == "16" else "u1", n_bytes // 2 if kind == "16" else n_bytes)
-    if kind == "212":  # two samples of 12 bits in three bytes; shifts to the right keep the sign
-        low, both, high = data.reshape(-1, 3).T
+    if not record:
+        raise ValueError(f"the header begins with {''.join(lines[:1])!r:.60}: expected name, number of signals, rate, "
+                         "number of samples")
+    n_segments, n_channels, fs, frames = int(record[1] or 0), int(record[2]), float(record[3] or 250), int(record[4] or 0)
+    segments = [SEGMENT_LINE.fullmatch(line) for line in lines[1:]] if n_segments else []
+    if len(lines) - 1 != (n_segments or n_channels) or None in segments:
+        raise ValueError(f"expected {n_segments or n_channels} lines, one for each signal or segment, in the header")
+    if record_fs and (n_segments or fs != record_fs):
+        raise ValueError(f"a segment at {fs} Hz with {n_segments} segments: expected {record_fs} Hz, and none")
+    channels = [] if segments else list(map(read_signal_line, lines[1:]))
+    return fs, frames, channels, [(found[1], int(found[2])) for found in segments]
+
+
+def read_signal_line(line):
+    """A Channel. Defaults as in header(5): 200 steps per mV, also where the gain is 0; zero is that of the ADC."""
+    file, kind, gain, _, adc_zero, initial, _, _, name = (line.split(None, 8) + [""] * 9)[:9]
+    format, level = FORMAT_FIELD.fullmatch(kind), GAIN_FIELD.fullmatch(gain or "200")
+    if not format or not level or format[1] not in {"0", *BITS} or format[2] == "0" or not math.isfinite(float(level[1])):
+        raise ValueError(f"the line {line!r:.60} of the header: expected file, format (of {', '.join(BITS)}), gain")
+    return Channel("~" if format[1] == "0" else file, format[1], int(format[2] or 1), int(format[3] or 0),
+                   int(format[4] or 0), float(level[1]) or 200.0, float(level[2] or adc_zero or 0), level[3] or "mV",
+                   int(initial or 0) if format[1] == "8" else 0, name.strip())
+
+
+def header_lines(path):
+    """The lines of a WFDB header that are no comments. Text is UTF-8 or, if that fails, Latin-1 (the micro sign)."""
+    with open(find_file(path)[0], "rb") as file:
+        data = file.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    return [line for line in map(str.strip, text.split("\n")) if line and not line.startswith("#")]
+
+
+def find_file(path):
+    """A path and the size of its file. If it is absent, the one file whose name differs only in upper and lower case."""
+    try:
+        return path, os.path.getsize(path)
+    except FileNotFoundError:
+        folder, name = os.path.split(path)
+        same = [entry for entry in os.listdir(folder or ".") if entry.lower() == name.lower() and entry != name]
+        if len(same) != 1:
+            raise
+        return os.path.join(folder, same[0]), os.path.getsize(os.path.join(folder, same[0]))
+
+
+def files_of(part_channels):
+    """{file: its Channels}, in the order of the header."""
+    files = {}
+    for channel in part_channels:
+        if channel.file != "~":
+            files.setdefault(channel.file, []).append(channel)
+    return files
+
+
+def frames_held(folder, channels, stated):
+    """Number of frames: `stated`, or what the smallest file holds if that is 0. ValueError if a file is too short."""
+    held = []
+    for name, some in files_of(channels).items():
+        path, size = find_file(os.path.join(folder, name))
+        if len({(channel.format, channel.offset) for channel in some}) > 1:
+            raise ValueError(f"the channels of {name} differ in format or offset: expected one for a file")
+        if some[0].format in BYTES:
+            samples = int(max(0, size - some[0].offset) / BYTES[some[0].format])
+            held.append(samples // sum(channel.per_frame for channel in some))
+        else:
+            import soundfile
+            held.append((soundfile.info(path).frames - some[0].offset) // some[0].per_frame)
+        if held[-1] < stated:
+            raise ValueError(f"{name} holds {held[-1]:,} samples per channel, and the header says {stated:,}")
+    return stated or min(held, default=0)
+
+
+def read_stretch(record, start, stop):
+    """Frames start to stop of an OpenRecord: a Recording with signal (T, L) in mV, NaN where there is none."""
+    rows, fastest = {key: row for row, key in enumerate(record.names)}, record.per_frame
+    if (stop - start) * fastest * len(rows) > MAX_SAMPLES:
+        raise ValueError(f"more than {MAX_SAMPLES:,} samples are not read at once: read stretches (start_s, stop_s)")
+    signal = np.full((len(rows), (stop - start) * fastest), np.nan)        # a row per lead: twice as fast from here on
+    for part in record.parts:
+        first, last = max(start, part.start), min(stop, part.stop)
+        row_of = {id(channel): rows[key] for key, channel in numbered(part.channels)
+                  if key in rows and channel.unit.lower() in MV_PER_UNIT}
+        for name, channels in files_of(part.channels).items():
+            skews = [channel.skew for channel in channels if id(channel) in row_of]
+            low, high = (min(at - part.start + skew, part.frames) for at, skew in
+                         ((first, min(skews, default=0)), (last, max(skews, default=0))))
+            if first >= last or low >= high or not skews:
+                continue
+            frames = read_frames(os.path.join(part.folder, name), channels, low, high, part.frames)
+            ends = np.cumsum([channel.per_frame for channel in channels])
+            for channel, steps in zip(channels, np.split(frames, ends[:-1])):
+                if id(channel) in row_of:
+                    begin = first - part.start + channel.skew - low
+                    x = in_mv(channel, steps[:, begin:begin + last - first].T.reshape(-1), record.fs, fastest)
+                    at = (first - start) * fastest
+                    signal[row_of[id(channel)], at:at + len(x)] = x
+    return Recording(signal.T, record.fs * fastest, list(record.names.values()), notes=record.notes)
+
+
+def in_mv(channel, steps, fs, fastest):
+    """ADC values of a channel at its own rate -> float64 mV at that of the fastest, NaN for "no sample"."""
+    x = (steps - channel.zero) / channel.gain
+    if MV_PER_UNIT[channel.unit.lower()] != 1:
+        x *= MV_PER_UNIT[channel.unit.lower()]
+    invalid = steps == -2 ** (BITS[channel.format] - 1)
+    if BITS[channel.format] and invalid.any():
+        x[invalid] = np.nan
+    if channel.per_frame != fastest:
+        mark_missing(x[None], fs * channel.per_frame)              # before the resampler, which would smooth it
+        x = resample(x[None], Fraction(fastest, channel.per_frame))[0]
+    return x
+
+
+def read_frames(path, channels, first, last, n_frames):
+    """Frames first to last of a signal file with n_frames: ADC values (samples per frame of all channels, frames)."""
+    path, format, width = find_file(path)[0], channels[0].format, sum(channel.per_frame for channel in channels)
+    if format not in FORMATS:
+        return read_frames_by_wfdb(path, channels, first, last, n_frames)
+    extra = first * width % 2 if format == "212" else 0            # blocks of two samples
+    begin, n_bytes = first * width - extra, math.ceil(((last - first) * width + extra) * BYTES[format])
+    with open(path, "rb") as file:
+        file.seek(channels[0].offset + int(begin * BYTES[format]))
+        data = np.fromfile(file, np.uint8, n_bytes)
+    if format == "212":                                            # 12 bits, two in three bytes; >> keeps the sign
+        low, both, high = np.pad(data, (0, -len(data) % 3)).reshape(-1, 3).T
         data = np.empty((len(low), 2), np.int16)
         data[:, 0], data[:, 1] = low, high
         data[:, 0] |= both.astype(np.int16) << 12 >> 4
         data[:, 1] |= (both.astype(np.int16) << 8 & -4096) >> 4
-    data = data.reshape(-1)[:count].reshape(n_samples, n_leads).T
-    signal = np.empty(data.shape)  # a row per lead: twice as fast from here on
-    np.subtract(data, zeros[:, None], out=signal)
-    signal /= gains[:, None]
-    invalid = data == (-32768 if kind == "16" else -2048)
-    if invalid.any():
-        signal[invalid] = np.nan
-    return signal.T, float(record[2]), [f[8] for f in fields], [f[6] or "mV" for f in fields]
+        data = data.reshape(-1)[extra:][:(last - first) * width]
+    else:
+        data = data.view(FORMATS[format])
+    return np.ascontiguousarray(data.reshape(-1, width).T)
 
 
-def read_any_wfdb(path):
-    """The same with wfdb, for all other formats."""
-    lines = header_lines(f"{path}.hea")
-    claimed = int(lines[0][1]) * int(lines[0][3]) if len(lines[0]) > 3 else 0
-    if claimed > MAX_SAMPLES:                                      # wfdb would allocate before it checks
-        raise ValueError(f"the header says {claimed:,} samples, more than {MAX_SAMPLES:,} are not read at once")
-    record = rdrecord_any_date(path)
-    return record.p_signal, record.fs, record.sig_name, record.units or []
-
-
-def rdrecord_any_date(path):
-    """wfdb.rdrecord, also for headers whose date and time it refuses (Challenge 2017 has them in swapped order)."""
+def read_frames_by_wfdb(path, channels, first, last, n_frames):
+    """read_frames for the other formats: wfdb reads them under a plain header, which it cannot misunderstand."""
     import wfdb  # imported here: features of an array do not need it
-    try:
-        return wfdb.rdrecord(path)
-    except ValueError:
-        path = Path(path)
-        record_line, *signal_lines = header_lines(f"{path}.hea")
-        if len(record_line) <= 4 or "/" in record_line[0]:  # NAME CHANNELS RATE SAMPLES: no date, another error
-            raise
-        with tempfile.TemporaryDirectory() as folder:  # the same record, under a header that stops before the date
-            lines = [record_line[:4], *signal_lines]
-            Path(folder, f"{path.name}.hea").write_text("\n".join(map(" ".join, lines)))
-            for name in {fields[0] for fields in signal_lines}:
-                os.symlink(path.parent.resolve() / name, Path(folder, name))
-            return wfdb.rdrecord(f"{folder}/{path.name}")
-
-
-def header_lines(path):
-    """The fields of every line of a WFDB header that is not a comment."""
-    lines = [line.split() for line in Path(path).read_text(errors="replace").splitlines()]
-    return [fields for fields in lines if fields and not fields[0].startswith("#")]
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(os.path.abspath(path), f"{folder}/r.dat")
+        lines = [f"r {len(channels)} 250 {n_frames}", *(
+            f"r.dat {c.format}x{c.per_frame}+{c.offset} 200 0 0 {c.initial} 0 0 {i}" for i, c in enumerate(channels))]
+        Path(folder, "r.hea").write_text("\n".join(lines) + "\n")
+        begin = 0 if channels[0].format == "8" else first          # format 8 holds differences
+        found = wfdb.rdrecord(f"{folder}/r", begin, last, physical=False, smooth_frames=False, return_res=32).e_d_signal
+    return np.concatenate([x.reshape(-1, c.per_frame).T for x, c in zip(found, channels)])[:, first - begin:]
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

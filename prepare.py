@@ -51,7 +51,7 @@ from corpus import (EVENT_DTYPE, FINGERPRINT_BYTES, FORMAT_VERSION, INDEX_DTYPE,
                     RECORD_DTYPE, SPLITS, SUPERCLASSES, fingerprint, index_faults, lock_folder, open_corpus,
                     part_of, rows_to_leave_out)
 from ecg import (FS, LEAD_IDS, LEADS, MAX_LEADS, MISSING, PAD_S, UV_PER_MV, Recording, Refused, atomic_write,
-                 header_lines, preprocess, read_wfdb, sha256)
+                 header_lines, preprocess, read_pieces, sha256)
 from synth import atomic_folder, synthesize
 
 MIN_VALID_S = 2.0                # s of signal that a lead needs to be kept
@@ -225,8 +225,8 @@ def list_wfdb(raw, args, notes):
     for folder, group in itertools.groupby(find_headers(raw), key=lambda path: path.parent):
         paths, segments = list(group), set()
         for path in paths:
-            if (lines := header_lines(f"{path}.hea")) and "/" in lines[0][0]:      # NAME/SEGMENTS, then their lines
-                segments |= {folder / fields[0] for fields in lines[1:]}
+            if (lines := header_lines(f"{path}.hea")) and "/" in lines[0].split()[0]:  # NAME/SEGMENTS, then their lines
+                segments |= {folder / line.split()[0] for line in lines[1:]}
         for path in (path for path in paths if path not in segments):  # segments are read with their record
             record = path.relative_to(raw).as_posix()
             patient = patient_of.get(record, patient_of.get(path.name))
@@ -372,20 +372,39 @@ class Prepared(NamedTuple):
 
 
 def prepare_recording(job, annotator=None):
-    """Prepare one recording, or raise Refused."""
+    """Yield a recording as rows of the corpus: one, or the pieces of a long record. Raise Refused if there is none."""
     if job.reject:
         raise Refused(*job.reject)
-    recording = read_wfdb(job.path) if job.row < 0 else read_exam(job)
+    ready, refused, lost = None, None, Counter()
+    for start_s, recording in read_pieces(job.path) if job.row < 0 else [(0, read_exam(job))]:
+        try:
+            piece = prepare_piece(job, start_s, recording, annotator)
+        except Refused as error:
+            refused = refused or error
+            lost[f"pieces of long records left out: {error.reason}"] += 1
+            continue
+        if ready:
+            yield ready
+        ready = piece                                              # the last one takes the counts of lost pieces
+    if not ready:
+        raise refused
+    ready.changes.update(lost)
+    yield ready
+
+
+def prepare_piece(job, start_s, recording, annotator):
+    """Prepare a Recording that begins `start_s` after its record, or raise Refused."""
     if job.n_channels and len(recording.leads) != job.n_channels:
         raise Refused("channel count", f"{len(recording.leads)} channels, expected {job.n_channels}")
-    signal_mv, ids = preprocess(*recording[:4])
+    changes = Counter(recording.notes)
+    signal_mv, ids = preprocess(*recording[:4], changes)
     if job.part:
         n = min(signal_mv.shape[1], NOISE_S * FS)
         signal_mv = signal_mv[:, round(job.part[0] * n):round(job.part[1] * n)]
-    changes = Counter({"channels left out: not a voltage": recording.left_out})
     steps, ids, start = drop_unusable_leads(signal_mv, ids, changes)
     events = NO_EVENTS
     if annotator:
+        start += round(start_s * FS)
         events = read_events(f"{job.path}.{annotator}", recording.fs, start, steps.shape[1], changes)
     return Prepared(steps, ids, recording.fs, events, changes)
 
@@ -523,7 +542,7 @@ def make_plan(source, raw, part, args, command):
     with open(jobs) as file:
         for line in (line for i, line in enumerate(file) if i in chosen):
             with contextlib.suppress(Refused):
-                sizes.append(prepare_recording(Job(*json.loads(line)), ANNOTATED.get(source)).steps.nbytes)
+                sizes.append(sum(got.steps.nbytes for got in prepare_recording(Job(*json.loads(line)), ANNOTATED.get(source))))
     n_bytes, seconds = np.mean(sizes or [0.0]), (time.perf_counter() - start) / len(chosen)
     workers, free = args.workers or os.cpu_count(), shutil.disk_usage(part).free
     print(f"{source}: {n:,} recordings to read; about {n_bytes * n / 1e9:.3g} GB on disk ({free / 1e9:.0f} GB free) "
@@ -601,19 +620,18 @@ def prepare_shard(source, part, number, jobs):
         with open(path, "wb") as file:
             for job in jobs:
                 try:
-                    got = prepare_recording(job, ANNOTATED.get(source))
-                except Refused as error:
+                    for got in prepare_recording(job, ANNOTATED.get(source)):
+                        file.write(got.steps.tobytes())
+                        n_leads, length = got.steps.shape
+                        leads, patient = np.pad(got.leads, (0, MAX_LEADS - n_leads)), 0  # assemble numbers the patients
+                        row = (number, offset, length, n_leads, leads, SPLITS.index(job.split), job.label, patient,
+                               got.fs_hz, n_events, len(got.events))
+                        rows.append((row, job.record.encode(), job.patient.encode(), fingerprint(got.steps, got.leads)))
+                        events.append(got.events)
+                        offset, n_events = offset + got.steps.size, n_events + len(got.events)
+                        changes += got.changes
+                except Refused as error:                           # before its first row, never after it
                     rejects.append((job.record, error.reason, str(error)))
-                    continue
-                file.write(got.steps.tobytes())
-                n_leads, length = got.steps.shape
-                leads, patient = np.pad(got.leads, (0, MAX_LEADS - n_leads)), 0  # assemble numbers the patients
-                row = (number, offset, length, n_leads, leads, SPLITS.index(job.split), job.label, patient, got.fs_hz,
-                       n_events, len(got.events))
-                rows.append((row, job.record.encode(), job.patient.encode(), fingerprint(got.steps, got.leads)))
-                events.append(got.events)
-                offset, n_events = offset + got.steps.size, n_events + len(got.events)
-                changes += got.changes
             file.flush()
             os.fsync(file.fileno())
         sums = {f"signal/{path.name}": sha256(path)}
