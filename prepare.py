@@ -50,7 +50,7 @@ from tqdm import tqdm
 from corpus import (EVENT_DTYPE, FINGERPRINT_BYTES, FORMAT_VERSION, INDEX_DTYPE, MAGIC, NO_EVENTS, PATIENT_DTYPE,
                     RECORD_DTYPE, SPLITS, SUPERCLASSES, fingerprint, index_faults, lock_folder, open_corpus,
                     part_of, rows_to_leave_out)
-from ecg import (FS, LEAD_IDS, LEADS, MAX_LEADS, MISSING, PAD_S, UV_PER_MV, Recording, Refused, atomic_write,
+from ecg import (FS, LEAD_IDS, LEADS, MAX_LEADS, MAX_MV, MISSING, PAD_S, UV_PER_MV, Recording, Refused, atomic_write,
                  header_lines, preprocess, read_pieces, sha256)
 from synth import atomic_folder, synthesize
 
@@ -58,6 +58,7 @@ MIN_VALID_S = 2.0                # s of signal that a lead needs to be kept
 SHARD_BYTES = 256 * 2**20        # of signal, about; 12 million recordings of 10 s and 12 leads are 2,700 files
 SHARDS_AT_LEAST = 64             # if there are as many recordings, so that a small corpus too gives work to all cores
 ESTIMATE_RECORDINGS = 5          # recordings that are read first, to estimate disk and time
+NAMES_LISTED = 20                # of unknown leads or channels left out, in the manifest: the most frequent
 OVERVIEW_RECORDINGS = 2000       # chosen at random, for the histograms of check.png
 ROW_DTYPE = np.dtype([("index", INDEX_DTYPE), ("records", RECORD_DTYPE), ("patients", PATIENT_DTYPE),
                       ("fingerprints", "u1", (FINGERPRINT_BYTES,))])  # of a recording, in the done/ file of its shard
@@ -437,7 +438,13 @@ def drop_unusable_leads(signal_mv, ids, changes):
         if ids[i] and ids[i] in ids[:i]:                           # two channels of one name cannot both be that lead
             ids[i] = 0
             changes["leads renamed unknown: a second one of the name"] += 1
-    steps = np.rint(signal_mv[:, start:stop] * UV_PER_MV)
+    signal_mv = signal_mv[:, start:stop]
+    for k in np.flatnonzero((np.abs(signal_mv) > MAX_MV).any(axis=1)):
+        offset = np.nanmedian(signal_mv[k])
+        if abs(offset) > MAX_MV / 2:                               # a smaller one stays, even if a few samples do not fit
+            signal_mv[k] -= offset
+            changes["leads stored without their offset, because it does not fit 16 bits"] += 1
+    steps = np.rint(signal_mv * UV_PER_MV)
     in_range = np.abs(steps) <= np.iinfo(np.int16).max             # false for NaN, and where the resampler overshoots
     steps = np.where(in_range, steps, MISSING).astype("<i2")
     changes["samples missing"] += int((steps == MISSING).sum())
@@ -542,7 +549,8 @@ def make_plan(source, raw, part, args, command):
     with open(jobs) as file:
         for line in (line for i, line in enumerate(file) if i in chosen):
             with contextlib.suppress(Refused):
-                sizes.append(sum(got.steps.nbytes for got in prepare_recording(Job(*json.loads(line)), ANNOTATED.get(source))))
+                rows = prepare_recording(Job(*json.loads(line)), ANNOTATED.get(source))
+                sizes.append(sum(row.steps.nbytes for row in rows))
     n_bytes, seconds = np.mean(sizes or [0.0]), (time.perf_counter() - start) / len(chosen)
     workers, free = args.workers or os.cpu_count(), shutil.disk_usage(part).free
     print(f"{source}: {n:,} recordings to read; about {n_bytes * n / 1e9:.3g} GB on disk ({free / 1e9:.0f} GB free) "
@@ -643,10 +651,21 @@ def prepare_shard(source, part, number, jobs):
         path.unlink(missing_ok=True)                               # on a full disk this frees some space
         raise
     rows = np.array(rows, ROW_DTYPE)
-    about = json.dumps({"rejects": rejects, "changes": changes, "sha256": sums, "bytes": 2 * offset}).encode()
+    about = json.dumps({"rejects": rejects, "changes": most_frequent(changes, 10 * NAMES_LISTED), "sha256": sums,
+                        "bytes": 2 * offset}).encode()
     atomic_write(part / "done" / f"{number:05d}.npz",
                  lambda file: np.savez(file, rows=rows, about=np.frombuffer(about, np.uint8)))
     return {"jobs": len(jobs), "samples": rows["index"]["length"].sum(), "rejected": len(rejects), "bytes": 2 * offset}
+
+
+def most_frequent(changes, n):
+    """Of each kind of change that names something ("kind: name") keep the n most frequent names; add up the others."""
+    kept, names = Counter(), Counter()
+    for what, count in changes.most_common():
+        kind = what.partition(": ")[0]
+        names[kind] += 1
+        kept[what if names[kind] <= n else f"{kind}: other names"] += count
+    return kept
 
 
 def assemble(source, part, plan, command):
@@ -658,6 +677,7 @@ def assemble(source, part, plan, command):
     rejects = pd.DataFrame(rejects, columns=["record", "reason", "detail"])
     rejects.to_csv(part / "rejects.csv", index=False, lineterminator="\r\n")
     rejected, changes = Counter(rejects.reason), sum((Counter(about["changes"]) for about in abouts), Counter())
+    changes = most_frequent(changes, NAMES_LISTED)
     try:
         if len(rejects) == plan["jobs"]:
             raise ValueError(f"none of the {plan['jobs']} recordings could be used: {dict(rejected)}; the first: "
