@@ -536,10 +536,11 @@ def open_wfdb(path):
         at += frames
     if failed and not parts:
         raise failed[0]
+    names, fastest = choose_channels(fs, parts, layout, notes)
     at = at if segments else parts[0].stop
     if not 0 < at <= MAX_RECORD_S * fs:
         raise ValueError(f"it lasts {at:,} frames at {fs} Hz: expected at least one, and at most {MAX_RECORD_S:,} s")
-    return OpenRecord(fs, at, parts, *choose_channels(fs, parts, layout, notes), +notes)
+    return OpenRecord(fs, at, parts, names, fastest, +notes)
 
 
 def choose_channels(fs, parts, layout, notes):
