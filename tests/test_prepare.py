@@ -27,7 +27,7 @@ import prepare
 from conftest import (RECORDS, ROOT, TWELVE, draw_ecg, edit_header, files_of, link, names_of, noise, patient_of,
                       real_ptbxl, rows_of, run, write)
 from corpus import INDEX_DTYPE, SPLITS, lock_folder, open_corpus, part_of
-from ecg import FS, LEADS, MISSING, Refused, preprocess
+from ecg import FS, LEADS, MISSING, Refused, is_no_ecg, preprocess, read_wfdb
 from synth import MITDB_CONDITIONS, STATEMENTS, atomic_folder, write_record
 
 DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
@@ -1070,6 +1070,16 @@ def mutant_trees(raw, shared_data):
     (raw / "wfdb" / "e.mat").write_bytes(bytes(24) + (raw / "wfdb" / "a.dat").read_bytes())
     (raw / "wfdb" / "e.hea").write_text((raw / "wfdb" / "a.hea").read_text().replace("a.dat 16", "e.mat 16+24"))
     (raw / "wfdb" / "f.hea").write_text("f/2 3 500 3000\na 1500\nb 1500\n")
+    # Two samples in a frame, units and gains that differ, a channel that is no ECG; and segments of such records.
+    for name, gains in (("g", ("1000/mV", "1(0)/uV", "100/pm")), ("h", ("2000(9)/mV", "1000000/V", "50/mmHg"))):
+        frames = np.concatenate([adc[:, 0].reshape(-1, 2), adc[:, 1].reshape(-1, 2), adc[::2, 2:]], axis=1)
+        (raw / "wfdb" / f"{name}.dat").write_bytes(frames.astype("<i2" if name == "g" else ">i2").tobytes())
+        (raw / "wfdb" / f"{name}.hea").write_text(f"{name} 3 250 750\n" + "".join(
+            f"{name}.dat {'16' if name == 'g' else '61'}{spf} {gain} 16 0 0 0 0 {lead}\n"
+            for spf, gain, lead in zip(("x2", "x2", ""), gains, ("Lead II", "ECG V1", "RESP"))))
+    (raw / "wfdb" / "lay.hea").write_text("lay 3 250 0\n" + "".join(
+        f"~ 0{spf} 0 0 0 0 0 0 {lead}\n" for spf, lead in (("x2", "ECG V1"), ("", "RESP"), ("x2", "Lead II"))))
+    (raw / "wfdb" / "i.hea").write_text("i/5 3 250 2050\nlay 0\ng 750\n~ 100\nh 750\ngone 450\n")
     wfdb.wrann("p00000_s00", "atr", np.arange(50, 1400, 100), ["N"] * 14, fs=500,
                write_dir=str(raw / "icentia11k" / "p00" / "p00000"))
     (raw / "code" / "annotations.csv").write_text("id_exam,id_patient\n1,5\n2,5\n")
@@ -1080,6 +1090,54 @@ def mutant_trees(raw, shared_data):
         write_code15(raw / "code15" / "exams_part0.hdf5", [1, 2, 0], [*file["tracings"][:2], np.zeros((4096, 12))])
     (raw / "code15" / "exams.csv").write_text("exam_id,patient_id,trace_file\n"
                                               "1,5,exams_part0.hdf5\n2,6,exams_part0.hdf5\n")
+
+
+def by_wfdb(path):
+    """An independent reading: (mV, its places) of each channel of a record that wfdb can read, None if it cannot. Of a
+    record with segments wfdb reads the segments one by one, channels are joined by name and number."""
+    try:
+        lines = [line.split() for line in path.with_suffix(".hea").read_text("ascii").splitlines()
+                 if line.strip() and not line.startswith("#")]
+        n_segments = int((lines[0][0] + "/0").split("/")[1])
+        parts, at = [("x", path, 0)] if not n_segments else [], 0
+        for name, length in lines[1:] if n_segments else ():
+            parts += [(name, path.with_name(name), at)] * (name not in ("~", "gone"))
+            at += int(length)
+        channels = {}
+        for name, part, at in parts:
+            part.with_suffix(".hea").read_text("ascii")            # wfdb drops other characters, also from names
+            if name == "lay":
+                continue
+            record, seen = wfdb.rdrecord(str(part), smooth_frames=False), Counter()
+            for x, unit, lead, n in zip(record.e_p_signal, record.units, record.sig_name, record.samps_per_frame):
+                scale = {"mv": 1, "uv": 1e-3, "v": 1e3}.get(unit.lower())
+                if scale and not is_no_ecg(lead or ""):
+                    channels.setdefault((lead, seen[lead]), []).append((n * at, x * scale if scale != 1 else x))
+                seen[lead] += 1
+        return list(channels.values())
+    except Exception:                                              # wfdb may raise anything
+        return None
+
+
+def disagrees(raw, changed):
+    """Whether read_wfdb and wfdb read the record that was changed, or those made of it, differently; None: one of them
+    refuses it."""
+    answers = []
+    for path in (raw / name for name in {changed.stem, *{"a": "f", "b": "f", "g": "i", "h": "i", "lay": "i"}.get(
+            changed.stem, "")} if (raw / name).with_suffix(".hea").exists()):
+        try:
+            own, theirs = read_wfdb(str(path)), by_wfdb(path)
+        except Refused:
+            theirs = None
+        if theirs is None or own.notes["segments left out: unreadable or truncated file"]:
+            continue
+        rows = own.signal.T.copy()
+        for row in rows:                                           # each of our channels is one of wfdb's
+            found = [parts for parts in theirs if all(
+                np.array_equal(row[at:at + len(x)], x[:max(0, len(row) - at)], equal_nan=True) for at, x in parts)]
+            answers.append(not found)
+        answers.append(len(rows) != len(theirs))
+    return any(answers) if answers else None
 
 
 @contextlib.contextmanager
@@ -1121,7 +1179,8 @@ def outcome(source, raw):
 
 @pytest.mark.parametrize("mutants", [FEW_MUTANTS, pytest.param(MUTANTS, marks=pytest.mark.slow)])
 def test_mutated_inputs_are_read_or_rejected_with_a_reason(mutants, shared_data, tmp_path):
-    """No crash, no hang, no traceback, nothing absurd in the corpus, and no memory by what a header merely claims."""
+    """No crash, no hang, no traceback, nothing absurd in the corpus, no memory by what a header merely claims, and what
+    is read is what wfdb reads, segment by segment and without smoothing."""
     rng, counts, raw = np.random.default_rng(2), Counter(), tmp_path / "raw"
     mutant_trees(raw, shared_data)
     files = [(source, path) for source in ("wfdb", "heedb", "code", "icentia11k", "code15")
@@ -1135,9 +1194,15 @@ def test_mutated_inputs_are_read_or_rejected_with_a_reason(mutants, shared_data,
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with within(300):
             counts.update(outcome(source, raw / source))
+            if source == "wfdb" and path.suffix in (".hea", ".dat", ".mat"):
+                answer = disagrees(raw / source, path)
+                counts[{None: "not compared", True: "DISAGREES", False: "agrees"}[answer]] += 1
+                if answer:
+                    print(i, path.name, path.read_bytes()[:400] if path.suffix == ".hea" else "")
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < TOO_MUCH_KB, (i, path.name)
         path.write_bytes(data)
     print(dict(counts))
+    assert not counts["DISAGREES"] and counts["agrees"] > mutants / 12
     assert counts["read"] > mutants / 2 and counts["unreadable or truncated file"] > mutants / 40
 
 
