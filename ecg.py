@@ -72,8 +72,8 @@ TIME_NAME = re.compile(r"'?(?:ELAPSED[ _])?(?:TIME(?:STAMP)?S?|T|SAMPLES?|INDEX|
 # Names of what is no ECG, whatever its unit: the signals of MIMIC and of other bedside monitors (physionet.org/content/
 # mimic3wdb), the types of EDF+, and those of sleep studies (sleepdata.org) and of wearables.
 NO_ECG = re.compile(r"(?:(?:RESP(?:IRATION|IRATORY)?|PLETH\w*|PPG|ABP|I?BP|NIBP|ART(?:ERIAL)?|AO|CVP|PAP|ICP|"
-                    r"[LRU]AP|UVP|P\d|PRESS(?:URE)?|SP?O2|SAO2|OSAT|O2|(?:ET)?CO2|CAPNO\w*|[EM]EG|E[MO]G|ERG|I?EGM|GSR|EDA|UC|"
-                    r"TOCO|[FM]?HR|PULSE|PR|TEMP\w*|THOR\w*|ABDO?\w*|NASAL|(?:AIR)?FLOW|CPAP|SNOR\w*|CHIN|R?LEG|TIB\w*|"
+                    r"[LRU]AP|UVP|P\d|PRESS(?:URE)?|SP?O2|SAO2|OSAT|O2|(?:ET)?CO2|CAPNO\w*|[EM]EG|E[MO]G|ERG|I?EGM|GSR|EDA|"
+                    r"UC|TOCO|[FM]?HR|PULSE|PR|TEMP\w*|THOR\w*|ABDO?\w*|NASAL|(?:AIR)?FLOW|CPAP|SNOR\w*|CHIN|R?LEG|TIB\w*|"
                     r"POS(?:ITION)?|LIGHT|SOUND|EVENTS?|MARKERS?|STAT(?:US)?|STIM\w*|TRIG\w*|EDF ANNOTATIONS|BATT\w*|"
                     r"ACC\w*|GYRO\w*|[SPB]CG|PHONO\w*|IMP(?:EDANCE)?|LOC|ROC)(?![A-Z])"
                     r"|(?:FP|F|C|P|O|T|E)[\dZ]-(?:REF|AVG|[A-Z]{1,2}[\dZ]))")
@@ -134,9 +134,12 @@ def preprocess(signal, fs, leads, units="mV", notes=None):
     leave_out_channels(x, names, ids, found)
     check_values(x, fs, units, found, getattr(getattr(signal, "dtype", None), "kind", None) in ("i", "u"))
     mark_missing(x, fs)
-    if np.isnan(x).all():
+    missing = np.isnan(x)
+    if missing.all():
         raise Refused("no valid lead", "no sample of this recording is usable: every lead is flat, zero, NaN or beyond "
                                        f"+-{MAX_MV} mV; check the units (now {units!r}) and the gain")
+    if missing[~missing.all(axis=1)].mean() > 0.5:
+        found["signals of which more than half of the samples are missing"] += 1
     x = resample(x, Fraction(FS) / Fraction(float(fs)).limit_denominator(1000))
     if notes is None:
         warn_of(found)
@@ -234,8 +237,8 @@ def check_values(x, fs, units, notes, integers):
                      (("uV", 1e-3), ("V", 1e3)) if 0.2 < largest * share < 10), "")
         hint = " (the numbers are integers: divide ADC steps by the gain, in steps per mV)" if integers else ""
         raise Refused("amplitude", f"the signal spans {largest:.2g} mV within {SPAN_S} s, on an offset of "
-                                   f"{offset[k]:.3g} mV, if it is in {units}{real}; an ECG spans {SPAN_LIMITS_MV[0]} "
-                                   f"to {SPAN_LIMITS_MV[1]:g} mV, on at most {MAX_OFFSET_MV:g} mV: check the units{hint}")
+                                   f"{offset[k]:.3g} mV, if it is in {units}{real}; an ECG spans {SPAN_LIMITS_MV[0]} to "
+                                   f"{SPAN_LIMITS_MV[1]:g} mV, on at most {MAX_OFFSET_MV:g} mV: check the units{hint}")
     if wrong.any():
         x[wrong] = np.nan
         notes["leads left out: an amplitude or offset that no ECG has"] += int(wrong.sum())
@@ -251,7 +254,8 @@ def check_values(x, fs, units, notes, integers):
 def is_z_score(x):
     """Whether the leads of x (L, T), or all of them together, have mean 0 and standard deviation 1."""
     some = x[:, ::16]
-    if not 0.7 < some[np.isfinite(some)].std() < 1.4:              # most ECGs, in little time
+    some = some[np.isfinite(some)]
+    if not len(some) or not 0.7 < some.std() < 1.4:                # most ECGs, in little time
         return False
     return any((np.abs(np.nanmean(x, axis)) < 0.01).all() and (np.abs(np.nanstd(x, axis) - 1) < 0.01).all()
                for axis in (1, None))
@@ -456,23 +460,22 @@ class RecordingFeatures:
 
 # ---- reading one recording from a file ------------------------------------------------------------------------------
 # WFDB: header(5) and signal(5) of its manual. wfdb.rdrecord averages the samples of a frame, gives all segments gain
-# and unit of the first, and drops what is not ASCII: here it only unpacks the formats that are not in FORMATS.
+# and unit of the first, and drops what is not ASCII: here it only unpacks the formats that are not in WORDS.
 RECORD_LINE = re.compile(r"[^\s/]+(?:/(\d+))?\s+(\d+)(?:\s+(\d+\.?\d*)(?:[/(]\S*)?(?:\s+(\d+)(?:\s.*)?)?)?")
 SEGMENT_LINE = re.compile(r"(\S+)\s+(\d+)")
 SIGNAL_LINE = re.compile(r"(\S+)\s+(\d+)(?:x(\d+))?(?::(\d+))?(?:\+(\d+))?(?:\s+([-+\d.eE]+)(?:\(([-+\d.]+)\))?"
                          r"(?:/(\S+))?(?:\s+\d+(?:\s+(-?\d+)(?:\s+(-?\d+)(?:\s+-?\d+(?:\s+\d+(?:\s+(.*))?)?)?)?)?)?)?")
-FORMATS = {"16": "<i2", "61": ">i2", "32": "<i4", "212": "u1"}       # type of a word
+WORDS = {"16": "<i2", "61": ">i2", "32": "<i4", "212": "u1"}
 BITS = {"16": 16, "61": 16, "32": 32, "212": 12, "24": 24, "80": 8, "160": 16, "310": 10, "311": 10, "508": 8,
         "516": 16, "524": 24, "8": 0}                                # of a sample; its lowest value means "no sample"
 BYTES = {"8": 1, "16": 2, "24": 3, "32": 4, "61": 2, "80": 1, "160": 2, "212": 1.5, "310": 4 / 3, "311": 4 / 3}
-# A signal line of a header. Samples per frame, frames by which it comes too early in its file, bytes (FLAC: samples)
-# before the first frame, steps per unit, step of 0 units, first value of format 8. File "~" has no samples.
-Channel = namedtuple("Channel", "file format per_frame skew offset gain zero unit initial name")
-# The frames of a record from `start` to `stop` are in the same files, which hold `frames`: a segment, or all of it.
-Part = namedtuple("Part", "start stop frames folder channels")
-# A record that is ready to be read. names: {(name, how many of it came before): name} of the ECG channels; per_frame:
-# samples of the fastest of them.
-OpenRecord = namedtuple("OpenRecord", "fs frames parts names per_frame notes")
+# A signal line of a header. key: its name, and how many channels of this name came before; offset: bytes (FLAC:
+# samples) before the first frame; skew: frames by which it comes too early; mv: of a unit, None for other quantities.
+Channel = namedtuple("Channel", "key file format per_frame skew offset gain zero mv unit initial")
+# Frames `start` to `stop` of a record: a segment, or all of it. files: {file: its Channels}, which hold `frames`.
+Part = namedtuple("Part", "start stop frames folder files")
+# A record that is ready to be read. per_frame: samples of its fastest ECG channel; keys: of all its ECG channels.
+OpenRecord = namedtuple("OpenRecord", "fs frames parts keys per_frame notes")
 
 
 def read_wfdb(path, start_s=0, stop_s=math.inf):
@@ -482,8 +485,7 @@ def read_wfdb(path, start_s=0, stop_s=math.inf):
     is missing samples, and a note."""
     with as_refused(path):
         record = open_wfdb(str(path))
-        start, stop = (round(min(at, record.frames / record.fs) * record.fs) for at in (start_s, stop_s))
-        return read_stretch(record, start, stop)
+        return read_stretch(record, *(min(record.frames, round(at * record.fs)) for at in (start_s, min(stop_s, 1e9))))
 
 
 def read_pieces(path):
@@ -491,7 +493,7 @@ def read_pieces(path):
     all but the last of whole seconds. To prepare one takes at most 0.5 GB, whatever the record's length."""
     with as_refused(path):
         record = open_wfdb(str(path))
-    samples = record.frames * record.per_frame * len(record.names)
+    samples = record.frames * record.per_frame * len(record.keys)
     n = max(math.ceil(record.frames / record.fs / PIECE_S), math.ceil(samples / PIECE_SAMPLES))
     edges = [round(i * record.frames // n // record.fs * record.fs) for i in range(n)] + [record.frames]
     for start, stop in zip(edges, edges[1:]):
@@ -505,73 +507,65 @@ def as_refused(path):
     """Turns what reading the files of a record may raise into Refused."""
     try:
         yield
+    except Refused:
+        raise
     except FileNotFoundError as error:
         raise Refused("absent file", f"{Path(error.filename or path).name} is not there") from None
+    except ImportError as error:
+        raise Refused("absent package", f"its signals are FLAC: run `pip install {error.name}` first") from None
     except Exception as error:                                     # wfdb and soundfile may raise anything
-        if isinstance(error, Refused):
-            raise
         raise Refused("unreadable or truncated file", f"{Path(path).name}: {type(error).__name__}: {error}") from None
 
 
 def open_wfdb(path):
     """Read the headers of a record and compare them with the sizes of its files: an OpenRecord."""
-    fs, stated, channels, segments = read_header(path)
-    folder, notes, layout, failed, at = os.path.dirname(path), Counter(), [], [], 0
-    parts = [] if segments else [Part(0, n := frames_held(folder, channels, stated), n, folder, channels)]
+    fs, frames, channels, segments = read_header(path)
+    folder, notes, layout, failed, parts, at = os.path.dirname(path), Counter(), [], [], [], 0
+    if not segments:
+        at = frames = frames_held(folder, channels, frames)
+        parts.append(Part(0, at, at, folder, by_file(channels)))
     for i, (name, frames) in enumerate(segments):
         try:
             if name != "~":                                        # a gap
                 with as_refused(name):
-                    _, own, channels, nested = read_header(os.path.join(folder, name), fs)
-                    if not i and not frames and all(channel.file == "~" for channel in channels):
+                    _, own, channels, _ = read_header(os.path.join(folder, name), fs)
+                    if not i and not frames and not by_file(channels):
                         layout = channels                          # the names of all channels, without samples
                         continue
                     own = frames_held(folder, channels, own)
                 notes["segments longer or shorter than their record says"] += frames not in (0, own)
                 frames = frames or own
-                parts.append(Part(at, at + frames, own, folder, channels))
+                parts.append(Part(at, at + frames, own, folder, by_file(channels)))
         except Refused as error:
             failed.append(error)
             notes[f"segments left out: {error.reason}"] += 1
         at += frames
     if failed and not parts:
         raise failed[0]
-    names, fastest = choose_channels(fs, parts, layout, notes)
-    at = at if segments else parts[0].stop
+    keys, fastest = choose_channels(fs, [channel.key for channel in layout], parts, notes)
     if not 0 < at <= MAX_RECORD_S * fs:
         raise ValueError(f"it lasts {at:,} frames at {fs} Hz: expected at least one, and at most {MAX_RECORD_S:,} s")
-    return OpenRecord(fs, at, parts, names, fastest, +notes)
+    return OpenRecord(fs, at, parts, keys, fastest, +notes)
 
 
-def choose_channels(fs, parts, layout, notes):
-    """The names and the samples per frame of an OpenRecord: of the ECG channels. Counts the others."""
-    names, dropped = {key: 0 for key, _ in numbered(layout)}, {}
-    for key, channel in (pair for part in parts for pair in numbered(part.channels)):
-        if channel.file == "~":
-            continue
-        if channel.unit.lower() not in MV_PER_UNIT:
-            dropped[key] = f"{channel.name:.40} in {channel.unit:.20}"
-        elif is_no_ecg(channel.name):
-            dropped[key] = f"{channel.name:.40}"
+def choose_channels(fs, order, parts, notes):
+    """The keys of the ECG channels of `parts`, in `order` as far as this goes, and the samples per frame of the
+    fastest. Counts the others."""
+    rates, dropped = dict.fromkeys(order, 0), {}
+    for channel in (channel for part in parts for some in part.files.values() for channel in some):
+        if not channel.mv or is_no_ecg(channel.key[0]):
+            dropped[channel.key] = f"{channel.key[0]:.40}" + (f" in {channel.unit:.20}" if not channel.mv else "")
         else:
-            names[key] = max(channel.per_frame, names.get(key, 0))
-    fastest = max(names.values(), default=0)
+            rates[channel.key] = max(channel.per_frame, rates.get(channel.key, 0))
+    fastest = max(rates.values(), default=0)
     if not fastest:
         raise Refused("no voltage channel", f"channels: {', '.join(dropped.values()) or 'none'}; expected an ECG in "
                                             "mV, uV or V")
     if not FS_RANGE[0] <= fastest * fs <= FS_RANGE[1]:
         raise Refused("sampling rate", f"{fastest * fs:g} samples per second: expected {FS_RANGE[0]} to {FS_RANGE[1]}")
-    slow = {key: f"{key[0]:.40} at {n * fs:g} Hz" for key, n in names.items() if 0 < n * fs < FS_RANGE[0]}
+    slow = {key: f"{key[0]:.40} at {n * fs:g} Hz" for key, n in rates.items() if 0 < n * fs < FS_RANGE[0]}
     notes.update(f"channels left out: {name}" for name in (dropped | slow).values())
-    return {key: name_and_unit(key[0])[0] for key, n in names.items() if n and key not in slow}, fastest
-
-
-def numbered(channels):
-    """Yield ((name, how many of this name came before), channel): two channels of one name are two channels."""
-    seen = Counter()
-    for channel in channels:
-        yield (channel.name, seen[channel.name]), channel
-        seen[channel.name] += 1
+    return [key for key, n in rates.items() if n and key not in slow], fastest
 
 
 def read_header(path, record_fs=None):
@@ -583,25 +577,28 @@ def read_header(path, record_fs=None):
         raise ValueError(f"the header begins with {''.join(lines[:1])!r:.60}: expected name, number of signals, rate, "
                          "number of samples")
     n_segments, n_channels, frames = (int(record[i] or 0) for i in (1, 2, 4))
-    fs = float(record[3] or 250)
-    segments = [SEGMENT_LINE.fullmatch(line) for line in lines[1:]] if n_segments else []
-    if len(lines) - 1 != (n_segments or n_channels) or None in segments:
-        raise ValueError(f"expected {n_segments or n_channels} lines, one for each signal or segment, in the header")
-    if record_fs and (n_segments or fs != record_fs):
-        raise ValueError(f"a segment at {fs} Hz with {n_segments} segments: expected {record_fs} Hz, and none")
-    channels = [] if segments else list(map(read_signal_line, lines[1:]))
-    return fs, frames, channels, [(found[1], int(found[2])) for found in segments]
-
-
-def read_signal_line(line):
-    """A Channel. Defaults as in header(5): 200 steps per mV, also where the gain is 0; zero is that of the ADC."""
-    found = SIGNAL_LINE.fullmatch(line)
-    if not found or found[2] not in {"0", *BITS} or found[3] == "0" or not math.isfinite(float(found[6] or 200)):
-        raise ValueError(f"the line {line!r:.60} of the header: expected file, format (of {', '.join(BITS)}), gain")
-    file, format, per_frame, skew, offset, gain, zero, unit, adc_zero, initial, name = found.groups()
-    return Channel("~" if format == "0" else file, format, int(per_frame or 1), int(skew or 0), int(offset or 0),
-                   float(gain or 0) or 200.0, float(zero or adc_zero or 0), unit or "mV",
-                   int(initial or 0) if format == "8" else 0, (name or "").strip())
+    fs, form, seen, channels = float(record[3] or 250), SEGMENT_LINE if n_segments else SIGNAL_LINE, Counter(), []
+    found = [form.fullmatch(line) for line in lines[1:]]
+    if len(found) != (n_segments or n_channels) or record_fs and (n_segments or fs != record_fs):
+        raise ValueError(f"the header has {len(found)} lines for {n_segments} segments and {n_channels} signals at "
+                         f"{fs} Hz: expected one for each, and in a segment the rate of its record and no segments")
+    if None in found:
+        raise ValueError(f"the line {lines[1 + found.index(None)]!r:.60} of the header: expected a file and its "
+                         "format, gain, unit and the other fields of header(5)")
+    if n_segments:
+        return fs, frames, [], [(line[1], int(line[2])) for line in found]
+    for line in found:
+        file, format, per_frame, skew, offset, gain, zero, unit, adc_zero, initial, name = line.groups()
+        if format not in {"0", *BITS} or per_frame == "0" or not math.isfinite(float(gain or 0)):
+            raise ValueError(f"the line {line[0]!r:.60} of the header: expected a format of {', '.join(BITS)}, at "
+                             "least one sample per frame, and a finite gain")
+        name, unit = name_and_unit(name or "")[0], unit or "mV"
+        # Defaults as in header(5): 200 steps per mV, also where the gain is 0; zero is that of the ADC.
+        channels.append(Channel((name, seen[name]), "~" if format == "0" else file, format, int(per_frame or 1),
+                                int(skew or 0), int(offset or 0), float(gain or 0) or 200.0,
+                                float(zero or adc_zero or 0), MV_PER_UNIT.get(unit.lower()), unit, int(initial or 0) if format == "8" else 0))
+        seen[name] += 1
+    return fs, frames, channels, []
 
 
 def header_lines(path):
@@ -627,11 +624,11 @@ def find_file(path):
         return os.path.join(folder, same[0]), os.path.getsize(os.path.join(folder, same[0]))
 
 
-def files_of(part_channels):
+def by_file(channels):
     """{file: its Channels}, in the order of the header."""
     files = {}
-    for channel in part_channels:
-        if channel.file != "~":
+    for channel in channels:
+        if channel.file != "~":                                    # "~" has no samples
             files.setdefault(channel.file, []).append(channel)
     return files
 
@@ -639,16 +636,15 @@ def files_of(part_channels):
 def frames_held(folder, channels, stated):
     """Number of frames: `stated`, or what the smallest file holds if that is 0. ValueError if a file is too short."""
     held = []
-    for name, some in files_of(channels).items():
-        path, size = find_file(os.path.join(folder, name))
+    for name, some in by_file(channels).items():
+        (path, size), (format, offset) = find_file(os.path.join(folder, name)), (some[0].format, some[0].offset)
         if len({(channel.format, channel.offset) for channel in some}) > 1:
             raise ValueError(f"the channels of {name} differ in format or offset: expected one for a file")
-        if some[0].format in BYTES:
-            samples = int(max(0, size - some[0].offset) / BYTES[some[0].format])
-            held.append(samples // sum(channel.per_frame for channel in some))
+        if format in BYTES:
+            held.append(int(max(0, size - offset) / BYTES[format]) // sum(channel.per_frame for channel in some))
         else:
             import soundfile
-            held.append((soundfile.info(path).frames - some[0].offset) // some[0].per_frame)
+            held.append((soundfile.info(path).frames - offset) // some[0].per_frame)
         if held[-1] < stated:
             raise ValueError(f"{name} holds {held[-1]:,} samples per channel, and the header says {stated:,}")
     return stated or min(held, default=0)
@@ -656,49 +652,40 @@ def frames_held(folder, channels, stated):
 
 def read_stretch(record, start, stop):
     """Frames start to stop of an OpenRecord: a Recording with signal (T, L) in mV, NaN where there is none."""
-    rows, fastest = {key: row for row, key in enumerate(record.names)}, record.per_frame
+    rows, fastest = {key: row for row, key in enumerate(record.keys)}, record.per_frame
     if (stop - start) * fastest * len(rows) > MAX_SAMPLES:
         raise ValueError(f"more than {MAX_SAMPLES:,} samples are not read at once: read stretches (start_s, stop_s)")
-    signal = None                                                  # a row per lead: twice as fast from here on
+    signal = np.full((len(rows), (stop - start) * fastest), np.nan)        # a row per lead: twice as fast from here on
     for part in record.parts:
-        first, last = max(start, part.start), min(stop, part.stop)
-        row_of = {id(channel): rows[key] for key, channel in numbered(part.channels)
-                  if key in rows and channel.unit.lower() in MV_PER_UNIT}
-        for name, channels in files_of(part.channels).items():
-            skews = [channel.skew for channel in channels if id(channel) in row_of]
-            low, high = (min(at - part.start + skew, part.frames) for at, skew in
-                         ((first, min(skews, default=0)), (last, max(skews, default=0))))
-            if first >= last or low >= high or not skews:
-                continue
-            frames = read_frames(os.path.join(part.folder, name), channels, low, high, part.frames)
+        first, last = max(start, part.start) - part.start, min(stop, part.stop) - part.start
+        for name, channels in part.files.items() if first < last else ():
             groups, column = {}, 0                                 # the same operation for all channels of a kind
             for channel in channels:
-                if id(channel) in row_of:
-                    groups.setdefault((channel.per_frame, channel.skew), []).append((channel, column))
+                if channel.key in rows and channel.mv:
+                    group = groups.setdefault((channel.per_frame, channel.skew), ([], []))
+                    group[0].append(channel)
+                    group[1].extend(range(column, column + channel.per_frame))
                 column += channel.per_frame
-            for (n, skew), group in groups.items():
-                begin = first - part.start + skew - low
-                steps = frames[np.array([column + i for _, column in group for i in range(n)])]
-                steps = steps[:, begin:begin + last - first].reshape(len(group), n, -1).swapaxes(1, 2)
-                x = in_mv([channel for channel, _ in group], steps.reshape(len(group), -1), record.fs, fastest)
-                at, places = (first - start) * fastest, [row_of[id(channel)] for channel, _ in group]
-                if places == list(range(len(rows))) and x.shape[1] == (stop - start) * fastest:
-                    signal = x                                     # all of it
-                    continue
-                if signal is None:
-                    signal = np.full((len(rows), (stop - start) * fastest), np.nan)
-                signal[places, at:at + x.shape[1]] = x
-    signal = np.full((len(rows), (stop - start) * fastest), np.nan) if signal is None else signal
-    return Recording(signal.T, record.fs * fastest, list(record.names.values()), notes=record.notes)
+            skews = [skew for _, skew in groups] or [part.frames]
+            low, high = min(first + min(skews), part.frames), min(last + max(skews), part.frames)
+            if low == high:
+                continue
+            frames = read_frames(os.path.join(part.folder, name), channels, low, high, part.frames)
+            for (per_frame, skew), (group, columns) in groups.items():
+                steps = frames[columns, first + skew - low:last + skew - low].reshape(len(group), per_frame, -1)
+                x = in_mv(group, steps.swapaxes(1, 2).reshape(len(group), -1), record.fs, fastest)
+                at = (first + part.start - start) * fastest
+                signal[[rows[channel.key] for channel in group], at:at + x.shape[1]] = x
+    return Recording(signal.T, record.fs * fastest, [name for name, _ in record.keys], notes=record.notes)
 
 
 def in_mv(channels, steps, fs, fastest):
     """ADC values (L, T) of channels of one rate and format -> float64 mV at the fastest's rate, NaN for "no sample"."""
-    zeros, gains, scales = np.array([(c.zero, c.gain, MV_PER_UNIT[c.unit.lower()]) for c in channels]).T[..., None]
+    zeros, gains, mv = np.array([(channel.zero, channel.gain, channel.mv) for channel in channels]).T[..., None]
     x = steps - zeros
     x /= gains
-    if (scales != 1).any():
-        x *= scales
+    if (mv != 1).any():
+        x *= mv
     invalid = steps == -2 ** (BITS[channels[0].format] - 1)
     if BITS[channels[0].format] and invalid.any():
         x[invalid] = np.nan
@@ -711,7 +698,7 @@ def in_mv(channels, steps, fs, fastest):
 def read_frames(path, channels, first, last, n_frames):
     """Frames first to last of a signal file with n_frames: ADC values (samples per frame of all channels, frames)."""
     path, format, width = find_file(path)[0], channels[0].format, sum(channel.per_frame for channel in channels)
-    if format not in FORMATS:
+    if format not in WORDS:
         return read_frames_by_wfdb(path, channels, first, last, n_frames)
     extra = first * width % 2 if format == "212" else 0            # blocks of two samples
     begin, n_bytes = first * width - extra, math.ceil(((last - first) * width + extra) * BYTES[format])
@@ -726,9 +713,7 @@ def read_frames(path, channels, first, last, n_frames):
         data[:, 0] |= both.astype(np.int16) << 12 >> 4
         data[:, 1] |= (both.astype(np.int16) << 8 & -4096) >> 4
         data = data.reshape(-1)[extra:][:(last - first) * width]
-    else:
-        data = data.view(FORMATS[format])
-    return np.ascontiguousarray(data.reshape(-1, width).T)
+    return np.ascontiguousarray(data.view(data.dtype if format == "212" else WORDS[format]).reshape(-1, width).T)
 
 
 def read_frames_by_wfdb(path, channels, first, last, n_frames):

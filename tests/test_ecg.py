@@ -402,8 +402,8 @@ def test_what_is_wrong_with_segments_is_counted_or_said(tmp_path):
     with pytest.raises(Refused, match="gone.hea is not there"):
         read_wfdb(str(tmp_path / "none"))
     for text, words in (("endless/2 1 250 9\na 500\n~ 99999999999\n", "it lasts 100,000,000,499 frames at 250.0 Hz"),
-                        ("endless/2 1 250 9\na 5\n", "expected 2 lines, one for each signal or segment"),
-                        ("endless 1 250\nx.dat 99 200 12 0 0 0 0 II\n", "expected file, format \\(of 16, 61"),
+                        ("endless/2 1 250 9\na 5\n", "1 lines for 2 segments and 1 signals at 250.0 Hz: expected one for each"),
+                        ("endless 1 250\nx.dat 99 200 12 0 0 0 0 II\n", "expected a format of 16, 61, 32"),
                         ("endless\n", "begins with 'endless': expected name, number of signals, rate")):
         (tmp_path / "endless.hea").write_text(text)
         with pytest.raises(Refused, match=words):

@@ -1103,7 +1103,7 @@ def by_wfdb(path):
         for name, length in lines[1:] if n_segments else ():
             parts += [(name, path.with_name(name), at)] * (name not in ("~", "gone"))
             at += int(length)
-        channels = {}
+        channels, rates = {}, set()
         for name, part, at in parts:
             part.with_suffix(".hea").read_text("ascii")            # wfdb drops other characters, also from names
             if name == "lay":
@@ -1113,8 +1113,9 @@ def by_wfdb(path):
                 scale = {"mv": 1, "uv": 1e-3, "v": 1e3}.get(unit.lower())
                 if scale and not is_no_ecg(lead or ""):
                     channels.setdefault((lead, seen[lead]), []).append((n * at, x * scale if scale != 1 else x))
+                    rates.add(n)
                 seen[lead] += 1
-        return list(channels.values())
+        return list(channels.values()) if len(rates) == 1 else None
     except Exception:                                              # wfdb may raise anything
         return None
 
@@ -1129,7 +1130,8 @@ def disagrees(raw, changed):
             own, theirs = read_wfdb(str(path)), by_wfdb(path)
         except Refused:
             theirs = None
-        if theirs is None or own.notes["segments left out: unreadable or truncated file"]:
+        if theirs is None or own.notes["segments left out: unreadable or truncated file"] or any(
+                what.startswith("channels left out") and "RESP" not in what for what in own.notes):
             continue
         rows = own.signal.T.copy()
         for row in rows:                                           # each of our channels is one of wfdb's
