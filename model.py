@@ -15,7 +15,7 @@ of B * M). Signals are in mV at FS Hz.
 import contextlib
 import math
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ecg import FS, LEADS, RecordingFeatures, as_recordings, cut_patches, cut_windows
+from ecg import FS, LEADS, RecordingFeatures, as_recordings, cut_patches, cut_windows, warn_of
 
 PATCH_S = 0.2                    # s; a QRS complex is about half of it
 REGISTERS = 4                    # extra tokens that hold global scratch values (Darcet et al. 2024)
@@ -356,10 +356,10 @@ class Encoder(nn.Module):
         if device is not None:
             self.to(checked_device(device))
         recordings, many = as_recordings(signal, fs, leads, units)
-        waiting, tokens, found = [], 0, []
+        waiting, tokens, found, notes = [], 0, [], Counter()
         for number, recording in enumerate(progress_bar(recordings, signal) if many else recordings):
             try:
-                patches, valid, lead_ids = cut_patches(recording, self.patch_samples)
+                patches, valid, lead_ids = cut_patches(recording, self.patch_samples, notes)
             except ValueError as error:
                 if on_error == "raise":
                     raise ValueError(f"recording {number}: {error}" if many else str(error)) from error
@@ -375,6 +375,7 @@ class Encoder(nn.Module):
                     self.run_windows(waiting)
                     waiting, tokens = [], 0
         self.run_windows(waiting)
+        warn_of(notes)
         found = [Embedding(*features.whole(self.patch_samples / FS)) for features in found]
         return found if many else found[0]
 

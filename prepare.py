@@ -52,14 +52,15 @@ from tqdm import tqdm
 from corpus import (EVENT_DTYPE, FINGERPRINT_BYTES, FORMAT_VERSION, INDEX_DTYPE, MAGIC, NO_EVENTS, PATIENT_DTYPE,
                     RECORD_DTYPE, SPLITS, SUPERCLASSES, fingerprint, index_faults, lock_folder, open_corpus,
                     part_of, rows_to_leave_out)
-from ecg import (ARRAY_READERS, FS, LEAD_IDS, LEADS, MAX_LEADS, MISSING, PAD_S, UV_PER_MV, Recording, Refused,
-                 atomic_write, header_lines, preprocess, read_array, read_edf, read_wfdb, readable, sha256)
+from ecg import (ARRAY_READERS, FS, LEAD_IDS, LEADS, MAX_LEADS, MAX_MV, MISSING, PAD_S, UV_PER_MV, Recording, Refused,
+                 as_refused, atomic_write, header_lines, preprocess, read_array, read_pieces, sha256)
 from synth import atomic_folder, synthesize
 
 MIN_VALID_S = 2.0                # s of signal that a lead needs to be kept
 SHARD_BYTES = 256 * 2**20        # of signal, about; 12 million recordings of 10 s and 12 leads are 2,700 files
 SHARDS_AT_LEAST = 64             # if there are as many recordings, so that a small corpus too gives work to all cores
 ESTIMATE_RECORDINGS = 5          # recordings that are read first, to estimate disk and time
+NAMES_LISTED = 20                # of unknown leads or channels left out, in the manifest: the most frequent
 OVERVIEW_RECORDINGS = 2000       # chosen at random, for the histograms of check.png
 ROW_DTYPE = np.dtype([("index", INDEX_DTYPE), ("records", RECORD_DTYPE), ("patients", PATIENT_DTYPE),
                       ("fingerprints", "u1", (FINGERPRINT_BYTES,))])  # of a recording, in the done/ file of its shard
@@ -232,8 +233,8 @@ def list_wfdb(raw, args, notes):
     for folder, group in itertools.groupby(find_files(raw, notes, {".hea", ".edf"}), key=lambda path: path.parent):
         paths, segments = list(group), set()
         for path in paths:
-            if path.suffix.lower() != ".edf" and (lines := header_lines(f"{path}.hea")) and "/" in lines[0][0]:
-                segments |= {fields[0].lower() for fields in lines[1:]}            # NAME/SEGMENTS, then their lines
+            if path.suffix.lower() != ".edf" and (lines := header_lines(f"{path}.hea")) and "/" in lines[0].split()[0]:
+                segments |= {line.split()[0].lower() for line in lines[1:]}        # NAME/SEGMENTS, then their lines
         for path in (path for path in paths if path.name.lower() not in segments):  # they are read with their record
             record = path.relative_to(raw).as_posix()
             patient = patient_of and patient_of.find(record, path.name)
@@ -440,33 +441,52 @@ class Prepared(NamedTuple):
 
 
 def prepare_recording(job, annotator=None):
-    """Prepare one recording, or raise Refused."""
+    """Yield a recording as rows of the corpus: one, or the pieces of a long record. Raise Refused if there is none."""
     if job.reject:
         raise Refused(*job.reject)
-    recording = read(job)
+    ready, refused, lost = None, None, Counter()
+    for start_s, recording in read(job):
+        try:
+            piece = prepare_piece(job, start_s, recording, annotator)
+        except Refused as error:
+            refused = refused or error
+            lost[f"pieces of long records left out: {error.reason}"] += 1
+            continue
+        if ready:
+            yield ready
+        ready = piece                                              # the last one takes the counts of lost pieces
+    if not ready:
+        raise refused
+    ready.changes.update(lost)
+    yield ready
+
+
+def prepare_piece(job, start_s, recording, annotator):
+    """Prepare a Recording that begins `start_s` after its record, or raise Refused."""
     if job.n_channels and len(recording.leads) != job.n_channels:
         raise Refused("channel count", f"{len(recording.leads)} channels, expected {job.n_channels}")
-    signal_mv, ids = preprocess(*recording[:4])
+    changes = Counter(recording.notes)
+    signal_mv, ids = preprocess(*recording[:4], changes)
     if job.part:
         n = min(signal_mv.shape[1], NOISE_S * FS)
         signal_mv = signal_mv[:, round(job.part[0] * n):round(job.part[1] * n)]
-    changes = Counter({"channels left out: not a voltage": recording.left_out})
     steps, ids, start = drop_unusable_leads(signal_mv, ids, changes)
     events = NO_EVENTS
     if annotator:
+        start += round(start_s * FS)
         events = read_events(f"{job.path}.{annotator}", recording.fs, start, steps.shape[1], changes)
     return Prepared(steps, ids, recording.fs, events, changes)
 
 
 def read(job):
-    """The Recording of a job. Raises Refused if its file is absent or damaged."""
+    """(start in s, Recording) of the pieces of a job. Raises Refused if its file is absent or damaged."""
     if job.about:
-        return read_array(job.path, *job.about)
+        return [(0, read_array(job.path, *job.about))]
     if job.row < 0:
-        return (read_edf if job.path.lower().endswith(".edf") else read_wfdb)(job.path)
-    with readable(job.path):
+        return read_pieces(job.path)
+    with as_refused(job.path):
         tracing = open_h5(job.path)["tracings"][job.row]
-    return Recording(tracing.astype(np.float64) * job.scale, CODE_FS, CODE_LEADS)
+    return [(0, Recording(tracing.astype(np.float64) * job.scale, CODE_FS, CODE_LEADS))]
 
 
 def drop_unusable_leads(signal_mv, ids, changes):
@@ -488,7 +508,13 @@ def drop_unusable_leads(signal_mv, ids, changes):
         if ids[i] and ids[i] in ids[:i]:                           # two channels of one name cannot both be that lead
             ids[i] = 0
             changes["leads renamed unknown: a second one of the name"] += 1
-    steps = np.rint(signal_mv[:, start:stop] * UV_PER_MV)
+    signal_mv = signal_mv[:, start:stop]
+    for k in np.flatnonzero((np.abs(signal_mv) > MAX_MV).any(axis=1)):
+        offset = np.nanmedian(signal_mv[k])
+        if abs(offset) > MAX_MV / 2:                               # a smaller one stays, even if a few samples do not fit
+            signal_mv[k] -= offset
+            changes["leads stored without their offset, because it does not fit 16 bits"] += 1
+    steps = np.rint(signal_mv * UV_PER_MV)
     in_range = np.abs(steps) <= np.iinfo(np.int16).max             # false for NaN, and where the resampler overshoots
     steps = np.where(in_range, steps, MISSING).astype("<i2")
     changes["samples missing"] += int((steps == MISSING).sum())
@@ -604,7 +630,8 @@ def make_plan(source, raw, part, args, command):
     with open(jobs) as file:
         for line in (line for i, line in enumerate(file) if i in chosen):
             with contextlib.suppress(Refused):
-                sizes.append(prepare_recording(Job(*json.loads(line)), ANNOTATED.get(source)).steps.nbytes)
+                rows = prepare_recording(Job(*json.loads(line)), ANNOTATED.get(source))
+                sizes.append(sum(row.steps.nbytes for row in rows))
     n_bytes, seconds = np.mean(sizes or [0.0]), (time.perf_counter() - start) / len(chosen)
     workers, free = args.workers or cpu_count(), shutil.disk_usage(part).free
     print(f"{source}: {n:,} recordings to read; about {n_bytes * n / 1e9:.3g} GB on disk ({free / 1e9:.0f} GB free) "
@@ -682,19 +709,18 @@ def prepare_shard(source, part, number, jobs):
         with open(path, "wb") as file:
             for job in jobs:
                 try:
-                    got = prepare_recording(job, ANNOTATED.get(source))
-                except Refused as error:
+                    for got in prepare_recording(job, ANNOTATED.get(source)):
+                        file.write(got.steps.tobytes())
+                        n_leads, length = got.steps.shape
+                        leads, patient = np.pad(got.leads, (0, MAX_LEADS - n_leads)), 0  # assemble numbers the patients
+                        row = (number, offset, length, n_leads, leads, SPLITS.index(job.split), job.label, patient,
+                               got.fs_hz, n_events, len(got.events))
+                        rows.append((row, job.record.encode(), job.patient.encode(), fingerprint(got.steps, got.leads)))
+                        events.append(got.events)
+                        offset, n_events = offset + got.steps.size, n_events + len(got.events)
+                        changes += got.changes
+                except Refused as error:                           # before its first row, never after it
                     rejects.append((job.record, error.reason, str(error)))
-                    continue
-                file.write(got.steps.tobytes())
-                n_leads, length = got.steps.shape
-                leads, patient = np.pad(got.leads, (0, MAX_LEADS - n_leads)), 0  # assemble numbers the patients
-                row = (number, offset, length, n_leads, leads, SPLITS.index(job.split), job.label, patient, got.fs_hz,
-                       n_events, len(got.events))
-                rows.append((row, job.record.encode(), job.patient.encode(), fingerprint(got.steps, got.leads)))
-                events.append(got.events)
-                offset, n_events = offset + got.steps.size, n_events + len(got.events)
-                changes += got.changes
             file.flush()
             os.fsync(file.fileno())
         sums = {f"signal/{path.name}": sha256(path)}
@@ -706,10 +732,21 @@ def prepare_shard(source, part, number, jobs):
         path.unlink(missing_ok=True)                               # on a full disk this frees some space
         raise
     rows = np.array(rows, ROW_DTYPE)
-    about = json.dumps({"rejects": rejects, "changes": changes, "sha256": sums, "bytes": 2 * offset}).encode()
+    about = json.dumps({"rejects": rejects, "changes": most_frequent(changes, 10 * NAMES_LISTED), "sha256": sums,
+                        "bytes": 2 * offset}).encode()
     atomic_write(part / "done" / f"{number:05d}.npz",
                  lambda file: np.savez(file, rows=rows, about=np.frombuffer(about, np.uint8)))
     return {"jobs": len(jobs), "samples": rows["index"]["length"].sum(), "rejected": len(rejects), "bytes": 2 * offset}
+
+
+def most_frequent(changes, n):
+    """Of each kind of change that names something ("kind: name") keep the n most frequent names; add up the others."""
+    kept, names = Counter(), Counter()
+    for what, count in changes.most_common():
+        kind = what.partition(": ")[0]
+        names[kind] += 1
+        kept[what if names[kind] <= n else f"{kind}: other names"] += count
+    return kept
 
 
 def assemble(source, part, plan, command):
@@ -721,6 +758,7 @@ def assemble(source, part, plan, command):
     rejects = pd.DataFrame(rejects, columns=["record", "reason", "detail"])
     rejects.to_csv(part / "rejects.csv", index=False, lineterminator="\r\n")
     rejected, changes = Counter(rejects.reason), sum((Counter(about["changes"]) for about in abouts), Counter())
+    changes = most_frequent(changes, NAMES_LISTED)
     try:
         if len(rejects) == plan["jobs"]:
             raise ValueError(f"none of the {plan['jobs']} recordings could be used: {dict(rejected)}; the first: "
