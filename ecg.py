@@ -839,7 +839,7 @@ def read_mat(path):
     return only_array(loadmat(path))
 
 
-ARRAY_READERS = {".csv": read_csv, ".npy": lambda path: (np.load(path), []), ".mat": read_mat,
+ARRAY_READERS = {".csv": read_csv, ".npy": lambda path: (np.load(path, mmap_mode="r"), []), ".mat": read_mat,
                  ".npz": lambda path: only_array(np.load(path))}
 
 

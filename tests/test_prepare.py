@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import prepare
 from conftest import (RECORDS, ROOT, TWELVE, draw_ecg, edit_header, files_of, link, names_of, noise, patient_of,
                       real_ptbxl, rows_of, run, write)
 from corpus import INDEX_DTYPE, SPLITS, lock_folder, open_corpus, part_of
-from ecg import FS, LEADS, MISSING, Refused, is_no_ecg, preprocess, read_edf, read_wfdb
+from ecg import FS, LEADS, MISSING, Refused, is_no_ecg, preprocess, read_array, read_edf, read_wfdb
 from synth import MITDB_CONDITIONS, STATEMENTS, atomic_folder, write_record
 
 DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
@@ -502,6 +503,29 @@ def test_mutated_edf_is_read_or_refused(tmp_path):
         except Refused as error:
             counts[error.reason] += 1
     assert set(counts) <= {"read", "unreadable or truncated file", "no voltage channel"} and min(counts.values()) > 1
+
+
+def test_mutated_arrays_are_read_or_refused(tmp_path):
+    rng, counts, x = np.random.default_rng(0), Counter(), noise(0) / 1000
+    pd.DataFrame(x, columns=["II", "V1"]).to_csv(tmp_path / "a.csv", index=False)
+    np.save(tmp_path / "b.npy", x)
+    np.savez(tmp_path / "c.npz", x)
+    scipy.io.savemat(tmp_path / "d.mat", {"val": x})
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for i in range(400):
+        path, good = list(files.items())[i % 4]
+        data = mutate(good[:300], rng) + good[300:] if i % 8 < 4 else mutate(good, rng)
+        path.write_bytes(data)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            with within(60), warnings.catch_warnings(action="ignore"):
+                preprocess(*read_array(str(path), "250", "mV", "II V1")[:4], Counter())
+            counts["read"] += 1
+        except Refused as error:
+            counts[error.reason] += 1
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < TOO_MUCH_KB, (i, path.name)
+    print(dict(counts))
+    assert counts["read"] > 50 and counts["unreadable or truncated file"] > 50
 
 
 def test_edf_is_prepared_next_to_wfdb(tmp_path):
