@@ -520,7 +520,7 @@ def as_refused(path):
     except FileNotFoundError as error:
         raise Refused("absent file", f"{Path(error.filename or path).name} is not there") from None
     except ImportError as error:
-        raise Refused("absent package", f"its signals are FLAC: run `pip install {error.name}` first") from None
+        raise Refused("absent package", f"{error.name} is needed for it: run `pip install {error.name}`") from None
     except Exception as error:                                     # wfdb and soundfile may raise anything
         raise Refused("unreadable or truncated file", f"{Path(path).name}: {type(error).__name__}: {error}") from None
 

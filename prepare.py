@@ -163,7 +163,7 @@ def list_heedb(raw, args, notes):
     patient_of = Lookup(raw, "demographics_ECG.csv", "FileName", "BDSPPatientID")
     duplicates = Lookup(raw, "duplicated.csv", "file_name", "file_name")
     notes["patients"] = patient_of or "no demographics_ECG.csv: every file counts as a patient of its own"
-    notes["duplicates"] = duplicates
+    notes["duplicates"] = duplicates or ""
     folder = raw / "ECG" / "WFDB"
     for path in find_files(folder if folder.is_dir() else raw, notes):
         patient, reject = patient_of.find(path.name), None
@@ -229,7 +229,7 @@ def list_wfdb(raw, args, notes):
               volts is a lead; a record with a name from PTB-XL or DS2 goes to the test split; --patients names the
               patient of each record"""
     patient_of, held_out = read_patients(args.patients)
-    notes["patients"] = patient_of or ""
+    notes["patients"] = patient_of if args.patients else ""
     for folder, group in itertools.groupby(find_files(raw, notes, {".hea", ".edf"}), key=lambda path: path.parent):
         paths, segments = list(group), set()
         for path in paths:
@@ -237,7 +237,7 @@ def list_wfdb(raw, args, notes):
                 segments |= {line.split()[0].lower() for line in lines[1:]}        # NAME/SEGMENTS, then their lines
         for path in (path for path in paths if path.name.lower() not in segments):  # they are read with their record
             record = path.relative_to(raw).as_posix()
-            patient = patient_of and patient_of.find(record, path.name)
+            patient = patient_of.find(record, path.name) if args.patients else None
             copy = HELD_OUT_COPY.fullmatch(re.sub(r"(?i)\.edf\Z", "", path.name)) or patient in held_out
             patient = f"wfdb/{record}" if patient is None else f"wfdb-patient/{patient}"
             yield Job(str(path), shorten(record, 64), shorten(patient, 32), "test" if copy else "train")
@@ -248,7 +248,8 @@ def list_arrays(raw, args, notes):
               V), leads (I II V1, or I;II;V1; empty if the CSV has a header with them), and, if you like, patient
               (otherwise each file is one) and split (train, val or test)"""
     path = args.table or raw / "table.csv"
-    table = pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame()
+    table = (pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="replace") if path.is_file()
+             else pd.DataFrame())
     if not len(table) or not {*ARRAY_COLUMNS[:4]} <= {*table} or {*table.get("split", "")} - {"", *SPLITS}:
         found = f"has {len(table)} rows with the columns {', '.join(table)}" if path.is_file() else "is not there"
         raise ValueError(f"{path} {found}: expected a table (--table FILE.csv) with {', '.join(ARRAY_COLUMNS[:4])}, "
@@ -392,9 +393,9 @@ def read_patients(path):
         raise ValueError(f"--patients {path} has the columns {', '.join(found)}: expected one of "
                          f"{', '.join(PATIENT_COLUMNS[0])}, and one of {', '.join(PATIENT_COLUMNS[1])}")
     table = pd.concat(read_table(path, [record, patient]))
-    patient_of = dict(zip(table[record].str.removesuffix(".hea"), table[patient]))
+    names = table[record].str.replace(r"(?i).*[/\\]|\.(?:hea|edf)$", "", regex=True)
     return (Lookup(path.parent, path.name, record, patient, paths=True),
-            {who for name, who in patient_of.items() if HELD_OUT_COPY.fullmatch(name.split("/")[-1])})
+            {who for name, who in zip(names, table[patient]) if HELD_OUT_COPY.fullmatch(name)})
 
 
 @functools.lru_cache(1)
@@ -622,7 +623,7 @@ def make_plan(source, raw, part, args, command):
         for n, job in enumerate(tqdm(listed, desc="listing", unit=" records", disable=None), 1):
             file.write(json.dumps(job) + "\n")
     notes[NOT_READ] = ", ".join(f"{k:,} {kind}" for kind, k in sorted(notes.pop(NOT_READ, {}).items()))
-    notes = {what: note.share() if isinstance(note, Lookup) else note for what, note in notes.items() if note}
+    notes = {what: note.share() if isinstance(note, Lookup) else note for what, note in notes.items() if note != ""}
     if not n:
         raise ValueError(f"no {source} recordings under {raw}: expected WFDB headers (*.hea) there, for wfdb also EDF "
                          f"files (*.edf); found {notes.get(NOT_READ, 'nothing like these')}")

@@ -1193,6 +1193,9 @@ def test_patients_of_a_folder_come_from_a_table(tmp_path):
     refusal = "patients.csv names none of the 4 recordings: it says 'x/9', and there is 'b/HR00001'; expected the same"
     with pytest.raises(ValueError, match=refusal):
         run("wfdb", raw, tmp_path / "no", "--patients", str(table))
+    table.write_text("record,patient\n")
+    with pytest.raises(ValueError, match="patients.csv names none of the 4 recordings: it says '', and there is"):
+        run("wfdb", raw, tmp_path / "no", "--patients", str(table))
     assert not (tmp_path / "no").exists()
     pd.DataFrame({"name": ["a/1"]}).to_csv(table)
     with pytest.raises(ValueError, match="has the columns .*name: expected one of record, path"):
