@@ -293,14 +293,14 @@ def find_files(raw, notes, suffixes=frozenset({".hea"})):
             if os.path.isdir(entry.path) if is_link else entry.is_dir():
                 (links if is_link else folders).append(entry.path)
             elif os.path.isfile(entry.path) if is_link else entry.is_file():
-                files.append(Path(entry.path))
+                files.append((*os.path.splitext(entry.name.lower()), entry.path))
             else:
                 others["links to nowhere" if is_link else "pipes and devices"] += 1
-        for path in reversed(files):
-            if (kind := path.suffix.lower()) in suffixes:
-                stems.add(path.stem.lower())
-                yield path.with_suffix("") if kind == ".hea" else path
-        for kind, stem in ((path.suffix.lower(), path.stem.lower()) for path in files):
+        for stem, kind, path in reversed(files):
+            if kind in suffixes:
+                stems.add(stem)
+                yield Path(path[:-4] if kind == ".hea" else path)
+        for stem, kind, _ in files:
             # The signal files of a record have its name, in some databases with a letter more.
             if kind in OTHER_FORMATS - suffixes and stem not in stems and not (kind == ".dat" and stem[:-1] in stems):
                 others[kind] += 1
@@ -591,7 +591,7 @@ def write_corpus(source, raw, out, args, command):
             plan = json.loads((part / "plan.json").read_text())
             if plan.get("command") != command or plan.get("format_version") != FORMAT_VERSION:
                 raise ValueError(f"{part} holds an unfinished run of `{plan.get('command')}`, and this is `{command}`: "
-                                 f"finish that one, or delete it (rm -r {part.parent})")
+                                 f"finish that one, or delete it (rm -r {part})")
         else:
             plan = make_plan(source, raw, part, args, command)
         if args.dry_run:

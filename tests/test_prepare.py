@@ -5,6 +5,7 @@ recordings where they are.
 """
 import ast
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -1418,6 +1419,23 @@ def test_two_runs_do_not_write_into_one_folder(small_raw, tmp_path):
     with lock_folder(part), pytest.raises(ValueError, match="another process writes into .*out/.part"):
         run("wfdb", small_raw, tmp_path / "out")
     assert part.is_dir()                                           # it is the other's
+
+
+@pytest.mark.parametrize("code", ["no fcntl", "ENOSYS", "ENOLCK", "EOPNOTSUPP", "EWOULDBLOCK"])
+def test_only_a_lock_that_is_held_is_another_process(small_raw, tmp_path, monkeypatch, capsys, code):
+    """Windows has no fcntl; Lustre without -o flock, some NFS and FUSE have no flock."""
+    def flock(*args):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+    if code == "no fcntl":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        monkeypatch.setattr("fcntl.flock", flock)
+    if code == "EWOULDBLOCK":
+        with pytest.raises(ValueError, match="another process writes into"):
+            run("wfdb", small_raw, tmp_path / "out")
+    else:
+        assert len(run("wfdb", small_raw, tmp_path / "out").index) == 3
+        assert "out/.part cannot be locked (" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
