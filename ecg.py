@@ -72,10 +72,10 @@ TIME_NAME = re.compile(r"'?(?:ELAPSED[ _])?(?:TIME(?:STAMP)?S?|T|SAMPLES?|INDEX|
 # Names of what is no ECG, whatever its unit: the signals of MIMIC and of other bedside monitors (physionet.org/content/
 # mimic3wdb), the types of EDF+, and those of sleep studies (sleepdata.org) and of wearables.
 NO_ECG = re.compile(r"(?:(?:RESP(?:IRATION|IRATORY)?|PLETH\w*|PPG|ABP|I?BP|NIBP|ART(?:ERIAL)?|AO|CVP|PAP|ICP|"
-                    r"[LRU]AP|UVP|P\d|PRESS(?:URE)?|SP?O2|SAO2|OSAT|O2|(?:ET)?CO2|CAPNO\w*|[EM]EG|E[MO]G|ERG|I?EGM|GSR|EDA|"
-                    r"UC|TOCO|[FM]?HR|PULSE|PR|TEMP\w*|THOR\w*|ABDO?\w*|NASAL|(?:AIR)?FLOW|CPAP|SNOR\w*|CHIN|R?LEG|TIB\w*|"
-                    r"POS(?:ITION)?|LIGHT|SOUND|EVENTS?|MARKERS?|STAT(?:US)?|STIM\w*|TRIG\w*|EDF ANNOTATIONS|BATT\w*|"
-                    r"ACC\w*|GYRO\w*|[SPB]CG|PHONO\w*|IMP(?:EDANCE)?|LOC|ROC)(?![A-Z])"
+                    r"[LRU]AP|UVP|P\d|PRESS(?:URE)?|SP?O2|SAO2|OSAT|O2|(?:ET)?CO2|CAPNO\w*|[EM]EG|E[MO]G|ERG|I?EGM|GSR|"
+                    r"EDA|UC|TOCO|[FM]?HR|PULSE|PR|TEMP\w*|THOR\w*|ABDO?\w*|NASAL|(?:AIR)?FLOW|CPAP|SNOR\w*|CHIN|R?LEG|"
+                    r"TIB\w*|POS(?:ITION)?|LIGHT|SOUND|EVENTS?|MARKERS?|STAT(?:US)?|STIM\w*|TRIG\w*|EDF ANNOTATIONS|"
+                    r"BATT\w*|ACC\w*|GYRO\w*|[SPB]CG|PHONO\w*|IMP(?:EDANCE)?|LOC|ROC)(?![A-Z])"
                     r"|(?:FP|F|C|P|O|T|E)[\dZ]-(?:REF|AVG|[A-Z]{1,2}[\dZ]))")
 MV_PER_UNIT = {"mv": 1.0, "millivolt": 1.0, "millivolts": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3,
                "microvolt": 1e-3, "microvolts": 1e-3, "v": 1e3, "volt": 1e3, "volts": 1e3}
@@ -134,11 +134,11 @@ def preprocess(signal, fs, leads, units="mV", notes=None):
     leave_out_channels(x, names, ids, found)
     check_values(x, fs, units, found, getattr(getattr(signal, "dtype", None), "kind", None) in ("i", "u"))
     mark_missing(x, fs)
-    missing = np.isnan(x)
-    if missing.all():
+    missing = np.isnan(x).mean(axis=1)
+    if (missing == 1).all():
         raise Refused("no valid lead", "no sample of this recording is usable: every lead is flat, zero, NaN or beyond "
                                        f"+-{MAX_MV} mV; check the units (now {units!r}) and the gain")
-    if missing[~missing.all(axis=1)].mean() > 0.5:
+    if missing[missing < 1].mean() > 0.5:
         found["signals of which more than half of the samples are missing"] += 1
     x = resample(x, Fraction(FS) / Fraction(float(fs)).limit_denominator(1000))
     if notes is None:
@@ -166,7 +166,8 @@ def as_lead_rows(signal, fs, leads, units):
         names = [leads] if isinstance(leads, (str, bytes)) else list(leads)
         own = [name_and_unit(name)[1] for name in names]
         signal = signal.to_numpy() if hasattr(signal, "columns") else signal         # a pandas table
-        x = np.array(np.ma.array(signal, dtype=np.float64).filled(np.nan))
+        masked = not isinstance(signal, np.ndarray) or isinstance(signal, np.ma.MaskedArray)
+        x = np.array(np.ma.array(signal, dtype=np.float64).filled(np.nan) if masked else signal, dtype=np.float64)
     except (ValueError, TypeError, RuntimeError) as error:
         raise Refused("shape", f"signal or leads cannot be read ({error}): expected numbers (leads, samples) and one "
                                "name per lead") from None
@@ -200,11 +201,16 @@ def leave_out_channels(x, names, ids, notes):
             notes[f"channels left out: {name:.40}"] += 1
         elif name != LEADS[0]:
             notes[f"leads stored as unknown: the name {name!r:.40}"] += 1
-        step = np.diff(x[k, :3])
-        if len(step) and step[0] > 0 and (np.abs(np.diff(x[k]) - step[0]) < 1e-3 * step[0]).all():
+        if x.shape[1] > 2 and is_even(x[k, :3]) and is_even(x[k]):
             notes["leads that rise evenly, like a time column"] += 1
-    if len(ids) and np.isnan(x).all() and all(map(is_no_ecg, names)):
+    if all(map(is_no_ecg, names)):
         raise Refused("no ECG channel", f"the channels {', '.join(map(str, names)):.80} are no ECG by their names")
+
+
+def is_even(x):
+    """Whether x (T,) rises by the same step from sample to sample."""
+    steps = np.diff(x)
+    return steps[0] > 0 and (np.abs(steps - steps[0]) < 1e-3 * steps[0]).all()
 
 
 def check_values(x, fs, units, notes, integers):
@@ -237,8 +243,8 @@ def check_values(x, fs, units, notes, integers):
                      (("uV", 1e-3), ("V", 1e3)) if 0.2 < largest * share < 10), "")
         hint = " (the numbers are integers: divide ADC steps by the gain, in steps per mV)" if integers else ""
         raise Refused("amplitude", f"the signal spans {largest:.2g} mV within {SPAN_S} s, on an offset of "
-                                   f"{offset[k]:.3g} mV, if it is in {units}{real}; an ECG spans {SPAN_LIMITS_MV[0]} to "
-                                   f"{SPAN_LIMITS_MV[1]:g} mV, on at most {MAX_OFFSET_MV:g} mV: check the units{hint}")
+                                   f"{offset[k]:.3g} mV, if it is in {units}{real}; an ECG spans {SPAN_LIMITS_MV[0]} "
+                                   f"to {SPAN_LIMITS_MV[1]:g} mV, on at most {MAX_OFFSET_MV:g}: check the units{hint}")
     if wrong.any():
         x[wrong] = np.nan
         notes["leads left out: an amplitude or offset that no ECG has"] += int(wrong.sum())
@@ -596,7 +602,8 @@ def read_header(path, record_fs=None):
         # Defaults as in header(5): 200 steps per mV, also where the gain is 0; zero is that of the ADC.
         channels.append(Channel((name, seen[name]), "~" if format == "0" else file, format, int(per_frame or 1),
                                 int(skew or 0), int(offset or 0), float(gain or 0) or 200.0,
-                                float(zero or adc_zero or 0), MV_PER_UNIT.get(unit.lower()), unit, int(initial or 0) if format == "8" else 0))
+                                float(zero or adc_zero or 0), MV_PER_UNIT.get(unit.lower()), unit,
+                                int(initial or 0) if format == "8" else 0))
         seen[name] += 1
     return fs, frames, channels, []
 
@@ -655,7 +662,7 @@ def read_stretch(record, start, stop):
     rows, fastest = {key: row for row, key in enumerate(record.keys)}, record.per_frame
     if (stop - start) * fastest * len(rows) > MAX_SAMPLES:
         raise ValueError(f"more than {MAX_SAMPLES:,} samples are not read at once: read stretches (start_s, stop_s)")
-    signal = np.full((len(rows), (stop - start) * fastest), np.nan)        # a row per lead: twice as fast from here on
+    shape, signal = (len(rows), (stop - start) * fastest), None    # a row per lead: twice as fast from here on
     for part in record.parts:
         first, last = max(start, part.start) - part.start, min(stop, part.stop) - part.start
         for name, channels in part.files.items() if first < last else ():
@@ -674,8 +681,13 @@ def read_stretch(record, start, stop):
             for (per_frame, skew), (group, columns) in groups.items():
                 steps = frames[columns, first + skew - low:last + skew - low].reshape(len(group), per_frame, -1)
                 x = in_mv(group, steps.swapaxes(1, 2).reshape(len(group), -1), record.fs, fastest)
-                at = (first + part.start - start) * fastest
-                signal[[rows[channel.key] for channel in group], at:at + x.shape[1]] = x
+                at, places = (first + part.start - start) * fastest, [rows[channel.key] for channel in group]
+                if x.shape == shape and places == list(range(len(rows))):
+                    signal = x                                     # all of it
+                    continue
+                signal = np.full(shape, np.nan) if signal is None else signal
+                signal[places, at:at + x.shape[1]] = x
+    signal = np.full(shape, np.nan) if signal is None else signal
     return Recording(signal.T, record.fs * fastest, [name for name, _ in record.keys], notes=record.notes)
 
 

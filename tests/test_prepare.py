@@ -267,7 +267,8 @@ def write_bad_records(raw):
     write(raw, "pressure", noise(35), units="mmHg")
     unreadable += ["garbage", "empty_header"]
     names = {"unreadable or truncated file": unreadable, "absent file": ["no_signal_file"],
-             "no valid lead": ["all_flat", "all_invalid"], "amplitude": ["at_the_rails"], "too short": ["below_2_s", "mostly_padding"],
+             "no valid lead": ["all_flat", "all_invalid"], "amplitude": ["at_the_rails"],
+             "too short": ["below_2_s", "mostly_padding"],
              "sampling rate": ["twenty_hz"], "no voltage channel": ["pressure", "no_channels"]}
     return {name: reason for reason, some in names.items() for name in some}
 
