@@ -47,21 +47,19 @@ MAX_BEYOND = 0.2                 # share of a lead's samples beyond MAX_MV: if t
 LEADS = ("unknown", "I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6",
          "V7", "V8", "V9", "V3R", "V4R", "X", "Y", "Z")              # a lead id is an index into this tuple
 LEAD_IDS = {name.upper(): i for i, name in enumerate(LEADS)}
-LEAD_ALIASES = {"VX": "X", "VY": "Y", "VZ": "Z",                     # Frank leads as PTB writes them
-                "LA-RA": "I", "LL-RA": "II", "LL-LA": "III",    # Einthoven's definition, in sleep studies
-                "MCL1": "V1", "MCL6": "V6",                          # bedside monitors
-                "AVR,AUGMENTEDVOLTAGE,RIGHT": "aVR", "AVL,AUGMENTEDVOLTAGE,LEFT": "aVL",    # DICOM PS3.16 CID 3001
-                "AVF,AUGMENTEDVOLTAGE,FOOT": "aVF"}
-for _i, _limb in enumerate(("I", "II", "III"), 1):                   # DI, D1: CODE; MLI, ML1: modified leads of Holters
-    LEAD_ALIASES |= {f"D{_limb}": _limb, f"D{_i}": _limb, f"ML{_limb}": _limb, f"ML{_i}": _limb}
-for _i in range(1, 7):
-    LEAD_ALIASES |= {f"MV{_i}": f"V{_i}", f"MLV{_i}": f"V{_i}"}
-# Numbers of leads in SCP-ECG (EN 1064), which DICOM (5.6.3-9-n, MDC 2:n) and IEEE 11073-10101 (131072 + n) took over.
-for _i, _lead in {1: "I", 2: "II", 61: "III", 62: "aVR", 63: "aVL", 64: "aVF", 3: "V1", 4: "V2", 5: "V3", 6: "V4",
-                  7: "V5", 8: "V6", 9: "V7", 66: "V8", 67: "V9", 11: "V3R", 12: "V4R", 16: "X", 17: "Y",
-                  18: "Z"}.items():
-    LEAD_ALIASES |= {f"5.6.3-9-{_i}": _lead, f"2:{_i}": _lead, f"2:{256 + _i}": _lead, f"{131072 + _i}": _lead,
-                     f"{131328 + _i}": _lead}
+LEAD_ALIASES = {
+    "VX": "X", "VY": "Y", "VZ": "Z", "MCL1": "V1", "MCL6": "V6",     # Frank leads as PTB writes them; bedside monitors
+    "LA-RA": "I", "LL-RA": "II", "LL-LA": "III",                     # Einthoven's definition, in sleep studies
+    "AVR,AUGMENTEDVOLTAGE,RIGHT": "aVR", "AVL,AUGMENTEDVOLTAGE,LEFT": "aVL",   # DICOM
+    "AVF,AUGMENTEDVOLTAGE,FOOT": "aVF"}
+for _i, _lead in enumerate(LEADS[1:4], 1):                           # DI, D1: CODE; MLI, ML1: modified leads of Holters
+    LEAD_ALIASES |= {f"{word}{end}": _lead for word in ("D", "ML") for end in (_i, _lead)}
+LEAD_ALIASES |= {f"{word}{lead}": lead for word in ("M", "ML") for lead in LEADS[7:13]}
+# Numbers of leads in SCP-ECG (EN 1064), which DICOM (PS3.16 CID 3001: 5.6.3-9-n, MDC 2:n) and IEEE 11073-10101
+# (131072 + n, and 256 more for the potential itself) took over; in the order of LEADS.
+for _i, _lead in zip((1, 2, 61, 62, 63, 64, *range(3, 9), 9, 66, 67, 11, 12, 16, 17, 18), LEADS[1:]):
+    LEAD_ALIASES |= {f"{word}{_i + more}": _lead for word, more in
+                     (("5.6.3-9-", 0), ("2:", 0), ("2:", 256), ("", 131072), ("", 131328))}
 # What stands around a name: "ECG II" of EDF+ (edfplus.info/specs/edftexts.html), "Lead I (Einthoven)" of DICOM,
 # MDC_ECG_LEAD_II of HL7 aECG, "II-Ref" of EEG amplifiers, "II," of BIDMC. A minus before aVR is a sign (Cabrera).
 LEAD_NAME = re.compile(r"(?:(?:MDC(?:_ECG_(?:LEAD|ELEC_POTL))?|ECG|EKG|LEAD)(?:[\s_.:]+|-(?!AVR)|(?=[^\s_.:-])|$))*"
@@ -71,12 +69,12 @@ TIME_NAME = re.compile(r"'?(?:ELAPSED[ _])?(?:TIME(?:STAMP)?S?|T|SAMPLES?|INDEX|
                        r"(?:[ _]?(?:#|NO|NUMBER|INTERVAL|M?S|[\[(].*[\])]))?'?")
 # Names of what is no ECG, whatever its unit: the signals of MIMIC and of other bedside monitors (physionet.org/content/
 # mimic3wdb), the types of EDF+, and those of sleep studies (sleepdata.org) and of wearables.
-NO_ECG = re.compile(r"(?:(?:RESP(?:IRATION|IRATORY)?|PLETH\w*|PPG|ABP|I?BP|NIBP|ART(?:ERIAL)?|AO|CVP|PAP|ICP|"
-                    r"[LRU]AP|UVP|P\d|PRESS(?:URE)?|SP?O2|SAO2|OSAT|O2|(?:ET)?CO2|CAPNO\w*|[EM]EG|E[MO]G|ERG|I?EGM|GSR|"
-                    r"EDA|UC|TOCO|[FM]?HR|PULSE|PR|TEMP\w*|THOR\w*|ABDO?\w*|NASAL|(?:AIR)?FLOW|CPAP|SNOR\w*|CHIN|R?LEG|"
-                    r"TIB\w*|POS(?:ITION)?|LIGHT|SOUND|EVENTS?|MARKERS?|STAT(?:US)?|STIM\w*|TRIG\w*|EDF ANNOTATIONS|"
-                    r"BATT\w*|ACC\w*|GYRO\w*|[SPB]CG|PHONO\w*|IMP(?:EDANCE)?|LOC|ROC)(?![A-Z])"
-                    r"|(?:FP|F|C|P|O|T|E)[\dZ]-(?:REF|AVG|[A-Z]{1,2}[\dZ]))")
+NO_ECG = re.compile("(?:" + "|".join(r"""
+    RESP(?:IRATION|IRATORY)? PLETH\w* PPG ABP I?BP NIBP ART(?:ERIAL)? AO CVP PAP ICP [LRU]AP UVP P\d PRES(?:S(?:URE)?)?
+    SP?O2 SAO2 OSAT OX\w* O2 (?:ET)?CO2 CAPNO\w* [EM]EG E[MO]G ERG I?EGM GSR EDA UC TOCO [DFM]?HR H\.R PULSE PR TEMP\w*
+    THERM\w* THOR\w* ABDO?\w* NASAL CANNULA (?:AIR)?FLOW NEW\s?AIR CPAP SNOR\w* CHIN R?LEG TIB\w* POS(?:ITION)? LIGHT
+    SOUND EVENTS? MARKERS? STAT(?:US)? STIM\w* TRIG\w* EDF\sANNOTATIONS BATT\w* ACC\w* GYRO\w* [SPB]CG PHONO\w*
+    IMP(?:EDANCE)? LOC ROC""".split()) + r")(?![A-Z])|(?:FP|F|C|P|O|T|E)[\dZ]-(?:REF|AVG|[A-Z]{1,2}[\dZ])")
 MV_PER_UNIT = {"mv": 1.0, "millivolt": 1.0, "millivolts": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3,
                "microvolt": 1e-3, "microvolts": 1e-3, "v": 1e3, "volt": 1e3, "volts": 1e3}
 

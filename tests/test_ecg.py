@@ -586,7 +586,8 @@ NO_ECG_NAMES = ("RESP", "Resp.", "resp thorax", "PLETH", "PLETH R", "PLETHl", "P
                 "EEG (C4-A1)", "EEG Fpz-Cz", "C4-M1", "O2-A1", "F3-M2", "EMG chin", "EMG1", "EOG(L)", "EOG horizontal",
                 "LOC", "SpO2", "SaO2", "SO2", "CO2", "EtCO2", "UC", "FHR", "Airflow", "NASAL", "THOR RES", "ABDO RES",
                 "Thorax", "Abdomen", "Temp rectal", "PCG", "SCG", "ACC X", "accel_x", "GSR", "EDF Annotations",
-                "Event marker", "P1", "Pressure", "HR", "Pulse", "Light", "Position", b"RESP", "PLETH (mV)", "BP")
+                "Event marker", "P1", "Pressure", "HR", "Pulse", "Light", "Position", "OX STAT",
+                "H.R.", "NEW AIR", "Therm", "Pres", b"RESP", "PLETH (mV)", "BP")
 
 
 def test_names_of_what_is_no_ecg():
