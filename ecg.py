@@ -489,12 +489,14 @@ def read_wfdb(path, start_s=0, stop_s=math.inf):
     is missing samples, and a note."""
     with as_refused(path):
         record = open_wfdb(str(path))
-        return read_stretch(record, *(min(record.frames, round(at * record.fs)) for at in (start_s, min(stop_s, 1e9))))
+        start, stop = (round(min(max(0, at), record.frames / record.fs) * record.fs) for at in (start_s, stop_s))
+        return read_stretch(record, start, stop)
 
 
 def read_pieces(path):
     """Yield (start in s, Recording) of a WFDB record in pieces of at most PIECE_S and PIECE_SAMPLES, one after another,
-    all but the last of whole seconds. To prepare one takes at most 0.5 GB, whatever the record's length."""
+    all but the last of whole seconds. To prepare one takes at most 0.5 GB (measured: 0.24 GB for 24 h of 3 leads at
+    250 Hz), below 100 Hz up to 0.9 GB, whatever the record's length; only format 8 is read from its start each time."""
     with as_refused(path):
         record = open_wfdb(str(path))
     samples = record.frames * record.per_frame * len(record.keys)
