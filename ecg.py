@@ -215,7 +215,7 @@ def check_values(x, fs, units, notes, integers):
     """Judge amplitude and offset of x (L, T) mV, for preprocess: the one place for prepare.py, embed and the probes.
 
     A lead whose span, offset or share of samples beyond +-MAX_MV no ECG has becomes NaN; Refused is raised if all are
-    like this, or if all are too small. Other samples beyond +-MAX_MV become NaN. They are counted from 0 or, where a
+    like this. Other samples beyond +-MAX_MV become NaN. They are counted from 0 or, where a
     lead rides on more than half of MAX_MV, from its offset, which is its median. What looks normalised or wrong by 10
     is counted in `notes`. integers: whether the numbers came as integers, as those of an ADC do.
     """
@@ -234,9 +234,11 @@ def check_values(x, fs, units, notes, integers):
         outside = np.abs(x - centre) > MAX_MV
         beyond = outside.mean(axis=1)
         x[outside] = np.nan
-    wrong = live & ((span > SPAN_LIMITS_MV[1]) | (np.abs(offset) > MAX_OFFSET_MV) | (beyond > MAX_BEYOND))
-    largest, k = span[live].max(), np.flatnonzero(live)[span[live].argmax()]
-    if wrong.sum() == live.sum() or largest < SPAN_LIMITS_MV[0]:
+    wrong = live & ((span < SPAN_LIMITS_MV[0]) | (span > SPAN_LIMITS_MV[1]) | (np.abs(offset) > MAX_OFFSET_MV)
+                    | (beyond > MAX_BEYOND))
+    if (wrong == live).all():
+        k = np.nanargmax(span)
+        largest = span[k]
         real = next((f"; in {unit} it would be {largest * share:.2g} mV" for unit, share in
                      (("uV", 1e-3), ("V", 1e3)) if 0.2 < largest * share < 10), "")
         hint = " (the numbers are integers: divide ADC steps by the gain, in steps per mV)" if integers else ""

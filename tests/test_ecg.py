@@ -574,6 +574,8 @@ def test_what_looks_wrong_is_said():
     assert notes_of(mixed, FS, ("II", "V2", "V3")) == {"leads left out: an amplitude or offset that no ECG has": 1}
     y, _ = preprocess(mixed, FS, ("II", "V2", "V3"), notes=Counter())
     assert np.isnan(y[2]).all() and np.isfinite(y[:2]).all()
+    y, _ = preprocess(np.vstack([PAIR, PAIR[:1] / 1000]), FS, ("II", "V2", "V3"), notes=(notes := Counter()))
+    assert np.isnan(y[2]).all() and notes == {"leads left out: an amplitude or offset that no ECG has": 1}
     burst = PAIR.copy()
     burst[0, :200] = 100 * np.sin(np.arange(200))                  # a bad contact for 8 % of the time
     y, _ = preprocess(burst, FS, ("II", "V2"), notes=Counter())
