@@ -47,21 +47,19 @@ MAX_BEYOND = 0.2                 # share of a lead's samples beyond MAX_MV: if t
 LEADS = ("unknown", "I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6",
          "V7", "V8", "V9", "V3R", "V4R", "X", "Y", "Z")              # a lead id is an index into this tuple
 LEAD_IDS = {name.upper(): i for i, name in enumerate(LEADS)}
-LEAD_ALIASES = {"VX": "X", "VY": "Y", "VZ": "Z",                     # Frank leads as PTB writes them
-                "LA-RA": "I", "LL-RA": "II", "LL-LA": "III",    # Einthoven's definition, in sleep studies
-                "MCL1": "V1", "MCL6": "V6",                          # bedside monitors
-                "AVR,AUGMENTEDVOLTAGE,RIGHT": "aVR", "AVL,AUGMENTEDVOLTAGE,LEFT": "aVL",    # DICOM PS3.16 CID 3001
-                "AVF,AUGMENTEDVOLTAGE,FOOT": "aVF"}
-for _i, _limb in enumerate(("I", "II", "III"), 1):                   # DI, D1: CODE; MLI, ML1: modified leads of Holters
-    LEAD_ALIASES |= {f"D{_limb}": _limb, f"D{_i}": _limb, f"ML{_limb}": _limb, f"ML{_i}": _limb}
-for _i in range(1, 7):
-    LEAD_ALIASES |= {f"MV{_i}": f"V{_i}", f"MLV{_i}": f"V{_i}"}
-# Numbers of leads in SCP-ECG (EN 1064), which DICOM (5.6.3-9-n, MDC 2:n) and IEEE 11073-10101 (131072 + n) took over.
-for _i, _lead in {1: "I", 2: "II", 61: "III", 62: "aVR", 63: "aVL", 64: "aVF", 3: "V1", 4: "V2", 5: "V3", 6: "V4",
-                  7: "V5", 8: "V6", 9: "V7", 66: "V8", 67: "V9", 11: "V3R", 12: "V4R", 16: "X", 17: "Y",
-                  18: "Z"}.items():
-    LEAD_ALIASES |= {f"5.6.3-9-{_i}": _lead, f"2:{_i}": _lead, f"2:{256 + _i}": _lead, f"{131072 + _i}": _lead,
-                     f"{131328 + _i}": _lead}
+LEAD_ALIASES = {
+    "VX": "X", "VY": "Y", "VZ": "Z", "MCL1": "V1", "MCL6": "V6",     # Frank leads as PTB writes them; bedside monitors
+    "LA-RA": "I", "LL-RA": "II", "LL-LA": "III",                     # Einthoven's definition, in sleep studies
+    "AVR,AUGMENTEDVOLTAGE,RIGHT": "aVR", "AVL,AUGMENTEDVOLTAGE,LEFT": "aVL",   # DICOM
+    "AVF,AUGMENTEDVOLTAGE,FOOT": "aVF"}
+for _i, _lead in enumerate(LEADS[1:4], 1):                           # DI, D1: CODE; MLI, ML1: modified leads of Holters
+    LEAD_ALIASES |= {f"{word}{end}": _lead for word in ("D", "ML") for end in (_i, _lead)}
+LEAD_ALIASES |= {f"{word}{lead}": lead for word in ("M", "ML") for lead in LEADS[7:13]}
+# Numbers of leads in SCP-ECG (EN 1064), which DICOM (PS3.16 CID 3001: 5.6.3-9-n, MDC 2:n) and IEEE 11073-10101
+# (131072 + n, and 256 more for the potential itself) took over; in the order of LEADS.
+for _i, _lead in zip((1, 2, 61, 62, 63, 64, *range(3, 9), 9, 66, 67, 11, 12, 16, 17, 18), LEADS[1:]):
+    LEAD_ALIASES |= {f"{word}{_i + more}": _lead for word, more in
+                     (("5.6.3-9-", 0), ("2:", 0), ("2:", 256), ("", 131072), ("", 131328))}
 # What stands around a name: "ECG II" of EDF+ (edfplus.info/specs/edftexts.html), "Lead I (Einthoven)" of DICOM,
 # MDC_ECG_LEAD_II of HL7 aECG, "II-Ref" of EEG amplifiers, "II," of BIDMC. A minus before aVR is a sign (Cabrera).
 LEAD_NAME = re.compile(r"(?:(?:MDC(?:_ECG_(?:LEAD|ELEC_POTL))?|ECG|EKG|LEAD)(?:[\s_.:]+|-(?!AVR)|(?=[^\s_.:-])|$))*"
@@ -71,12 +69,12 @@ TIME_NAME = re.compile(r"'?(?:ELAPSED[ _])?(?:TIME(?:STAMP)?S?|T|SAMPLES?|INDEX|
                        r"(?:[ _]?(?:#|NO|NUMBER|INTERVAL|M?S|[\[(].*[\])]))?'?")
 # Names of what is no ECG, whatever its unit: the signals of MIMIC and of other bedside monitors (physionet.org/content/
 # mimic3wdb), the types of EDF+, and those of sleep studies (sleepdata.org) and of wearables.
-NO_ECG = re.compile(r"(?:(?:RESP(?:IRATION|IRATORY)?|PLETH\w*|PPG|ABP|I?BP|NIBP|ART(?:ERIAL)?|AO|CVP|PAP|ICP|"
-                    r"[LRU]AP|UVP|P\d|PRESS(?:URE)?|SP?O2|SAO2|OSAT|O2|(?:ET)?CO2|CAPNO\w*|[EM]EG|E[MO]G|ERG|I?EGM|GSR|EDA|"
-                    r"UC|TOCO|[FM]?HR|PULSE|PR|TEMP\w*|THOR\w*|ABDO?\w*|NASAL|(?:AIR)?FLOW|CPAP|SNOR\w*|CHIN|R?LEG|TIB\w*|"
-                    r"POS(?:ITION)?|LIGHT|SOUND|EVENTS?|MARKERS?|STAT(?:US)?|STIM\w*|TRIG\w*|EDF ANNOTATIONS|BATT\w*|"
-                    r"ACC\w*|GYRO\w*|[SPB]CG|PHONO\w*|IMP(?:EDANCE)?|LOC|ROC)(?![A-Z])"
-                    r"|(?:FP|F|C|P|O|T|E)[\dZ]-(?:REF|AVG|[A-Z]{1,2}[\dZ]))")
+NO_ECG = re.compile("(?:" + "|".join(r"""
+    RESP(?:IRATION|IRATORY)? PLETH\w* PPG ABP I?BP NIBP ART(?:ERIAL)? AO CVP PAP ICP [LRU]AP UVP P\d PRES(?:S(?:URE)?)?
+    SP?O2 SAO2 OSAT OX\w* O2 (?:ET)?CO2 CAPNO\w* [EM]EG E[MO]G ERG I?EGM GSR EDA UC TOCO [DFM]?HR H\.R PULSE PR TEMP\w*
+    THERM\w* THOR\w* ABDO?\w* NASAL CANNULA (?:AIR)?FLOW NEW\s?AIR CPAP SNOR\w* CHIN R?LEG TIB\w* POS(?:ITION)? LIGHT
+    SOUND EVENTS? MARKERS? STAT(?:US)? STIM\w* TRIG\w* EDF\sANNOTATIONS BATT\w* ACC\w* GYRO\w* [SPB]CG PHONO\w*
+    IMP(?:EDANCE)? LOC ROC""".split()) + r")(?![A-Z])|(?:FP|F|C|P|O|T|E)[\dZ]-(?:REF|AVG|[A-Z]{1,2}[\dZ])")
 MV_PER_UNIT = {"mv": 1.0, "millivolt": 1.0, "millivolts": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3,
                "microvolt": 1e-3, "microvolts": 1e-3, "v": 1e3, "volt": 1e3, "volts": 1e3}
 
@@ -134,11 +132,11 @@ def preprocess(signal, fs, leads, units="mV", notes=None):
     leave_out_channels(x, names, ids, found)
     check_values(x, fs, units, found, getattr(getattr(signal, "dtype", None), "kind", None) in ("i", "u"))
     mark_missing(x, fs)
-    missing = np.isnan(x)
-    if missing.all():
+    missing = np.isnan(x).mean(axis=1)
+    if (missing == 1).all():
         raise Refused("no valid lead", "no sample of this recording is usable: every lead is flat, zero, NaN or beyond "
                                        f"+-{MAX_MV} mV; check the units (now {units!r}) and the gain")
-    if missing[~missing.all(axis=1)].mean() > 0.5:
+    if missing[missing < 1].mean() > 0.5:
         found["signals of which more than half of the samples are missing"] += 1
     x = resample(x, Fraction(FS) / Fraction(float(fs)).limit_denominator(1000))
     if notes is None:
@@ -166,7 +164,8 @@ def as_lead_rows(signal, fs, leads, units):
         names = [leads] if isinstance(leads, (str, bytes)) else list(leads)
         own = [name_and_unit(name)[1] for name in names]
         signal = signal.to_numpy() if hasattr(signal, "columns") else signal         # a pandas table
-        x = np.array(np.ma.array(signal, dtype=np.float64).filled(np.nan))
+        masked = not isinstance(signal, np.ndarray) or isinstance(signal, np.ma.MaskedArray)
+        x = np.array(np.ma.array(signal, dtype=np.float64).filled(np.nan) if masked else signal, dtype=np.float64)
     except (ValueError, TypeError, RuntimeError) as error:
         raise Refused("shape", f"signal or leads cannot be read ({error}): expected numbers (leads, samples) and one "
                                "name per lead") from None
@@ -200,18 +199,23 @@ def leave_out_channels(x, names, ids, notes):
             notes[f"channels left out: {name:.40}"] += 1
         elif name != LEADS[0]:
             notes[f"leads stored as unknown: the name {name!r:.40}"] += 1
-        step = np.diff(x[k, :3])
-        if len(step) and step[0] > 0 and (np.abs(np.diff(x[k]) - step[0]) < 1e-3 * step[0]).all():
+        if x.shape[1] > 2 and is_even(x[k, :3]) and is_even(x[k]):
             notes["leads that rise evenly, like a time column"] += 1
-    if len(ids) and np.isnan(x).all() and all(map(is_no_ecg, names)):
+    if all(map(is_no_ecg, names)):
         raise Refused("no ECG channel", f"the channels {', '.join(map(str, names)):.80} are no ECG by their names")
+
+
+def is_even(x):
+    """Whether x (T,) rises by the same step from sample to sample."""
+    steps = np.diff(x)
+    return steps[0] > 0 and (np.abs(steps - steps[0]) < 1e-3 * steps[0]).all()
 
 
 def check_values(x, fs, units, notes, integers):
     """Judge amplitude and offset of x (L, T) mV, for preprocess: the one place for prepare.py, embed and the probes.
 
     A lead whose span, offset or share of samples beyond +-MAX_MV no ECG has becomes NaN; Refused is raised if all are
-    like this, or if all are too small. Other samples beyond +-MAX_MV become NaN. They are counted from 0 or, where a
+    like this. Other samples beyond +-MAX_MV become NaN. They are counted from 0 or, where a
     lead rides on more than half of MAX_MV, from its offset, which is its median. What looks normalised or wrong by 10
     is counted in `notes`. integers: whether the numbers came as integers, as those of an ADC do.
     """
@@ -230,15 +234,17 @@ def check_values(x, fs, units, notes, integers):
         outside = np.abs(x - centre) > MAX_MV
         beyond = outside.mean(axis=1)
         x[outside] = np.nan
-    wrong = live & ((span > SPAN_LIMITS_MV[1]) | (np.abs(offset) > MAX_OFFSET_MV) | (beyond > MAX_BEYOND))
-    largest, k = span[live].max(), np.flatnonzero(live)[span[live].argmax()]
-    if wrong.sum() == live.sum() or largest < SPAN_LIMITS_MV[0]:
+    wrong = live & ((span < SPAN_LIMITS_MV[0]) | (span > SPAN_LIMITS_MV[1]) | (np.abs(offset) > MAX_OFFSET_MV)
+                    | (beyond > MAX_BEYOND))
+    if (wrong == live).all():
+        k = np.nanargmax(span)
+        largest = span[k]
         real = next((f"; in {unit} it would be {largest * share:.2g} mV" for unit, share in
                      (("uV", 1e-3), ("V", 1e3)) if 0.2 < largest * share < 10), "")
         hint = " (the numbers are integers: divide ADC steps by the gain, in steps per mV)" if integers else ""
         raise Refused("amplitude", f"the signal spans {largest:.2g} mV within {SPAN_S} s, on an offset of "
-                                   f"{offset[k]:.3g} mV, if it is in {units}{real}; an ECG spans {SPAN_LIMITS_MV[0]} to "
-                                   f"{SPAN_LIMITS_MV[1]:g} mV, on at most {MAX_OFFSET_MV:g} mV: check the units{hint}")
+                                   f"{offset[k]:.3g} mV, if it is in {units}{real}; an ECG spans {SPAN_LIMITS_MV[0]} "
+                                   f"to {SPAN_LIMITS_MV[1]:g} mV, on at most {MAX_OFFSET_MV:g}: check the units{hint}")
     if wrong.any():
         x[wrong] = np.nan
         notes["leads left out: an amplitude or offset that no ECG has"] += int(wrong.sum())
@@ -485,7 +491,8 @@ def read_wfdb(path, start_s=0, stop_s=math.inf):
     is missing samples, and a note."""
     with as_refused(path):
         record = open_record(str(path))
-        return read_stretch(record, *(min(record.frames, round(at * record.fs)) for at in (start_s, min(stop_s, 1e9))))
+        start, stop = (round(min(max(0, at), record.frames / record.fs) * record.fs) for at in (start_s, stop_s))
+        return read_stretch(record, start, stop)
 
 
 read_edf = read_wfdb             # the suffix .edf decides
@@ -498,7 +505,8 @@ def open_record(path):
 
 def read_pieces(path):
     """Yield (start in s, Recording) of a WFDB record in pieces of at most PIECE_S and PIECE_SAMPLES, one after another,
-    all but the last of whole seconds. To prepare one takes at most 0.5 GB, whatever the record's length."""
+    all but the last of whole seconds. To prepare one takes at most 0.5 GB (measured: 0.24 GB for 24 h of 3 leads at
+    250 Hz), below 100 Hz up to 0.9 GB, whatever the record's length; only format 8 is read from its start each time."""
     with as_refused(path):
         record = open_record(str(path))
     samples = record.frames * record.per_frame * len(record.keys)
@@ -604,7 +612,8 @@ def read_header(path, record_fs=None):
         # Defaults as in header(5): 200 steps per mV, also where the gain is 0; zero is that of the ADC.
         channels.append(Channel((name, seen[name]), "~" if format == "0" else file, format, int(per_frame or 1),
                                 int(skew or 0), int(offset or 0), float(gain or 0) or 200.0,
-                                float(zero or adc_zero or 0), MV_PER_UNIT.get(unit.lower()), unit, int(initial or 0) if format == "8" else 0))
+                                float(zero or adc_zero or 0), MV_PER_UNIT.get(unit.lower()), unit,
+                                int(initial or 0) if format == "8" else 0))
         seen[name] += 1
     return fs, frames, channels, []
 
@@ -672,7 +681,7 @@ def read_stretch(record, start, stop):
     rows, fastest = {key: row for row, key in enumerate(record.keys)}, record.per_frame
     if (stop - start) * fastest * len(rows) > MAX_SAMPLES:
         raise ValueError(f"more than {MAX_SAMPLES:,} samples are not read at once: read stretches (start_s, stop_s)")
-    signal = np.full((len(rows), (stop - start) * fastest), np.nan)        # a row per lead: twice as fast from here on
+    shape, signal = (len(rows), (stop - start) * fastest), None    # a row per lead: twice as fast from here on
     for part in record.parts:
         first, last = max(start, part.start) - part.start, min(stop, part.stop) - part.start
         for name, channels in part.files.items() if first < last else ():
@@ -691,8 +700,13 @@ def read_stretch(record, start, stop):
             for (per_frame, skew), (group, columns) in groups.items():
                 steps = frames[columns, first + skew - low:last + skew - low].reshape(len(group), per_frame, -1)
                 x = in_mv(group, steps.swapaxes(1, 2).reshape(len(group), -1), record.fs, fastest)
-                at = (first + part.start - start) * fastest
-                signal[[rows[channel.key] for channel in group], at:at + x.shape[1]] = x
+                at, places = (first + part.start - start) * fastest, [rows[channel.key] for channel in group]
+                if x.shape == shape and places == list(range(len(rows))):
+                    signal = x                                     # all of it
+                    continue
+                signal = np.full(shape, np.nan) if signal is None else signal
+                signal[places, at:at + x.shape[1]] = x
+    signal = np.full(shape, np.nan) if signal is None else signal
     return Recording(signal.T, record.fs * fastest, [name for name, _ in record.keys], notes=record.notes)
 
 

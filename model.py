@@ -343,10 +343,11 @@ class Encoder(nn.Module):
         stride_s (default: half of window_s). Its global feature is the mean of Features.pooled() over the windows, each
         weighted by the number of its valid patches. A local feature comes from the window whose centre is nearest.
         Samples after the last whole patch are left out. local=False: global features only; memory then hardly grows
-        with the number of recordings that an iterable yields. on_error="nan": a recording that cannot be used gets
-        global features of NaN and no local ones, instead of a ValueError that names it. device: move the encoder there
-        first; it stays there. The attribute `precision` of the encoder ("auto", "fp32", "bf16") decides how it
-        computes, see precision_of; bf16 moves a global feature by about .5 % of its length.
+        with the number of recordings that an iterable yields. Channels that are no ECG by their names have local
+        features of NaN; one warning names them and the names that are not known. on_error="nan": a recording that
+        cannot be used gets global features of NaN and no local ones, instead of a ValueError that names it. device:
+        move the encoder there first; it stays there. The attribute `precision` of the encoder ("auto", "fp32", "bf16")
+        decides how it computes, see precision_of; bf16 moves a global feature by about .5 % of its length.
         """
         if on_error not in ("raise", "nan"):
             raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'nan'")

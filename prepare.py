@@ -512,7 +512,7 @@ def drop_unusable_leads(signal_mv, ids, changes):
     signal_mv = signal_mv[:, start:stop]
     for k in np.flatnonzero((np.abs(signal_mv) > MAX_MV).any(axis=1)):
         offset = np.nanmedian(signal_mv[k])
-        if abs(offset) > MAX_MV / 2:                               # a smaller one stays, even if a few samples do not fit
+        if abs(offset) > MAX_MV / 2:                               # others stay, even if some samples do not fit
             signal_mv[k] -= offset
             changes["leads stored without their offset, because it does not fit 16 bits"] += 1
     steps = np.rint(signal_mv * UV_PER_MV)

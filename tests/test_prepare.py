@@ -270,7 +270,8 @@ def write_bad_records(raw):
     write(raw, "pressure", noise(35), units="mmHg")
     unreadable += ["garbage", "empty_header"]
     names = {"unreadable or truncated file": unreadable, "absent file": ["no_signal_file"],
-             "no valid lead": ["all_flat", "all_invalid"], "amplitude": ["at_the_rails"], "too short": ["below_2_s", "mostly_padding"],
+             "no valid lead": ["all_flat", "all_invalid"], "amplitude": ["at_the_rails"],
+             "too short": ["below_2_s", "mostly_padding"],
              "sampling rate": ["twenty_hz"], "no voltage channel": ["pressure", "no_channels"]}
     return {name: reason for reason, some in names.items() for name in some}
 
@@ -387,6 +388,20 @@ def test_leads_are_named_once_and_changes_are_counted(folder):
         "channels left out: RESP in pm": 1, "leads dropped: flat, empty or below 2 s of signal": 1,
         "leads dropped: more than 16": 1, "leads renamed unknown: a second one of the name": 1, "recordings trimmed": 1,
         "samples missing": 210}
+
+
+def test_what_was_not_understood_is_named_up_to_a_number(tmp_path):
+    """The 20 most frequent names of each kind, the others as one number; in the manifest and in the summary."""
+    for i in range(25):
+        write(tmp_path / "raw", f"r{i:02}", noise(i), ("II", f"ECG{max(i, 3)}"))
+    for i in range(25, 27):
+        write(tmp_path / "raw", f"r{i}", noise(i, channels=3), ("II", "V1", "PLETH"))
+    manifest = run("wfdb", tmp_path / "raw", tmp_path / "out").manifest
+    kind = "leads stored as unknown"
+    assert manifest["changed"] == {"channels left out: PLETH": 2, f"{kind}: the name 'ECG3'": 4,
+                                   f"{kind}: other names": 2,
+                                   **{f"{kind}: the name 'ECG{i}'": 1 for i in range(4, 23)}}
+    assert "  changed        4 leads stored as unknown: the name 'ECG3'\n" in prepare.summary(manifest, "out")
 
 
 def test_copies_of_test_sets_are_held_out_by_name(folder):
