@@ -248,10 +248,12 @@ def list_arrays(raw, args, notes):
               V), leads (I II V1, or I;II;V1; empty if the CSV has a header with them), and, if you like, patient
               (otherwise each file is one) and split (train, val or test)"""
     path = args.table or raw / "table.csv"
-    table = (pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="replace") if path.is_file()
-             else pd.DataFrame())
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="replace")
+        found = f"has {len(table)} rows with the columns {', '.join(table)}"
+    except (OSError, ValueError) as error:
+        table, found = pd.DataFrame(), f"cannot be read ({error})"
     if not len(table) or not {*ARRAY_COLUMNS[:4]} <= {*table} or {*table.get("split", "")} - {"", *SPLITS}:
-        found = f"has {len(table)} rows with the columns {', '.join(table)}" if path.is_file() else "is not there"
         raise ValueError(f"{path} {found}: expected a table (--table FILE.csv) with {', '.join(ARRAY_COLUMNS[:4])}, "
                          f"and perhaps patient and split; a split is {', '.join(SPLITS)} or empty")
     table = table.reindex(columns=ARRAY_COLUMNS, fill_value="").apply(lambda column: column.str.strip())

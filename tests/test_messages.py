@@ -419,11 +419,12 @@ def tables_of_arrays(work):
     raw.mkdir()
     np.save(raw / "a.npy", noise(0)[:, 0] / 1000)
     message = refusal(run, "arrays", raw, work.folder / "out")
-    assert f"{raw}/table.csv is not there" in message
+    assert f"{raw}/table.csv cannot be read ([Errno 2]" in message
     columns = re.search(r"with (.*), and perhaps (.*) and (.*);", message).groups()
     assert "--table is for arrays" in work.prepare_refuses("wfdb", "--table", table)
     for header in (columns[0], ", ".join(columns)):
-        table.write_text(header.replace(", ", ",") + "\na.npy,250,mV,II" + (",p1,val" if "split" in header else "") + "\n")
+        row = "a.npy,250,mV,II" + (",p1,val" if "split" in header else "")
+        table.write_text(header.replace(", ", ",") + f"\n{row}\n")
         out = work.folder / f"out_{len(header)}"
         assert len(run("arrays", raw, out, "--table", str(table)).index) == 1
 
