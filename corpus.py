@@ -161,27 +161,33 @@ def index_faults(corpus):
 def lock_folder(folder, wait_s=0):
     """Lock a folder for as long as the returned file is open and this process lives. ValueError if another process
     holds the lock for longer than wait_s seconds. On a file system without locks there is only a warning."""
-    import fcntl                                 # imported here: Windows does not have it, and only writers need it
+    def warn(error):
+        print(f"warning: {folder} cannot be locked ({error}); do not start a second process on it", file=sys.stderr)
+    try:
+        import fcntl
+    except ImportError as error:                 # Windows: it would not delete a file that is open, so none is made
+        warn(error)
+        return open(os.devnull)
     file = open(Path(folder) / "lock", "w")
     for second in range(wait_s + 1):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
-        except BlockingIOError:
+        except BlockingIOError:                  # EWOULDBLOCK; other errors say that there are no locks
             if second < wait_s:
                 if not second:
                     print(f"another process writes into {folder}; waiting for up to {wait_s} s", file=sys.stderr)
                 time.sleep(1)
         except OSError as error:
-            print(f"warning: {folder} cannot be locked ({error}); do not start a second process on it", file=sys.stderr)
+            warn(error)
             return file
     raise ValueError(f"another process writes into {folder}; wait for it, end it, or choose another --out")
 
 
 def part_of(out):
-    """The folder in which the corpus `out` lies until it is finished."""
-    out = Path(out).resolve()
-    return out.with_name(f"{out.name}.part")
+    """The folder in which the corpus `out` lies until it is finished: on the same disk, even if `out` is a link or a
+    mount point."""
+    return Path(out).resolve() / ".part"
 
 
 # ---- copies within and between corpora ------------------------------------------------------------------------------

@@ -7,40 +7,76 @@ Nothing is filtered, normalised or centred. prepare.py, the probes and encoder.e
 
 Shapes: L leads, T samples (at FS unless said otherwise).
 """
+import contextlib
+import functools
 import hashlib
 import itertools
+import math
 import os
 import re
 import tempfile
+import warnings
+from collections import Counter, namedtuple
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
 import numpy as np
-from scipy.signal import resample_poly
+from scipy.signal import firwin, resample_poly
 
 FS = 250                         # Hz: more than twice the 40 to 100 Hz that a diagnostic ECG needs; Icentia11k's own
 UV_PER_MV = 1000                 # a step of the stored int16 is 1 uV, which is also what PTB-XL stores
 MISSING = -32768                 # int16 value of a missing sample
 MAX_MV = 32.767                  # largest amplitude in int16; above it an electrode is off or the amplifier saturated
-FS_RANGE = (50, 4000)            # Hz, what preprocess accepts: below 50 no QRS is left, above 4,000 the header is wrong
+FS_RANGE = (50, 100_000)         # Hz, of an ECG: below 50 no QRS is left, above 100,000 the header is wrong
 PAD_S = 0.5                      # s, exact zeros at either end for this long are padding
 FLAT_S = 1.0                     # s, a value held exactly for this long is a disconnected or saturated lead
 FLAT_STD_MV = 1e-4               # mV, a lead with a smaller standard deviation over the whole recording is flat
-MAX_SAMPLES = 2**28              # of all channels of a record together, at its own rate: 24 h of 12 leads at 250 Hz
+MAX_SAMPLES = 2**28              # of all channels together, at their own rate, that are read at once
+PIECE_S, PIECE_SAMPLES = 7200, 2**23  # a longer record is prepared in pieces: s, and samples of all channels together
+MAX_RECORD_S = 400 * 86400       # s; a record that claims to be longer has a damaged header
 MAX_LEADS = 16                   # leads that an index row holds; a recording with more keeps its first 16
-# mV, from the 1st to the 99th percentile of the largest lead of an ECG. Outside these limits the units are wrong.
-MIN_SPREAD_MV, MAX_SPREAD_MV = 0.005, 20.0
+MAX_TAPS = 100_000               # largest factor of the resampler; it bounds time and memory for rates like 3999.999
+# The span of a lead is the range of its values within SPAN_S, which holds a QRS but little drift: the 80th percentile
+# over the recording. Beyond the limits the unit or the gain is wrong. Outside USUAL_MV it may be wrong by 10: 0.6 % of
+# 9,946 real recordings of seven databases lie there.
+SPAN_S, SPAN_LIMITS_MV, USUAL_MV = 0.2, (0.005, 20.0), (0.2, 8.0)
+MAX_OFFSET_MV = 300.0            # what an ECG amplifier has to stand from its electrodes, IEC 60601-2-25
+MAX_BEYOND = 0.2                 # share of a lead's samples beyond MAX_MV: if there are more, the lead is no ECG
 
 LEADS = ("unknown", "I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6",
          "V7", "V8", "V9", "V3R", "V4R", "X", "Y", "Z")              # a lead id is an index into this tuple
 LEAD_IDS = {name.upper(): i for i, name in enumerate(LEADS)}
-LEAD_ALIASES = {"VX": "X", "VY": "Y", "VZ": "Z"}                     # Frank leads as PTB writes them
-for _i, _limb in enumerate(("I", "II", "III"), 1):                   # DI, D1: CODE; MLI: modified limb leads of Holters
-    LEAD_ALIASES |= {f"D{_limb}": _limb, f"D{_i}": _limb, f"ML{_limb}": _limb}
-for _i in range(1, 7):
-    LEAD_ALIASES |= {f"MV{_i}": f"V{_i}", f"MLV{_i}": f"V{_i}"}
-MV_PER_UNIT = {"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "v": 1e3, "volt": 1e3, "volts": 1e3}
+LEAD_ALIASES = {
+    "VX": "X", "VY": "Y", "VZ": "Z", "MCL1": "V1", "MCL6": "V6",     # Frank leads as PTB writes them; bedside monitors
+    "LA-RA": "I", "LL-RA": "II", "LL-LA": "III",                     # Einthoven's definition, in sleep studies
+    "AVR,AUGMENTEDVOLTAGE,RIGHT": "aVR", "AVL,AUGMENTEDVOLTAGE,LEFT": "aVL",   # DICOM
+    "AVF,AUGMENTEDVOLTAGE,FOOT": "aVF"}
+for _i, _lead in enumerate(LEADS[1:4], 1):                           # DI, D1: CODE; MLI, ML1: modified leads of Holters
+    LEAD_ALIASES |= {f"{word}{end}": _lead for word in ("D", "ML") for end in (_i, _lead)}
+LEAD_ALIASES |= {f"{word}{lead}": lead for word in ("M", "ML") for lead in LEADS[7:13]}
+# Numbers of leads in SCP-ECG (EN 1064), which DICOM (PS3.16 CID 3001: 5.6.3-9-n, MDC 2:n) and IEEE 11073-10101
+# (131072 + n, and 256 more for the potential itself) took over; in the order of LEADS.
+for _i, _lead in zip((1, 2, 61, 62, 63, 64, *range(3, 9), 9, 66, 67, 11, 12, 16, 17, 18), LEADS[1:]):
+    LEAD_ALIASES |= {f"{word}{_i + more}": _lead for word, more in
+                     (("5.6.3-9-", 0), ("2:", 0), ("2:", 256), ("", 131072), ("", 131328))}
+# What stands around a name: "ECG II" of EDF+ (edfplus.info/specs/edftexts.html), "Lead I (Einthoven)" of DICOM,
+# MDC_ECG_LEAD_II of HL7 aECG, "II-Ref" of EEG amplifiers, "II," of BIDMC. A minus before aVR is a sign (Cabrera).
+LEAD_NAME = re.compile(r"(?:(?:MDC(?:_ECG_(?:LEAD|ELEC_POTL))?|ECG|EKG|LEAD)(?:[\s_.:]+|-(?!AVR)|(?=[^\s_.:-])|$))*"
+                       r"(.*?)(?:-REF|\s*\((?:EINTHOVEN|GOLDBERGER|WILSON|FRANK)\))?[\s,;.]*")
+UNIT_IN_NAME = re.compile(r"(.*?\S)(?:\s*[\[(]([mu\u00b5\u03bc]?V)[\])]|[\s_]+([mu\u00b5\u03bc]V))\s*", re.IGNORECASE)
+TIME_NAME = re.compile(r"'?(?:ELAPSED[ _])?(?:TIME(?:STAMP)?S?|T|SAMPLES?|INDEX|SECONDS?)"
+                       r"(?:[ _]?(?:#|NO|NUMBER|INTERVAL|M?S|[\[(].*[\])]))?'?")
+# Names of what is no ECG, whatever its unit: the signals of MIMIC and of other bedside monitors (physionet.org/content/
+# mimic3wdb), the types of EDF+, and those of sleep studies (sleepdata.org) and of wearables.
+NO_ECG = re.compile("(?:" + "|".join(r"""
+    RESP(?:IRATION|IRATORY)? PLETH\w* PPG ABP I?BP NIBP ART(?:ERIAL)? AO CVP PAP ICP [LRU]AP UVP P\d PRES(?:S(?:URE)?)?
+    SP?O2 SAO2 OSAT OX\w* O2 (?:ET)?CO2 CAPNO\w* [EM]EG E[MO]G ERG I?EGM GSR EDA UC TOCO [DFM]?HR H\.R PULSE PR TEMP\w*
+    THERM\w* THOR\w* ABDO?\w* NASAL CANNULA (?:AIR)?FLOW NEW\s?AIR CPAP SNOR\w* CHIN R?LEG TIB\w* POS(?:ITION)? LIGHT
+    SOUND EVENTS? MARKERS? STAT(?:US)? STIM\w* TRIG\w* EDF\sANNOTATIONS BATT\w* ACC\w* GYRO\w* [SPB]CG PHONO\w*
+    IMP(?:EDANCE)? LOC ROC""".split()) + r")(?![A-Z])|(?:FP|F|C|P|O|T|E)[\dZ]-(?:REF|AVG|[A-Z]{1,2}[\dZ])")
+MV_PER_UNIT = {"mv": 1.0, "millivolt": 1.0, "millivolts": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3,
+               "microvolt": 1e-3, "microvolts": 1e-3, "v": 1e3, "volt": 1e3, "volts": 1e3}
 
 
 class Refused(ValueError):
@@ -57,92 +93,225 @@ class Recording(NamedTuple):
     fs: float                    # Hz
     leads: Sequence[str]         # L names
     units: str = "mV"
-    left_out: int = 0            # number of channels of the file that are not voltages
+    notes: Counter | None = None  # what the reader left out or did not understand: how often, by reason
 
 
+@functools.lru_cache(10_000)
+def name_and_unit(name):
+    """The name of a lead as text, and the unit that it holds ("II (mV)", b"V1_uV") or None."""
+    text = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+    found = UNIT_IN_NAME.fullmatch(text)
+    return (found[1], found[2] or found[3]) if found else (text.strip(), None)
+
+
+@functools.lru_cache(10_000)
 def lead_id(name):
-    """Index of a lead in LEADS, for any spelling ("II", "lead II", "MLII" and "DII" all give 2); 0 if unknown."""
-    key = "".join(str(name).upper().split()).removeprefix("LEAD")
+    """Index of a lead in LEADS, for any spelling ("II", "lead II", b"MLII" and "ECG DII" all give 2); 0 if unknown."""
+    key = re.sub(r"[\s_]", "", LEAD_NAME.fullmatch(name_and_unit(name)[0].upper().replace("\n", " "))[1])
     return LEAD_IDS.get(LEAD_ALIASES.get(key, key).upper(), 0)
 
 
-def preprocess(signal, fs, leads, units="mV"):
+@functools.lru_cache(10_000)
+def is_no_ecg(name):
+    """Whether a channel of this name is known to be something else than an ECG."""
+    return not lead_id(name) and bool(NO_ECG.match(name_and_unit(name)[0].upper()))
+
+
+def preprocess(signal, fs, leads, units="mV", notes=None):
     """Convert any recording to the one form that the encoder knows.
 
     signal (L, T) or (T, L) in `units` (mV, uV or V) at `fs` Hz; NaN and values under a NumPy mask are missing. leads: L
-    names; a single lead may be 1-D. Returns signal_mv float32 (L, ceil(T * FS / fs)), NaN where missing, and lead_ids
-    int64 (L,). Only the resampler filters, nothing is normalised, and 250 Hz passes unchanged. Raises Refused, a
-    ValueError, if the input is not such a recording.
+    names; a single lead may be 1-D; a unit in a name ("V1 (uV)") goes before `units`. Returns signal_mv float32
+    (L, ceil(T * FS / fs)), NaN where missing, and lead_ids int64 (L,). A channel that is no ECG by its name is NaN.
+    Only the resampler filters, nothing is normalised, and 250 Hz passes unchanged. notes: a Counter that gets what was
+    left out or looks wrong; without it this is a warning. Raises Refused, a ValueError, if it is no such recording.
     """
-    x = as_lead_rows(signal, fs, leads, units)
+    found = Counter()
+    x, names = as_lead_rows(signal, fs, leads, units)
+    ids = np.array([lead_id(name) for name in names], dtype=np.int64)
+    leave_out_channels(x, names, ids, found)
+    check_values(x, fs, units, found, getattr(getattr(signal, "dtype", None), "kind", None) in ("i", "u"))
     mark_missing(x, fs)
-    missing = np.isnan(x)
-    if missing.all():
+    missing = np.isnan(x).mean(axis=1)
+    if (missing == 1).all():
         raise Refused("no valid lead", "no sample of this recording is usable: every lead is flat, zero, NaN or beyond "
                                        f"+-{MAX_MV} mV; check the units (now {units!r}) and the gain")
-    ratio = Fraction(FS) / Fraction(float(fs)).limit_denominator(1000)
-    if ratio != 1:
-        bridge_gaps(x, missing)
-        x = resample_poly(x, ratio.numerator, ratio.denominator, axis=1, padtype="line")
-        if missing.any():
-            x[resample_missing(missing, ratio)] = np.nan
-    return x.astype(np.float32), np.array([lead_id(name) for name in as_list(leads)], dtype=np.int64)
+    if missing[missing < 1].mean() > 0.5:
+        found["signals of which more than half of the samples are missing"] += 1
+    x = resample(x, Fraction(FS) / Fraction(float(fs)).limit_denominator(1000))
+    if notes is None:
+        warn_of(found)
+    else:
+        notes.update(found)
+    return x.astype(np.float32), ids
 
 
-def as_list(leads):
-    return [leads] if isinstance(leads, str) else list(leads)
+def warn_of(notes):
+    """One warning with all that was left out or not understood."""
+    if notes:
+        some = [f"{what} ({n})" for what, n in notes.most_common(20)]
+        warnings.warn("; ".join(some) + ("; ..." if len(notes) > 20 else ""), stacklevel=3)
 
 
 def as_lead_rows(signal, fs, leads, units):
-    """A new float64 array (L, T) of the signal in mV, with NaN for inf. Raises Refused if the input is wrong."""
+    """A new float64 array (L, T) of the signal in mV, with NaN for inf, and L names. Raises Refused if it is wrong."""
     if not isinstance(fs, (int, float, np.integer, np.floating)) or not FS_RANGE[0] <= fs <= FS_RANGE[1]:
         raise Refused("sampling rate", f"fs is {fs!r}: expected the sampling rate in Hz, "
                                        f"a number from {FS_RANGE[0]} to {FS_RANGE[1]}")
-    if str(units).lower() not in MV_PER_UNIT:
-        raise Refused("units", f"units is {units!r}: expected mV, uV or V; scale the signal and say units=\"mV\"")
+    if isinstance(leads, (set, frozenset)):
+        raise Refused("leads", f"leads is the set {leads!r:.80}, and a set has no order: give a list of names")
     try:
-        x = np.array(np.ma.array(signal, dtype=np.float64).filled(np.nan))
-        n_leads = len(as_list(leads))
+        names = [leads] if isinstance(leads, (str, bytes)) else list(leads)
+        own = [name_and_unit(name)[1] for name in names]
+        signal = signal.to_numpy() if hasattr(signal, "columns") else signal         # a pandas table
+        masked = not isinstance(signal, np.ndarray) or isinstance(signal, np.ma.MaskedArray)
+        x = np.array(np.ma.array(signal, dtype=np.float64).filled(np.nan) if masked else signal, dtype=np.float64)
     except (ValueError, TypeError, RuntimeError) as error:
         raise Refused("shape", f"signal or leads cannot be read ({error}): expected numbers (leads, samples) and one "
                                "name per lead") from None
-    if x.ndim == 1 and n_leads == 1:
+    if not all(own) and str(units).lower() not in MV_PER_UNIT:
+        raise Refused("units", f"units is {units!r}: expected mV, uV or V; scale the signal and say units=\"mV\"")
+    if x.ndim == 1 and len(names) == 1:
         x = x[None]
-    if x.ndim != 2 or n_leads not in x.shape:
-        raise Refused("shape", f"signal has shape {x.shape} and leads names {n_leads}: expected (leads, samples) or "
+    if x.ndim != 2 or len(names) not in x.shape:
+        raise Refused("shape", f"signal has shape {x.shape} and leads names {len(names)}: expected (leads, samples) or "
                                "(samples, leads) with one name per lead")
-    x = x if len(x) == n_leads else np.ascontiguousarray(x.T)
+    x = x if len(x) == len(names) else np.ascontiguousarray(x.T)
     if x.size == 0:
         raise Refused("empty", f"signal is empty (shape {x.shape}): expected at least one lead and one sample")
-    if MV_PER_UNIT[str(units).lower()] != 1:
-        x *= MV_PER_UNIT[str(units).lower()]
+    scale = np.array([MV_PER_UNIT[str(unit or units).lower()] for unit in own])
+    if (scale != 1).any():
+        x *= scale[:, None]
     x[np.isinf(x)] = np.nan
+    return x, names
+
+
+def leave_out_channels(x, names, ids, notes):
+    """Write NaN into the channels of x (L, T) that are no ECG by their name, and count what is not known. Raises
+    Refused for a time column."""
+    for k in np.flatnonzero(ids == 0):
+        name = name_and_unit(names[k])[0]
+        if TIME_NAME.fullmatch(name.upper()):
+            raise Refused("time column", f"lead {k} is named {name!r}: time is no lead; leave it out of signal and "
+                                         "leads, and give the rate as fs")
+        if is_no_ecg(name):
+            x[k] = np.nan
+            notes[f"channels left out: {name:.40}"] += 1
+        elif name != LEADS[0]:
+            notes[f"leads stored as unknown: the name {name!r:.40}"] += 1
+        if x.shape[1] > 2 and is_even(x[k, :3]) and is_even(x[k]):
+            notes["leads that rise evenly, like a time column"] += 1
+    if all(map(is_no_ecg, names)):
+        raise Refused("no ECG channel", f"the channels {', '.join(map(str, names)):.80} are no ECG by their names")
+
+
+def is_even(x):
+    """Whether x (T,) rises by the same step from sample to sample."""
+    steps = np.diff(x)
+    return steps[0] > 0 and (np.abs(steps - steps[0]) < 1e-3 * steps[0]).all()
+
+
+def check_values(x, fs, units, notes, integers):
+    """Judge amplitude and offset of x (L, T) mV, for preprocess: the one place for prepare.py, embed and the probes.
+
+    A lead whose span, offset or share of samples beyond +-MAX_MV no ECG has becomes NaN; Refused is raised if all are
+    like this. Other samples beyond +-MAX_MV become NaN. They are counted from 0 or, where a
+    lead rides on more than half of MAX_MV, from its offset, which is its median. What looks normalised or wrong by 10
+    is counted in `notes`. integers: whether the numbers came as integers, as those of an ADC do.
+    """
+    starts = np.arange(0, x.shape[1], max(1, round(SPAN_S * fs)))
+    high, low = np.fmax.reduceat(x, starts, axis=1), np.fmin.reduceat(x, starts, axis=1)
+    spans = np.where(high > low, high - low, np.nan)               # a block where a value is held says nothing
+    count, rows = np.isfinite(spans).sum(axis=1), np.arange(len(x))
+    live = count > 0
+    if not live.any():
+        return
+    span = np.sort(spans, axis=1)[rows, np.rint(0.8 * (count - 1)).astype(int)]      # NaN comes last
+    offset = np.sort(np.where(spans > 0, (high + low) / 2, np.nan), axis=1)[rows, (count - 1) // 2]
+    centre = np.where(np.abs(offset) > MAX_MV / 2, offset, 0)[:, None]
+    beyond = np.zeros(len(x))
+    if max(np.nanmax(high - centre), np.nanmax(centre - low)) > MAX_MV:
+        outside = np.abs(x - centre) > MAX_MV
+        beyond = outside.mean(axis=1)
+        x[outside] = np.nan
+    wrong = live & ((span < SPAN_LIMITS_MV[0]) | (span > SPAN_LIMITS_MV[1]) | (np.abs(offset) > MAX_OFFSET_MV)
+                    | (beyond > MAX_BEYOND))
+    if (wrong == live).all():
+        k = np.nanargmax(span)
+        largest = span[k]
+        real = next((f"; in {unit} it would be {largest * share:.2g} mV" for unit, share in
+                     (("uV", 1e-3), ("V", 1e3)) if 0.2 < largest * share < 10), "")
+        hint = " (the numbers are integers: divide ADC steps by the gain, in steps per mV)" if integers else ""
+        raise Refused("amplitude", f"the signal spans {largest:.2g} mV within {SPAN_S} s, on an offset of "
+                                   f"{offset[k]:.3g} mV, if it is in {units}{real}; an ECG spans {SPAN_LIMITS_MV[0]} "
+                                   f"to {SPAN_LIMITS_MV[1]:g} mV, on at most {MAX_OFFSET_MV:g}: check the units{hint}")
+    if wrong.any():
+        x[wrong] = np.nan
+        notes["leads left out: an amplitude or offset that no ECG has"] += int(wrong.sum())
+    good = live & ~wrong
+    largest, top, bottom = span[good].max(), np.fmax.reduce(high[good], axis=1), np.fmin.reduce(low[good], axis=1)
+    ends = [set(zip(bottom, top)), {(bottom.min(), top.max())}]
+    if {(0, 1)} in ends or {(-1, 1)} in ends or is_z_score(x[good]):
+        notes["signals that look normalised (mean 0, deviation 1, or from 0 or -1 to 1): the scale in mV is lost"] += 1
+    elif not USUAL_MV[0] <= largest <= USUAL_MV[1]:
+        notes[f"signals that span {'more' if largest > 1 else 'less'} than most ECGs: the gain may be wrong by 10"] += 1
+
+
+def is_z_score(x):
+    """Whether the leads of x (L, T), or all of them together, have mean 0 and standard deviation 1."""
+    some = x[:, ::16]
+    some = some[np.isfinite(some)]
+    if not len(some) or not 0.7 < some.std() < 1.4:                # most ECGs, in little time
+        return False
+    return any((np.abs(np.nanmean(x, axis)) < 0.01).all() and (np.abs(np.nanstd(x, axis) - 1) < 0.01).all()
+               for axis in (1, None))
+
+
+@functools.lru_cache(32)
+def low_pass(ratio):
+    """The filter that resample_poly would make for every recording anew."""
+    most = max(ratio.numerator, ratio.denominator)
+    return firwin(20 * most + 1, 1 / most, window=("kaiser", 5.0))
+
+
+def resample(x, ratio):
+    """x (L, T), NaN where missing -> (L, ceil(T * ratio)). Fills the gaps of x in place."""
+    if ratio == 1:
+        return x
+    if max(ratio.numerator, ratio.denominator) > MAX_TAPS:
+        ratio = ratio.limit_denominator(int(MAX_TAPS / max(ratio, 1)))
+    missing = np.isnan(x)
+    bridge_gaps(x, missing)
+    x = resample_poly(x, ratio.numerator, ratio.denominator, axis=1, padtype="line", window=low_pass(ratio))
+    if missing.any():
+        x[resample_missing(missing, ratio)] = np.nan
     return x
 
 
 def mark_missing(x, fs):
     """Write NaN into x (L, T) mV at fs wherever there is a value but no signal.
 
-    These are values beyond +-MAX_MV, zeros at either end for PAD_S, any value held exactly for FLAT_S, and leads with
-    a spread below FLAT_STD_MV. Of 26,000 real leads (PTB-XL, MIT-BIH, Challenges 2017 and 2021) none holds a value for
+    These are zeros at either end for PAD_S, any value held exactly for FLAT_S, and leads with a spread below
+    FLAT_STD_MV. Of 26,000 real leads (PTB-XL, MIT-BIH, Challenges 2017 and 2021) none holds a value for
     1 s unless it is completely flat: a real electrode always has noise, so the rule removes no signal.
     """
-    x[np.abs(x) > MAX_MV] = np.nan
+    # A value held for FLAT_S fills a block of half that length. Few leads have such a block, and to look for it takes a
+    # tenth of the time that it takes to measure all runs of equal values.
     block = max(1, int(min(FLAT_S, 2 * PAD_S) * fs) // 2)
-    for lead in x:
-        # A value held for FLAT_S fills a block of half that length. Few leads have such a block, and to look for it
-        # takes a tenth of the time that it takes to measure all runs of equal values.
-        blocks = lead[:len(lead) // block * block].reshape(-1, block)
-        if 0 in (lead[0], lead[-1]) or len(lead) <= 2 * block or (blocks.max(axis=1) == blocks.min(axis=1)).any():
-            edges = np.flatnonzero(np.diff(lead)) + 1  # NaN differs from NaN, so gaps are no runs
-            starts, ends = np.r_[0, edges], np.r_[edges, len(lead)]
-            held = ends - starts >= FLAT_S * fs
-            for end in (0, -1):
-                held[end] |= lead[starts[end]] == 0 and ends[end] - starts[end] >= PAD_S * fs
-            lead[np.repeat(held, ends - starts)] = np.nan
-        valid = lead[np.isfinite(lead)]
+    blocks = x[:, :x.shape[1] // block * block].reshape(len(x), -1, block)
+    held_block = (blocks.max(axis=2) == blocks.min(axis=2)).any(axis=1)
+    for k in np.flatnonzero(held_block | (x[:, 0] == 0) | (x[:, -1] == 0) | (x.shape[1] <= 2 * block)):
+        edges = np.flatnonzero(np.diff(x[k])) + 1                  # NaN differs from NaN, so gaps are no runs
+        starts, ends = np.r_[0, edges], np.r_[edges, x.shape[1]]
+        held = ends - starts >= FLAT_S * fs
+        for end in (0, -1):
+            held[end] |= x[k, starts[end]] == 0 and ends[end] - starts[end] >= PAD_S * fs
+        x[k, np.repeat(held, ends - starts)] = np.nan
+    deviation = x.std(axis=1)
+    for k in np.flatnonzero(~(deviation >= FLAT_STD_MV)):          # NaN too: a lead with gaps
+        valid = x[k, np.isfinite(x[k])]
         if len(valid) and valid.std() < FLAT_STD_MV:
-            lead[:] = np.nan
+            x[k] = np.nan
 
 
 def bridge_gaps(x, missing):
@@ -177,6 +346,8 @@ def as_recordings(signal, fs=None, leads=None, units="mV"):
     """
     if isinstance(signal, Recording):
         return [signal], False
+    if hasattr(leads, "__next__"):               # an iterator of names: every recording needs them
+        leads = list(leads)
     if getattr(signal, "dtype", None) == object:
         signal = list(signal)
     about = (fs, leads, units)
@@ -221,41 +392,31 @@ def dimensions(x):
 
 def is_lead_set(leads):
     """Whether `leads` is one set of names (or invalid), and not one set for each recording."""
-    return isinstance(leads, str) or not hasattr(leads, "__len__") or not any(np.ndim(name) for name in leads)
+    return isinstance(leads, (str, bytes)) or not hasattr(leads, "__len__") or not any(np.ndim(name) for name in leads)
 
 
 def complete(signal, fs, leads, units):
     """A Recording; ValueError if its rate or its leads are not given."""
     if isinstance(signal, Recording):
         return signal
+    if leads is None and hasattr(signal, "columns"):             # a pandas table names its leads
+        leads = list(signal.columns)
     if fs is None or leads is None:
         raise ValueError("fs or leads is absent: give fs, the sampling rate in Hz, and leads, a name per lead")
     return Recording(signal, fs, leads, units)
 
 
-def check_amplitude(signal_mv, units):
-    """Raise Refused if a recording (L, T) mV is so large or so small that `units` must be wrong."""
-    ordered, count = np.sort(signal_mv, axis=1), np.isfinite(signal_mv).sum(axis=1)     # missing samples come last
-    count, ordered = count[count > 0], ordered[count > 0]
-    low, high = (ordered[np.arange(len(count)), np.rint(share * (count - 1)).astype(int)] for share in (0.01, 0.99))
-    spread, missing = (high - low).max(initial=0), np.isnan(signal_mv).mean()
-    if not MIN_SPREAD_MV <= spread <= MAX_SPREAD_MV or missing > 0.5 and spread > MAX_SPREAD_MV / 2:
-        raise Refused("amplitude", f"the signal spans {spread:.2g} mV if it is in {units}, and {missing:.0%} of "
-                                   f"its samples are unusable; an ECG spans {MIN_SPREAD_MV} to {MAX_SPREAD_MV:g} mV: "
-                                   "check the units")
-
-
 # ---- a recording to windows, and their features back to the recording -----------------------------------------------
-def cut_patches(recording, patch_samples):
+def cut_patches(recording, patch_samples, notes):
     """Preprocess a Recording and cut it into N patches of P samples at FS. Returns patches float32 (L, N, P), NaN where
     samples are missing; valid (L, N) bool, the patches without a missing sample; lead ids (L,). Samples after the last
-    whole patch are left out. ValueError if no patch is valid or the unit is wrong."""
-    signal_mv, lead_ids = preprocess(*recording[:4])
+    whole patch are left out. ValueError if no patch is valid or the unit is wrong. notes: see preprocess."""
+    notes.update(recording.notes)
+    signal_mv, lead_ids = preprocess(*recording[:4], notes)
     N = signal_mv.shape[1] // patch_samples
     if N == 0:
         raise ValueError(f"the recording lasts {signal_mv.shape[1] / FS:.3f} s; at least one patch of "
                          f"{patch_samples / FS:.1f} s is needed")
-    check_amplitude(signal_mv, recording.units)
     patches = signal_mv[:, :N * patch_samples].reshape(len(lead_ids), N, patch_samples)
     valid = np.isfinite(patches).all(axis=2)
     if not valid.any():
@@ -304,97 +465,396 @@ class RecordingFeatures:
 
 
 # ---- reading one recording from a file ------------------------------------------------------------------------------
-# Plain WFDB headers: one file, one format, no skew, no frames. See header(5) of the WFDB manual.
-RECORD_LINE = re.compile(r"[^\s/]+ +(\d+) +(\d+\.?\d*)(?:[/(]\S*)? +(\d+)(?: .*)?")
-SIGNAL_LINE = re.compile(r"(\S+) +(16|212)(?:x1)?(?:\+(\d+))? +([\d.eE+-]+)(?:\((-?\d+)\))?(?:/(\S+))? +\d+ +(-?\d+)"
-                         r"(?: +-?\d+ +-?\d+ +\d+(?: +(.*))?)?")
+# WFDB: header(5) and signal(5) of its manual. wfdb.rdrecord averages the samples of a frame, gives all segments gain
+# and unit of the first, and drops what is not ASCII: here it only unpacks the formats that are not in WORDS.
+RECORD_LINE = re.compile(r"[^\s/]+(?:/(\d+))?\s+(\d+)(?:\s+(\d+\.?\d*)(?:[/(]\S*)?(?:\s+(\d+)(?:\s.*)?)?)?")
+SEGMENT_LINE = re.compile(r"(\S+)\s+(\d+)")
+SIGNAL_LINE = re.compile(r"(\S+)\s+(\d+)(?:x(\d+))?(?::(\d+))?(?:\+(\d+))?(?:\s+([-+\d.eE]+)(?:\(([-+\d.]+)\))?"
+                         r"(?:/(\S+))?(?:\s+\d+(?:\s+(-?\d+)(?:\s+(-?\d+)(?:\s+-?\d+(?:\s+\d+(?:\s+(.*))?)?)?)?)?)?)?")
+WORDS = {"16": "<i2", "61": ">i2", "32": "<i4", "212": "u1"}
+BITS = {"16": 16, "61": 16, "32": 32, "212": 12, "24": 24, "80": 8, "160": 16, "310": 10, "311": 10, "508": 8,
+        "516": 16, "524": 24, "8": 0}                                # of a sample; its lowest value means "no sample"
+BYTES = {"8": 1, "16": 2, "24": 3, "32": 4, "61": 2, "80": 1, "160": 2, "212": 1.5, "310": 4 / 3, "311": 4 / 3}
+# A signal line of a header. key: its name, and how many channels of this name came before; offset: bytes (FLAC:
+# samples) before the first frame; skew: frames by which it comes too early; mv: of a unit, None for other quantities.
+Channel = namedtuple("Channel", "key file format per_frame skew offset gain zero mv unit initial")
+# Frames `start` to `stop` of a record: a segment, or all of it. files: {file: its Channels}, which hold `frames`.
+Part = namedtuple("Part", "start stop frames folder files")
+# A record that is ready to be read. per_frame: samples of its fastest ECG channel; keys: of all its ECG channels.
+OpenRecord = namedtuple("OpenRecord", "fs frames parts keys per_frame notes")
 
 
-def read_wfdb(path):
-    """Read a WFDB record: a Recording with signal (T, L) in mV. Raises Refused if the file is absent or damaged."""
+def read_wfdb(path, start_s=0, stop_s=math.inf):
+    """Read a WFDB record, or a stretch of it: a Recording with signal (T, L) in mV. Raises Refused if its files are
+    absent or damaged, or if it holds no ECG. All formats (FLAC needs soundfile), several samples in a frame, skew, and
+    segments of both layouts. Channels slower than the fastest are resampled to its rate. A segment that cannot be read
+    is missing samples, and a note."""
+    with as_refused(path):
+        record = open_record(str(path))
+        start, stop = (round(min(max(0, at), record.frames / record.fs) * record.fs) for at in (start_s, stop_s))
+        return read_stretch(record, start, stop)
+
+
+read_edf = read_wfdb             # the suffix .edf decides
+
+
+def open_record(path):
+    """An OpenRecord of an EDF file (*.edf) or of a WFDB record (without suffix)."""
+    return (open_edf if path.lower().endswith(".edf") else open_wfdb)(path)
+
+
+def read_pieces(path):
+    """Yield (start in s, Recording) of a WFDB record in pieces of at most PIECE_S and PIECE_SAMPLES, one after another,
+    all but the last of whole seconds. To prepare one takes at most 0.5 GB (measured: 0.24 GB for 24 h of 3 leads at
+    250 Hz), below 100 Hz up to 0.9 GB, whatever the record's length; only format 8 is read from its start each time."""
+    with as_refused(path):
+        record = open_record(str(path))
+    samples = record.frames * record.per_frame * len(record.keys)
+    n = max(math.ceil(record.frames / record.fs / PIECE_S), math.ceil(samples / PIECE_SAMPLES))
+    edges = [round(i * record.frames // n // record.fs * record.fs) for i in range(n)] + [record.frames]
+    for start, stop in zip(edges, edges[1:]):
+        with as_refused(path):
+            recording = read_stretch(record, start, stop)
+        yield start / record.fs, recording if start == 0 else recording._replace(notes=None)
+
+
+@contextlib.contextmanager
+def as_refused(path):
+    """Turns what reading the files of a record may raise into Refused."""
     try:
-        signal, fs, names, units = read_plain_wfdb(path) or read_any_wfdb(path)
+        yield
+    except Refused:
+        raise
     except FileNotFoundError as error:
         raise Refused("absent file", f"{Path(error.filename or path).name} is not there") from None
-    except Exception as error:  # wfdb has no exception of its own: a damaged file may raise anything
-        raise Refused("unreadable or truncated file", f"{type(error).__name__}: {error}") from None
-    scale = np.array([MV_PER_UNIT.get(str(unit).lower(), np.nan) for unit in units])
-    volts = np.flatnonzero(np.isfinite(scale))
-    if not len(volts):
-        raise Refused("no voltage channel", f"units {units}: expected at least one channel in mV, uV or V")
-    if len(volts) < len(scale) or (scale != 1).any():
-        signal = signal[:, volts] * scale[volts]
-    return Recording(signal, fs, [names[i] or "" for i in volts], left_out=len(scale) - len(volts))
+    except ImportError as error:
+        raise Refused("absent package", f"{error.name} is needed for it: run `pip install {error.name}`") from None
+    except Exception as error:                                     # wfdb and soundfile may raise anything
+        raise Refused("unreadable or truncated file", f"{Path(path).name}: {type(error).__name__}: {error}") from None
 
 
-def read_plain_wfdb(path):
-    """Signal (T, L) in physical units, fs, names and units of a plain header with format 16 (also the .mat files of the
-    Challenges) or 212: what wfdb.rdrecord reads, several times as fast. None for other or damaged files."""
-    with open(f"{path}.hea", errors="replace") as file:
-        lines = [line for line in map(str.strip, file) if line and not line.startswith("#")]
+def open_wfdb(path):
+    """Read the headers of a record and compare them with the sizes of its files: an OpenRecord."""
+    fs, frames, channels, segments = read_header(path)
+    folder, notes, layout, failed, parts, at = os.path.dirname(path), Counter(), [], [], [], 0
+    if not segments:
+        at = frames = frames_held(folder, channels, frames)
+        parts.append(Part(0, at, at, folder, by_file(channels)))
+    for i, (name, frames) in enumerate(segments):
+        try:
+            if name != "~":                                        # a gap
+                with as_refused(name):
+                    _, own, channels, _ = read_header(os.path.join(folder, name), fs)
+                    if not i and not frames and not by_file(channels):
+                        layout = channels                          # the names of all channels, without samples
+                        continue
+                    own = frames_held(folder, channels, own)
+                notes["segments longer or shorter than their record says"] += frames not in (0, own)
+                frames = frames or own
+                parts.append(Part(at, at + frames, own, folder, by_file(channels)))
+        except Refused as error:
+            failed.append(error)
+            notes[f"segments left out: {error.reason}"] += 1
+        at += frames
+    if failed and not parts:
+        raise failed[0]
+    keys, fastest = choose_channels(fs, [channel.key for channel in layout], parts, notes)
+    if not 0 < at <= MAX_RECORD_S * fs:
+        raise ValueError(f"it lasts {at:,} frames at {fs} Hz: expected at least one, and at most {MAX_RECORD_S:,} s")
+    return OpenRecord(fs, at, parts, keys, fastest, +notes)
+
+
+def choose_channels(fs, order, parts, notes):
+    """The keys of the ECG channels of `parts`, in `order` as far as this goes, and the samples per frame of the
+    fastest. Counts the others."""
+    rates, dropped = dict.fromkeys(order, 0), {}
+    for channel in (channel for part in parts for some in part.files.values() for channel in some):
+        if not channel.mv or is_no_ecg(channel.key[0]):
+            dropped[channel.key] = f"{channel.key[0]:.40}" + (f" in {channel.unit:.20}" if not channel.mv else "")
+        else:
+            rates[channel.key] = max(channel.per_frame, rates.get(channel.key, 0))
+    fastest = max(rates.values(), default=0)
+    if not fastest:
+        raise Refused("no voltage channel", f"channels: {', '.join(dropped.values()) or 'none'}; expected an ECG in "
+                                            "mV, uV or V")
+    if not FS_RANGE[0] <= fastest * fs <= FS_RANGE[1]:
+        raise Refused("sampling rate", f"{fastest * fs:g} samples per second: expected {FS_RANGE[0]} to {FS_RANGE[1]}")
+    slow = {key: f"{key[0]:.40} at {n * fs:g} Hz" for key, n in rates.items() if 0 < n * fs < FS_RANGE[0]}
+    notes.update(f"channels left out: {name}" for name in (dropped | slow).values())
+    return [key for key, n in rates.items() if n and key not in slow], fastest
+
+
+def read_header(path, record_fs=None):
+    """Parse a WFDB header: frames per second, number of frames (0: not stated), its Channels, and its segments as
+    (name, frames). record_fs: the rate of the record of which this is a segment. ValueError for a damaged one."""
+    lines = header_lines(f"{path}.hea")
     record = RECORD_LINE.fullmatch(lines[0]) if lines else None
-    fields = [SIGNAL_LINE.fullmatch(line) for line in lines[1:]]
-    if not record or None in fields or len({f.group(1, 2, 3) for f in fields}) != 1:
-        return None
-    n_leads, n_samples, (name, kind, skip) = int(record[1]), int(record[3]), fields[0].group(1, 2, 3)
-    gains = np.array([float(f[4]) for f in fields])
-    zeros = np.array([float(f[5] or f[7]) for f in fields])
-    count = n_leads * n_samples
-    n_bytes = 2 * count if kind == "16" else 3 * -(-count // 2)
-    source = os.path.join(os.path.dirname(path), name)
-    if n_leads != len(fields) or not count or (gains == 0).any() or os.path.getsize(source) < int(skip or 0) + n_bytes:
-        return None
-    with open(source, "rb") as file:
-        file.seek(int(skip or 0))
-        data = np.fromfile(file, "<i2" if kind == "16" else "u1", n_bytes // 2 if kind == "16" else n_bytes)
-    if kind == "212":  # two samples of 12 bits in three bytes; shifts to the right keep the sign
+    if not record:
+        raise ValueError(f"the header begins with {''.join(lines[:1])!r:.60}: expected name, number of signals, rate, "
+                         "number of samples")
+    n_segments, n_channels, frames = (int(record[i] or 0) for i in (1, 2, 4))
+    fs, form, seen, channels = float(record[3] or 250), SEGMENT_LINE if n_segments else SIGNAL_LINE, Counter(), []
+    found = [form.fullmatch(line) for line in lines[1:]]
+    if len(found) != (n_segments or n_channels) or record_fs and (n_segments or fs != record_fs):
+        raise ValueError(f"the header has {len(found)} lines for {n_segments} segments and {n_channels} signals at "
+                         f"{fs} Hz: expected one for each, and in a segment the rate of its record and no segments")
+    if None in found:
+        raise ValueError(f"the line {lines[1 + found.index(None)]!r:.60} of the header: expected a file and its "
+                         "format, gain, unit and the other fields of header(5)")
+    if n_segments:
+        return fs, frames, [], [(line[1], int(line[2])) for line in found]
+    for line in found:
+        file, format, per_frame, skew, offset, gain, zero, unit, adc_zero, initial, name = line.groups()
+        if format not in {"0", *BITS} or per_frame == "0" or not math.isfinite(float(gain or 0)):
+            raise ValueError(f"the line {line[0]!r:.60} of the header: expected a format of {', '.join(BITS)}, at "
+                             "least one sample per frame, and a finite gain")
+        name, unit = name_and_unit(name or "")[0], unit or "mV"
+        # Defaults as in header(5): 200 steps per mV, also where the gain is 0; zero is that of the ADC.
+        channels.append(Channel((name, seen[name]), "~" if format == "0" else file, format, int(per_frame or 1),
+                                int(skew or 0), int(offset or 0), float(gain or 0) or 200.0,
+                                float(zero or adc_zero or 0), MV_PER_UNIT.get(unit.lower()), unit,
+                                int(initial or 0) if format == "8" else 0))
+        seen[name] += 1
+    return fs, frames, channels, []
+
+
+def header_lines(path):
+    """The lines of a WFDB header that are no comments. Text is UTF-8 or, if that fails, Latin-1 (the micro sign)."""
+    with open(find_file(path)[0], "rb") as file:
+        data = file.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    return [line for line in map(str.strip, text.split("\n")) if line and not line.startswith("#")]
+
+
+def find_file(path):
+    """A path and the size of its file; if it is absent, of the one file whose name differs in upper and lower case."""
+    try:
+        return path, os.path.getsize(path)
+    except FileNotFoundError:
+        folder, name = os.path.split(path)
+        same = names_by_lower(folder or ".", os.stat(folder or ".").st_mtime_ns).get(name.lower(), ())
+        if len(same) != 1:
+            raise
+        return os.path.join(folder, same[0]), os.path.getsize(os.path.join(folder, same[0]))
+
+
+@functools.lru_cache(1)
+def names_by_lower(folder, changed_ns):
+    """{name in lower case: names in a folder}; it is listed again only when it changes."""
+    names = {}
+    for name in os.listdir(folder):
+        names.setdefault(name.lower(), []).append(name)
+    return names
+
+
+def by_file(channels):
+    """{file: its Channels}, in the order of the header."""
+    files = {}
+    for channel in channels:
+        if channel.file != "~":                                    # "~" has no samples
+            files.setdefault(channel.file, []).append(channel)
+    return files
+
+
+def frames_held(folder, channels, stated):
+    """Number of frames: `stated`, or what the smallest file holds if that is 0. ValueError if a file is too short."""
+    held = []
+    for name, some in by_file(channels).items():
+        (path, size), (format, offset) = find_file(os.path.join(folder, name)), (some[0].format, some[0].offset)
+        if len({(channel.format, channel.offset) for channel in some}) > 1:
+            raise ValueError(f"the channels of {name} differ in format or offset: expected one for a file")
+        if format in BYTES:
+            held.append(int(max(0, size - offset) / BYTES[format]) // sum(channel.per_frame for channel in some))
+        else:
+            import soundfile
+            held.append((soundfile.info(path).frames - offset) // some[0].per_frame)
+        if held[-1] < stated:
+            raise ValueError(f"{name} holds {held[-1]:,} samples per channel, and the header says {stated:,}")
+    return stated or min(held, default=0)
+
+
+def read_stretch(record, start, stop):
+    """Frames start to stop of an OpenRecord: a Recording with signal (T, L) in mV, NaN where there is none."""
+    rows, fastest = {key: row for row, key in enumerate(record.keys)}, record.per_frame
+    if (stop - start) * fastest * len(rows) > MAX_SAMPLES:
+        raise ValueError(f"more than {MAX_SAMPLES:,} samples are not read at once: read stretches (start_s, stop_s)")
+    shape, signal = (len(rows), (stop - start) * fastest), None    # a row per lead: twice as fast from here on
+    for part in record.parts:
+        first, last = max(start, part.start) - part.start, min(stop, part.stop) - part.start
+        for name, channels in part.files.items() if first < last else ():
+            groups, column = {}, 0                                 # the same operation for all channels of a kind
+            for channel in channels:
+                if channel.key in rows and channel.mv:
+                    group = groups.setdefault((channel.per_frame, channel.skew), ([], []))
+                    group[0].append(channel)
+                    group[1].extend(range(column, column + channel.per_frame))
+                column += channel.per_frame
+            skews = [skew for _, skew in groups] or [part.frames]
+            low, high = min(first + min(skews), part.frames), min(last + max(skews), part.frames)
+            if low == high:
+                continue
+            frames = read_frames(os.path.join(part.folder, name), channels, low, high, part.frames)
+            for (per_frame, skew), (group, columns) in groups.items():
+                steps = frames[columns, first + skew - low:last + skew - low].reshape(len(group), per_frame, -1)
+                x = in_mv(group, steps.swapaxes(1, 2).reshape(len(group), -1), record.fs, fastest)
+                at, places = (first + part.start - start) * fastest, [rows[channel.key] for channel in group]
+                if x.shape == shape and places == list(range(len(rows))):
+                    signal = x                                     # all of it
+                    continue
+                signal = np.full(shape, np.nan) if signal is None else signal
+                signal[places, at:at + x.shape[1]] = x
+    signal = np.full(shape, np.nan) if signal is None else signal
+    return Recording(signal.T, record.fs * fastest, [name for name, _ in record.keys], notes=record.notes)
+
+
+def in_mv(channels, steps, fs, fastest):
+    """ADC values (L, T) of channels of one rate and format -> float64 mV at the fastest's rate, NaN for "no sample"."""
+    zeros, gains, mv = np.array([(channel.zero, channel.gain, channel.mv) for channel in channels]).T[..., None]
+    x = steps - zeros
+    x /= gains
+    if (mv != 1).any():
+        x *= mv
+    invalid = steps == -2 ** (BITS[channels[0].format] - 1)
+    if BITS[channels[0].format] and invalid.any():
+        x[invalid] = np.nan
+    if channels[0].per_frame != fastest:
+        mark_missing(x, fs * channels[0].per_frame)                # before the resampler, which would smooth it
+        x = resample(x, Fraction(fastest, channels[0].per_frame))
+    return x
+
+
+def read_frames(path, channels, first, last, n_frames):
+    """Frames first to last of a signal file with n_frames: ADC values (samples per frame of all channels, frames)."""
+    path, format, width = find_file(path)[0], channels[0].format, sum(channel.per_frame for channel in channels)
+    if format not in WORDS:
+        return read_frames_by_wfdb(path, channels, first, last, n_frames)
+    extra = first * width % 2 if format == "212" else 0            # blocks of two samples
+    begin, n_bytes = first * width - extra, math.ceil(((last - first) * width + extra) * BYTES[format])
+    with open(path, "rb") as file:
+        file.seek(channels[0].offset + int(begin * BYTES[format]))
+        data = np.fromfile(file, np.uint8, n_bytes)
+    if format == "212":                                            # 12 bits, two in three bytes; >> keeps the sign
+        data = np.pad(data, (0, -len(data) % 3)) if len(data) % 3 else data
         low, both, high = data.reshape(-1, 3).T
         data = np.empty((len(low), 2), np.int16)
         data[:, 0], data[:, 1] = low, high
         data[:, 0] |= both.astype(np.int16) << 12 >> 4
         data[:, 1] |= (both.astype(np.int16) << 8 & -4096) >> 4
-    data = data.reshape(-1)[:count].reshape(n_samples, n_leads).T
-    signal = np.empty(data.shape)  # a row per lead: twice as fast from here on
-    np.subtract(data, zeros[:, None], out=signal)
-    signal /= gains[:, None]
-    invalid = data == (-32768 if kind == "16" else -2048)
-    if invalid.any():
-        signal[invalid] = np.nan
-    return signal.T, float(record[2]), [f[8] for f in fields], [f[6] or "mV" for f in fields]
+        data = data.reshape(-1)[extra:][:(last - first) * width]
+    return np.ascontiguousarray(data.view(data.dtype if format == "212" else WORDS[format]).reshape(-1, width).T)
 
 
-def read_any_wfdb(path):
-    """The same with wfdb, for all other formats."""
-    lines = header_lines(f"{path}.hea")
-    claimed = int(lines[0][1]) * int(lines[0][3]) if len(lines[0]) > 3 else 0
-    if claimed > MAX_SAMPLES:                                      # wfdb would allocate before it checks
-        raise ValueError(f"the header says {claimed:,} samples, more than {MAX_SAMPLES:,} are not read at once")
-    record = rdrecord_any_date(path)
-    return record.p_signal, record.fs, record.sig_name, record.units or []
-
-
-def rdrecord_any_date(path):
-    """wfdb.rdrecord, also for headers whose date and time it refuses (Challenge 2017 has them in swapped order)."""
+def read_frames_by_wfdb(path, channels, first, last, n_frames):
+    """read_frames for the other formats: wfdb reads them under a plain header, which it cannot misunderstand."""
     import wfdb  # imported here: features of an array do not need it
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(os.path.abspath(path), f"{folder}/r.dat")
+        lines = [f"r {len(channels)} 250 {n_frames}", *(
+            f"r.dat {c.format}x{c.per_frame}+{c.offset} 200 0 0 {c.initial} 0 0 {i}" for i, c in enumerate(channels))]
+        Path(folder, "r.hea").write_text("\n".join(lines) + "\n")
+        begin = 0 if channels[0].format == "8" else first          # format 8 holds differences
+        found = wfdb.rdrecord(f"{folder}/r", begin, last, physical=False, smooth_frames=False, return_res=32).e_d_signal
+    return np.concatenate([x.reshape(-1, c.per_frame).T for x, c in zip(found, channels)])[:, first - begin:]
+
+
+def open_edf(path):
+    """open_wfdb for an EDF or EDF+ file: its data records are frames. Where a recording is interrupted (EDF+D), samples
+    are missing, for a whole number of data records. (wfdb.io.convert.edf.read_edf rounds baselines, averages channels
+    down to the lowest rate, and refuses interruptions.)"""
+    with open(path, "rb") as file:
+        head = file.read(256).decode("latin-1")
+        n_channels, seconds, n_records = int(head[252:256]), float(head[244:252]), int(head[236:244])
+        text = file.read(256 * n_channels).decode("latin-1")
+    columns, at = [], 0                          # one list per field of the channels; see edfplus.info/specs/edf.html
+    for width in (16, 80, 8, 8, 8, 8, 8, 80, 8):
+        fields = [text[at + i * width:][:width].strip() for i in range(n_channels)]
+        columns.append([field.replace("\xc2", "") for field in fields])                # half of a micro sign in UTF-8
+        at += n_channels * width
+    counts, ranges, channels = [int(n) for n in columns[8]], np.array(columns[3:7], float), []
+    offset, seen, held = 256 * (n_channels + 1), Counter(), os.path.getsize(path)
+    n_records = n_records if n_records >= 0 else (held - offset) // (2 * sum(counts))       # -1: not stated
+    if head[:8].strip() != "0" or not 0 < min(counts) or not 0 < seconds < math.inf or not (
+            0 < 2 * sum(counts) * n_records <= held - offset):
+        raise ValueError(f"version {head[:8]!r}, {n_records} records of {sum(counts)} samples in {seconds:g} s, in "
+                         f"{held - offset} bytes: expected EDF's version 0, and 2 bytes for each sample")
+    for name, unit, per_frame, (low, high, first, last) in zip(columns[0], columns[2], counts, ranges.T):
+        gain = (last - first) / (high - low) if high != low else 0.0
+        unit = unit if 0 < abs(gain) < math.inf else f"{unit}, of no range"
+        channels.append(Channel((name, seen[name]), path, "16", per_frame, 0, offset, gain, first - low * gain,
+                                MV_PER_UNIT.get(unit.lower()), unit, 0))
+        seen[name] += 1
+    starts = np.arange(n_records)
+    if head[192:197] == "EDF+D":                 # the first note of a record says when it begins
+        begin = sum(counts[:columns[0].index("EDF Annotations")])
+        notes = np.memmap(path, "<i2", "r", offset, (n_records, sum(counts)))[:, begin:]
+        onsets = np.array([float(note.tobytes().partition(b"\x14")[0]) for note in notes])
+        starts = np.rint((onsets - onsets[0]) / seconds).astype(int)
+    if (np.diff(starts) < 1).any():
+        raise ValueError("data records overlap, or are not in the order of time: expected one after another")
+    parts, notes, edges = [], Counter(), [0, *np.flatnonzero(np.diff(starts) > 1) + 1, n_records]
+    for first, stop in zip(edges, edges[1:]):
+        some = [channel._replace(offset=offset + 2 * sum(counts) * int(first)) for channel in channels]
+        begin, n = int(starts[first]), int(stop - first)
+        parts.append(Part(begin, begin + n, n, "", {path: some}))
+    keys, fastest = choose_channels(1 / seconds, [], parts, notes)
+    for name in [name for name in notes if "EDF Annotations" in name]:
+        del notes[name]
+    if parts[-1].stop > MAX_RECORD_S / seconds:
+        raise ValueError(f"it lasts {parts[-1].stop * seconds:,.0f} s: expected at most {MAX_RECORD_S:,} s")
+    return OpenRecord(1 / seconds, parts[-1].stop, parts, keys, fastest, notes)
+
+
+def read_array(path, fs, units, leads):
+    """The Recording in a file of one of ARRAY_READERS. fs: a number, also as text. leads: names with ";", "," or spaces
+    between them; "" if the file has a header of names. Raises Refused if the file is absent or damaged."""
+    names = re.split(r"\s*[;,]\s*" if re.search("[;,]", leads) else r"\s+", leads.strip()) if leads.strip() else []
+    with as_refused(path):
+        signal, header = ARRAY_READERS[Path(path).suffix.lower()](path)
+        known = [name_and_unit(name)[0].upper() for name in header]
+        columns = [i for i, name in enumerate(known) if name and not TIME_NAME.fullmatch(name)]
+        if names and {name.upper() for name in names} <= {*known}:
+            columns = [known.index(name.upper()) for name in names]
+        if header:
+            signal, names = signal[:, columns].astype(float), names or [header[i] for i in columns]
+        fs = float(fs or "nan")
+    if not names:
+        raise Refused("leads", "no names of leads, and the file has no header with names: name them in the table")
+    return Recording(signal, fs, names, units)
+
+
+def read_csv(path):
+    """(T, L) values of a CSV file, and the names in its header: [] without a header."""
+    import pandas as pd
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        first, second = file.readline(), file.readline()
+    separator = max(",;\t", key=first.count)
+    point = "," if separator == ";" and "," in first + second else "."
+    cells = [cell.strip().strip('"') for cell in first.strip("\n").split(separator)]
     try:
-        return wfdb.rdrecord(path)
-    except ValueError:
-        path = Path(path)
-        record_line, *signal_lines = header_lines(f"{path}.hea")
-        if len(record_line) <= 4 or "/" in record_line[0]:  # NAME CHANNELS RATE SAMPLES: no date, another error
-            raise
-        with tempfile.TemporaryDirectory() as folder:  # the same record, under a header that stops before the date
-            lines = [record_line[:4], *signal_lines]
-            Path(folder, f"{path.name}.hea").write_text("\n".join(map(" ".join, lines)))
-            for name in {fields[0] for fields in signal_lines}:
-                os.symlink(path.parent.resolve() / name, Path(folder, name))
-            return wfdb.rdrecord(f"{folder}/{path.name}")
+        header = [float(cell.replace(point, ".")) for cell in cells if cell] and []
+    except ValueError:                           # not all are numbers
+        header = cells
+    return pd.read_csv(path, sep=separator, decimal=point, header=None, skiprows=int(bool(header))).to_numpy(), header
 
 
-def header_lines(path):
-    """The fields of every line of a WFDB header that is not a comment."""
-    lines = [line.split() for line in Path(path).read_text(errors="replace").splitlines()]
-    return [fields for fields in lines if fields and not fields[0].startswith("#")]
+def only_array(arrays):
+    """The array named signal, or the only one with more than one number, of a .npz or .mat file; and no header."""
+    arrays = {name: x for name, x in arrays.items() if getattr(x, "size", 0) > 1 and x.dtype.kind in "biuf"}
+    if "signal" not in arrays and len(arrays) != 1:
+        raise ValueError(f"it holds the arrays {sorted(arrays)}: expected one, or one named signal")
+    return arrays.get("signal", next(iter(arrays.values()))), []
+
+
+def read_mat(path):
+    from scipy.io import loadmat
+    return only_array(loadmat(path))
+
+
+ARRAY_READERS = {".csv": read_csv, ".npy": lambda path: (np.load(path, mmap_mode="r"), []), ".mat": read_mat,
+                 ".npz": lambda path: only_array(np.load(path))}
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

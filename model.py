@@ -15,7 +15,7 @@ of B * M). Signals are in mV at FS Hz.
 import contextlib
 import math
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ecg import FS, LEADS, RecordingFeatures, as_recordings, cut_patches, cut_windows
+from ecg import FS, LEADS, RecordingFeatures, as_recordings, cut_patches, cut_windows, warn_of
 
 PATCH_S = 0.2                    # s; a QRS complex is about half of it
 REGISTERS = 4                    # extra tokens that hold global scratch values (Darcet et al. 2024)
@@ -353,10 +353,11 @@ class Encoder(nn.Module):
         stride_s (default: half of window_s). Its global feature is the mean of Features.global_feature() over the
         windows, each weighted by the number of its valid patches. A local feature comes from the window whose centre is nearest.
         Samples after the last whole patch are left out. local=False: global features only; memory then hardly grows
-        with the number of recordings that an iterable yields. on_error="nan": a recording that cannot be used gets
-        global features of NaN and no local ones, instead of a ValueError that names it. device: move the encoder there
-        first; it stays there. The attribute `precision` of the encoder ("auto", "fp32", "bf16") decides how it
-        computes, see precision_of; bf16 moves a global feature by about .5 % of its length.
+        with the number of recordings that an iterable yields. Channels that are no ECG by their names have local
+        features of NaN; one warning names them and the names that are not known. on_error="nan": a recording that
+        cannot be used gets global features of NaN and no local ones, instead of a ValueError that names it. device:
+        move the encoder there first; it stays there. The attribute `precision` of the encoder ("auto", "fp32", "bf16")
+        decides how it computes, see precision_of; bf16 moves a global feature by about .5 % of its length.
         """
         if on_error not in ("raise", "nan"):
             raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'nan'")
@@ -366,10 +367,10 @@ class Encoder(nn.Module):
         if device is not None:
             self.to(checked_device(device))
         recordings, many = as_recordings(signal, fs, leads, units)
-        waiting, tokens, found = [], 0, []
+        waiting, tokens, found, notes = [], 0, [], Counter()
         for number, recording in enumerate(progress_bar(recordings, signal) if many else recordings):
             try:
-                patches, valid, lead_ids = cut_patches(recording, self.patch_samples)
+                patches, valid, lead_ids = cut_patches(recording, self.patch_samples, notes)
             except ValueError as error:
                 if on_error == "raise":
                     raise ValueError(f"recording {number}: {error}" if many else str(error)) from error
@@ -385,6 +386,7 @@ class Encoder(nn.Module):
                     self.run_windows(waiting)
                     waiting, tokens = [], 0
         self.run_windows(waiting)
+        warn_of(notes)
         found = [Embedding(*features.whole(self.patch_samples / FS)) for features in found]
         return found if many else found[0]
 
@@ -500,8 +502,10 @@ def checked_device(device):
     try:
         return torch.empty(1, device=device).device
     except Exception as error:                   # each backend has errors of its own
-        raise ValueError(f"device {device!r} cannot be used here ({first_line(error)}): PyTorch {torch.__version__} "
-                         f"sees {torch.cuda.device_count()} CUDA GPUs; use device='cpu'") from error
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        here += ["mps"] * torch.backends.mps.is_available()
+        raise ValueError(f"device {device!r} cannot be used here: PyTorch {torch.__version__} finds {', '.join(here)} "
+                         f"({first_line(error)}); use device='cpu'") from error
 
 
 def read_encoder(path):

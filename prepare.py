@@ -1,7 +1,7 @@
 """Turn a publisher's folder of raw recordings into a corpus on disk, once. Training only reads the corpus.
 
 Every recording goes through ecg.preprocess, which the probes and encoder.embed call too. An estimate of disk and time
-is printed first: a sample takes 2 bytes, 10 s of 12 leads take 60 kB. Files are in OUT.part until all are done. After
+is printed first: a sample takes 2 bytes, 10 s of 12 leads take 60 kB. Files are in OUT/.part until all are done. After
 an interruption run the same command again: it continues there and ends with the same bytes.
 
 the result, in OUT (for synth in OUT/ptbxl, OUT/mitdb and OUT/nstdb)
@@ -17,6 +17,7 @@ examples
   python prepare.py ptbxl --raw data/raw/ptbxl --out data/ptbxl --download
   python prepare.py heedb --raw /data/heedb    --out data/heedb --dry-run
   python prepare.py wfdb  --raw my_ecgs        --out data/mine --workers 8 --patients my_patients.csv
+  python prepare.py arrays --raw my_csvs       --out data/csvs --table my_csvs.csv
   python prepare.py check data/ptbxl data/mine       verify them, list copies and leaks, draw DIR/check.png for each
 """
 # Shapes: L leads, T samples (at FS unless said otherwise), N recordings, K annotations.
@@ -45,19 +46,21 @@ import numpy as np
 import pandas as pd
 import scipy.signal
 import wfdb
+from joblib import cpu_count                                       # of this job: affinity and containers count
 from tqdm import tqdm
 
 from corpus import (EVENT_DTYPE, FINGERPRINT_BYTES, FORMAT_VERSION, INDEX_DTYPE, MAGIC, NO_EVENTS, PATIENT_DTYPE,
                     RECORD_DTYPE, SPLITS, SUPERCLASSES, fingerprint, index_faults, lock_folder, open_corpus,
                     part_of, rows_to_leave_out)
-from ecg import (FS, LEAD_IDS, LEADS, MAX_LEADS, MISSING, PAD_S, UV_PER_MV, Recording, Refused, atomic_write,
-                 header_lines, preprocess, read_wfdb, sha256)
+from ecg import (ARRAY_READERS, FS, LEAD_IDS, LEADS, MAX_LEADS, MAX_MV, MISSING, PAD_S, UV_PER_MV, Recording, Refused,
+                 as_refused, atomic_write, header_lines, preprocess, read_array, read_pieces, sha256)
 from synth import atomic_folder, synthesize
 
 MIN_VALID_S = 2.0                # s of signal that a lead needs to be kept
 SHARD_BYTES = 256 * 2**20        # of signal, about; 12 million recordings of 10 s and 12 leads are 2,700 files
 SHARDS_AT_LEAST = 64             # if there are as many recordings, so that a small corpus too gives work to all cores
 ESTIMATE_RECORDINGS = 5          # recordings that are read first, to estimate disk and time
+NAMES_LISTED = 20                # of unknown leads or channels left out, in the manifest: the most frequent
 OVERVIEW_RECORDINGS = 2000       # chosen at random, for the histograms of check.png
 ROW_DTYPE = np.dtype([("index", INDEX_DTYPE), ("records", RECORD_DTYPE), ("patients", PATIENT_DTYPE),
                       ("fingerprints", "u1", (FINGERPRINT_BYTES,))])  # of a recording, in the done/ file of its shard
@@ -79,9 +82,12 @@ CODE_SCALES = {"mV": 1.0, "1e-4 V": 0.1, "uV": 1e-3}  # units that code15 may be
 ANNOTATED = {"icentia11k": "atr"}  # sources whose annotations are kept
 ANNOTATION_SYMBOLS = {label.label_store: label.symbol for label in wfdb.io.annotation.ann_labels}
 SKIP, NUM, AUX = 59, 60, 63      # codes of annot(5) that are not symbols
+ARRAY_COLUMNS = ("file", "rate", "unit", "leads", "patient", "split")
 PATIENT_COLUMNS = (("record", "path", "file_name", "FileName"),  # names that --patients may use
                    ("patient", "patient_id", "subject_id", "BDSPPatientID"))
-NO_PATIENT = "records that the table of patients does not name, each a patient of its own"
+NOT_READ = "other things in these folders, which were not read"  # a note: their kinds and numbers
+OTHER_FORMATS = set(".dat .mat .edf .bdf .gdf .rec .ecg .dcm .xml .scp .csv .tsv .npy .npz .h5 .hdf5 .parquet .mef "
+                    ".zip .gz .tar .7z .pdf".split())  # suffixes of files that may hold recordings
 HASHED_NOTE = "by a hash of the patient 1 % of the patients are val and 1 % test: pre-train on the train split only"
 LEAK_NOTES = {
     **dict.fromkeys(("heedb", "code15", "code", "icentia11k"), HASHED_NOTE),
@@ -89,15 +95,16 @@ LEAK_NOTES = {
     "mitdb": "DS2 is the test split and is never pre-trained on; 201 is held out with it, being the same person as 202 "
              "(DS2); the paced records 102 104 107 217 are in the train split",
     "nstdb": "of each noise record minutes 0-20 are train and minutes 20-30 test",
-    "wfdb": "all train, one patient per record unless --patients names them, but copies of evaluation data, told by "
-            "their names, are test: HRnnnnn (Challenge 2021's PTB-XL), nnnnn_lr and nnnnn_hr (PTB-XL), MIT-BIH's DS2 "
-            "and 201"}
+    **dict.fromkeys(("wfdb", "arrays"),
+                    "all train unless --table says otherwise, one patient per record unless a table names them, but "
+                    "copies of evaluation data, told by their names, are test: HRnnnnn (Challenge 2021's PTB-XL), "
+                    "nnnnn_lr and nnnnn_hr (PTB-XL), MIT-BIH's DS2 and 201")}
 
 
 # ---- sources: which recordings there are ----------------------------------------------------------------------------
 class Job(NamedTuple):
     """One recording to prepare."""
-    path: str                    # WFDB record without suffix, or an HDF5 file
+    path: str                    # WFDB record without suffix, or another file
     record: str
     patient: str
     split: str
@@ -107,6 +114,7 @@ class Job(NamedTuple):
     row: int = -1                # in the HDF5 file
     scale: float = 1.0           # factor to mV
     reject: tuple | None = None  # reason and detail, if the lister knows already that it cannot be used
+    about: tuple | None = None   # of an array: rate in Hz, unit and names of leads, as the table has them
 
 
 # A lister yields the jobs of a source in an order that depends only on the raw files, and writes into `notes` what a
@@ -154,15 +162,13 @@ def list_heedb(raw, args, notes):
     """Harvard-Emory ECG Database: 11.6 million 12-lead ECGs; --raw holds ECG/WFDB and the publisher's tables"""
     patient_of = Lookup(raw, "demographics_ECG.csv", "FileName", "BDSPPatientID")
     duplicates = Lookup(raw, "duplicated.csv", "file_name", "file_name")
-    if not patient_of:
-        notes["patients"] = "no demographics_ECG.csv: every file counts as a patient of its own"
+    notes["patients"] = patient_of or "no demographics_ECG.csv: every file counts as a patient of its own"
+    notes["duplicates"] = duplicates or ""
     folder = raw / "ECG" / "WFDB"
-    for path in find_headers(folder if folder.is_dir() else raw):
-        patient, reject = patient_of[path.name], None
-        if duplicates[path.name] is not None:
+    for path in find_files(folder if folder.is_dir() else raw, notes):
+        patient, reject = patient_of.find(path.name), None
+        if duplicates.find(path.name) is not None:
             reject = "duplicate", "named in the publisher's duplicated.csv"
-        elif patient is None and patient_of:
-            notes[NO_PATIENT] = 1 + notes.get(NO_PATIENT, 0)
         yield hashed_job(path, raw, f"heedb/{path.name if patient is None else patient}", reject)
 
 
@@ -197,12 +203,12 @@ def list_code15(raw, args, notes):
 
 def list_code(raw, args, notes):
     """CODE, all of it, as WFDB; --raw holds records TNMG{exam}_N{k} and annotations.csv"""
-    patient_of = Lookup(raw, "annotations.csv", "id_exam", "id_patient")
+    notes["patients"] = patient_of = Lookup(raw, "annotations.csv", "id_exam", "id_patient")
     if not patient_of:
         raise ValueError(f"no annotations.csv in {raw}, or no exam in it: expected CODE's own folder, with this table")
-    for path in find_headers(raw):
+    for path in find_files(raw, notes):
         exam, reject = re.fullmatch(r"TNMG(\d+)_N\d+", path.name), None
-        patient = exam and patient_of[exam[1]]
+        patient = exam and patient_of.find(exam[1])
         if not exam:
             reject = "file name", f"{path.name}.hea: expected TNMG and the exam, _N and the tracing"
         elif patient is None:                                      # without the patient it could be in the wrong split
@@ -212,43 +218,94 @@ def list_code(raw, args, notes):
 
 def list_icentia11k(raw, args, notes):
     """Icentia11k: 11,000 patients, one lead, 541,794 segments of 70 minutes; events/ gets beats and rhythms"""
-    for path in find_headers(raw):
+    for path in find_files(raw, notes):
         known = re.fullmatch(r"(p\d{5})_s\d\d", path.name)
         reject = None if known else ("file name", f"{path.name}.hea: expected p, patient, _s and the segment")
         yield hashed_job(path, raw, f"icentia11k/{known[1] if known else path.parent.name}", reject)
 
 
 def list_wfdb(raw, args, notes):
-    """any folder of WFDB records (*.hea, in all subfolders); every channel in volts is a lead; a record with a
-              name from PTB-XL or DS2 goes to the test split; --patients names the patient of each record"""
+    """any folder of WFDB records (*.hea) and EDF or EDF+ files (*.edf), in all subfolders; every channel in
+              volts is a lead; a record with a name from PTB-XL or DS2 goes to the test split; --patients names the
+              patient of each record"""
     patient_of, held_out = read_patients(args.patients)
-    for folder, group in itertools.groupby(find_headers(raw), key=lambda path: path.parent):
+    notes["patients"] = patient_of if args.patients else ""
+    for folder, group in itertools.groupby(find_files(raw, notes, {".hea", ".edf"}), key=lambda path: path.parent):
         paths, segments = list(group), set()
         for path in paths:
-            if (lines := header_lines(f"{path}.hea")) and "/" in lines[0][0]:      # NAME/SEGMENTS, then their lines
-                segments |= {folder / fields[0] for fields in lines[1:]}
-        for path in (path for path in paths if path not in segments):  # segments are read with their record
+            if path.suffix.lower() != ".edf" and (lines := header_lines(f"{path}.hea")) and "/" in lines[0].split()[0]:
+                segments |= {line.split()[0].lower() for line in lines[1:]}        # NAME/SEGMENTS, then their lines
+        for path in (path for path in paths if path.name.lower() not in segments):  # they are read with their record
             record = path.relative_to(raw).as_posix()
-            patient = patient_of.get(record, patient_of.get(path.name))
-            if patient is None and patient_of:
-                notes[NO_PATIENT] = 1 + notes.get(NO_PATIENT, 0)
-            copy = HELD_OUT_COPY.fullmatch(path.name) or patient in held_out
+            patient = patient_of.find(record, path.name) if args.patients else None
+            copy = HELD_OUT_COPY.fullmatch(re.sub(r"(?i)\.edf\Z", "", path.name)) or patient in held_out
             patient = f"wfdb/{record}" if patient is None else f"wfdb-patient/{patient}"
             yield Job(str(path), shorten(record, 64), shorten(patient, 32), "test" if copy else "train")
 
 
+def list_arrays(raw, args, notes):
+    """any folder of CSV, .npy, .npz and .mat files; --table has a row for each: file, rate (Hz), unit (mV, uV or
+              V), leads (I II V1, or I;II;V1; empty if the CSV has a header with them), and, if you like, patient
+              (otherwise each file is one) and split (train, val or test)"""
+    path = args.table or raw / "table.csv"
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="replace")
+        found = f"has {len(table)} rows with the columns {', '.join(table)}"
+    except (OSError, ValueError) as error:
+        table, found = pd.DataFrame(), f"cannot be read ({error})"
+    if not len(table) or not {*ARRAY_COLUMNS[:4]} <= {*table} or {*table.get("split", "")} - {"", *SPLITS}:
+        raise ValueError(f"{path} {found}: expected a table (--table FILE.csv) with {', '.join(ARRAY_COLUMNS[:4])}, "
+                         f"and perhaps patient and split; a split is {', '.join(SPLITS)} or empty")
+    table = table.reindex(columns=ARRAY_COLUMNS, fill_value="").apply(lambda column: column.str.strip())
+    table["file"] = table.file.str.replace("\\", "/").str.removeprefix("./")
+    files = find_files(raw, notes, {*ARRAY_READERS})
+    found = {file.relative_to(raw).as_posix() for file in files if not file.samefile(path)}
+    notes["files"] = text = f"{path} names {len(found & {*table.file}):,} of {len(found):,} files"
+    if not found & {*table.file}:
+        raise ValueError(f"{text} in {raw}: it says {table.file[0]!r}, and there is {min(found, default='none')!r}")
+    is_copy = table.file.map(lambda name: bool(HELD_OUT_COPY.fullmatch(Path(name).stem)))
+    is_copy |= table.patient.isin({*table.patient[is_copy]} - {""})        # with a copy, all of its patient is held out
+    for row, again, copy in zip(table.itertuples(index=False), table.file.duplicated(), is_copy):
+        reject = None if row.file in found else ("absent file", f"{path} names it, and it is not in {raw}")
+        reject = ("file named twice", f"in {path}; the first row counts") if again else reject
+        patient = f"arrays-patient/{row.patient}" if row.patient else f"arrays/{row.file}"
+        yield Job(str(raw / row.file), shorten(row.file, 64), shorten(patient, 32),
+                  "test" if copy else row.split or "train", reject=reject, about=(row.rate, row.unit, row.leads))
+    for name in sorted(found - {*table.file}):
+        yield Job(name, shorten(name, 64), "", "train", reject=("not in the table", f"{path} has no row for it"))
+
+
 LISTERS = {"ptbxl": list_ptbxl, "mitdb": list_mitdb, "nstdb": list_nstdb, "heedb": list_heedb, "code15": list_code15,
-           "code": list_code, "icentia11k": list_icentia11k, "wfdb": list_wfdb}
+           "code": list_code, "icentia11k": list_icentia11k, "wfdb": list_wfdb, "arrays": list_arrays}
 
 
-def find_headers(folder):
-    """Yield the WFDB records in folder and in all folders below, as paths without suffix, sorted, files before folders.
-    OSError for a folder that cannot be read. Links to folders are not followed."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: (entry.is_dir(follow_symlinks=False), entry.name)):
-        if entry.is_dir(follow_symlinks=False):
-            yield from find_headers(entry.path)
-        elif entry.name.endswith(".hea") and entry.is_file():
-            yield Path(entry.path).with_suffix("")
+def find_files(raw, notes, suffixes=frozenset({".hea"})):
+    """Yield the files with one of `suffixes` (in any capitals; WFDB headers without it) in raw and all folders below:
+    sorted, files before folders, links to folders last. notes[NOT_READ] counts what else may hold recordings. OSError
+    for a folder that cannot be read."""
+    folders, links, listed, others = [str(raw)], [], set(), notes.setdefault(NOT_READ, Counter())
+    while folders or links:
+        folder, files, stems = (folders or links).pop(), [], set()
+        if (real := os.path.realpath(folder)) in listed:
+            others["links to folders that were listed already"] += 1
+            continue
+        listed.add(real)
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True):
+            is_link = entry.is_symlink()
+            if os.path.isdir(entry.path) if is_link else entry.is_dir():
+                (links if is_link else folders).append(entry.path)
+            elif os.path.isfile(entry.path) if is_link else entry.is_file():
+                files.append((*os.path.splitext(entry.name.lower()), entry.path))
+            else:
+                others["links to nowhere" if is_link else "pipes and devices"] += 1
+        for stem, kind, path in reversed(files):
+            if kind in suffixes:
+                stems.add(stem)
+                yield Path(path[:-4] if kind == ".hea" else path)
+        for stem, kind, _ in files:
+            # The signal files of a record have its name, in some databases with a letter more.
+            if kind in OTHER_FORMATS - suffixes and stem not in stems and not (kind == ".dat" and stem[:-1] in stems):
+                others[kind] += 1
 
 
 def hashed_job(path, raw, patient, reject=None):
@@ -276,30 +333,44 @@ def shorten(name, n_bytes):
 
 class Lookup:
     """Looks up a column of a CSV table by a key, for many million rows: it stores the 64-bit hash of a key, 16 bytes
-    per row in all. The table is in raw, or up to two folders below; keys are compared without folder and suffix.
-    lookup[key] is None if there is no such table or key."""
+    per row in all. The table is in raw, or up to two folders below; without a table it is empty. Keys are compared
+    without suffix, and without folder unless `paths`. It counts what is found, for share()."""
 
-    def __init__(self, raw, name, key, value):
-        keys, values = [np.zeros(0, np.uint64)], [np.zeros(0, "S1")]
-        for path in sorted(path for folder in ("", "*/", "*/*/") for path in raw.glob(folder + name)):
+    def __init__(self, raw, name, key, value, paths=False):
+        self.name, self.paths, self.asked, self.found, self.example = name, paths, 0, 0, ""
+        self.may_miss = key == value               # a list of duplicates: a part of a database may hold none of them
+        keys, values, folders = [np.zeros(0, np.uint64)], [np.zeros(0, "S1")], ("", "*/", "*/*/")
+        for path in [raw / name] if paths else sorted(path for folder in folders for path in raw.glob(folder + name)):
             for part in read_table(path, [key, value]):
                 keys.append(np.fromiter(map(self.hash, part[key]), np.uint64, len(part)))
                 values.append(np.char.encode(part[value].to_numpy(str)))
+                self.example = self.example or next(iter(part[key]), "")
         self.keys, first = np.unique(np.concatenate(keys), return_index=True)
         self.values = np.concatenate(values)[first]
 
-    @staticmethod
-    def hash(key):
-        return hash64(re.sub(r".*[/\\]|\.(hea|mat|dat)\Z", "", key))
+    def hash(self, key):
+        key = re.sub(r"(?i)\.(hea|mat|dat|edf)\Z", "", key.replace("\\", "/").removeprefix("./"))
+        return hash64(key if self.paths else key.rpartition("/")[2])
 
     def __len__(self):
         return len(self.keys)
 
-    def __getitem__(self, key):
-        wanted = np.uint64(self.hash(key))
-        place = np.searchsorted(self.keys, wanted)
-        found = place < len(self.keys) and self.keys[place] == wanted
-        return self.values[place].decode(errors="replace") if found else None
+    def find(self, *names):
+        """The value of the first of a recording's names that is in the table, otherwise None."""
+        self.asked += 1
+        for wanted in map(np.uint64, map(self.hash, names)):
+            place = np.searchsorted(self.keys, wanted)
+            if place < len(self.keys) and self.keys[place] == wanted:
+                self.found += 1
+                return self.values[place].decode(errors="replace")
+        self.stranger = names[0]
+
+    def share(self):
+        """How many recordings the table names, as text. ValueError if it names none."""
+        if self.asked and not self.found and not self.may_miss:
+            raise ValueError(f"{self.name} names none of the {self.asked:,} recordings: it says {self.example!r}, and "
+                             f"there is {self.stranger!r}; expected the same names")
+        return f"{self.name} ({len(self):,} names) names {self.found:,} of {self.asked:,} recordings"
 
 
 def read_table(path, columns):
@@ -315,17 +386,18 @@ def read_table(path, columns):
 
 
 def read_patients(path):
-    """--patients: {record: patient}, and the patients who have a copy of a held-out recording."""
+    """--patients: a Lookup (None without a table), and the patients who have a copy of a held-out recording."""
     if path is None:
-        return {}, set()
+        return None, set()
     found = pd.read_csv(path, nrows=0).columns
     record, patient = (next((name for name in names if name in found), None) for names in PATIENT_COLUMNS)
     if not record or not patient:
         raise ValueError(f"--patients {path} has the columns {', '.join(found)}: expected one of "
                          f"{', '.join(PATIENT_COLUMNS[0])}, and one of {', '.join(PATIENT_COLUMNS[1])}")
     table = pd.concat(read_table(path, [record, patient]))
-    patient_of = dict(zip(table[record].str.removesuffix(".hea"), table[patient]))
-    return patient_of, {who for name, who in patient_of.items() if HELD_OUT_COPY.fullmatch(name.split("/")[-1])}
+    names = table[record].str.replace(r"(?i).*[/\\]|\.(?:hea|edf)$", "", regex=True)
+    return (Lookup(path.parent, path.name, record, patient, paths=True),
+            {who for name, who in zip(names, table[patient]) if HELD_OUT_COPY.fullmatch(name)})
 
 
 @functools.lru_cache(1)
@@ -372,31 +444,52 @@ class Prepared(NamedTuple):
 
 
 def prepare_recording(job, annotator=None):
-    """Prepare one recording, or raise Refused."""
+    """Yield a recording as rows of the corpus: one, or the pieces of a long record. Raise Refused if there is none."""
     if job.reject:
         raise Refused(*job.reject)
-    recording = read_wfdb(job.path) if job.row < 0 else read_exam(job)
+    ready, refused, lost = None, None, Counter()
+    for start_s, recording in read(job):
+        try:
+            piece = prepare_piece(job, start_s, recording, annotator)
+        except Refused as error:
+            refused = refused or error
+            lost[f"pieces of long records left out: {error.reason}"] += 1
+            continue
+        if ready:
+            yield ready
+        ready = piece                                              # the last one takes the counts of lost pieces
+    if not ready:
+        raise refused
+    ready.changes.update(lost)
+    yield ready
+
+
+def prepare_piece(job, start_s, recording, annotator):
+    """Prepare a Recording that begins `start_s` after its record, or raise Refused."""
     if job.n_channels and len(recording.leads) != job.n_channels:
         raise Refused("channel count", f"{len(recording.leads)} channels, expected {job.n_channels}")
-    signal_mv, ids = preprocess(*recording[:4])
+    changes = Counter(recording.notes)
+    signal_mv, ids = preprocess(*recording[:4], changes)
     if job.part:
         n = min(signal_mv.shape[1], NOISE_S * FS)
         signal_mv = signal_mv[:, round(job.part[0] * n):round(job.part[1] * n)]
-    changes = Counter({"channels left out: not a voltage": recording.left_out})
     steps, ids, start = drop_unusable_leads(signal_mv, ids, changes)
     events = NO_EVENTS
     if annotator:
+        start += round(start_s * FS)
         events = read_events(f"{job.path}.{annotator}", recording.fs, start, steps.shape[1], changes)
     return Prepared(steps, ids, recording.fs, events, changes)
 
 
-def read_exam(job):
-    """The Recording in a row of an exams_part*.hdf5."""
-    try:
+def read(job):
+    """(start in s, Recording) of the pieces of a job. Raises Refused if its file is absent or damaged."""
+    if job.about:
+        return [(0, read_array(job.path, *job.about))]
+    if job.row < 0:
+        return read_pieces(job.path)
+    with as_refused(job.path):
         tracing = open_h5(job.path)["tracings"][job.row]
-    except (OSError, ValueError) as error:
-        raise Refused("unreadable or truncated file", f"{type(error).__name__}: {error}") from None
-    return Recording(tracing.astype(np.float64) * job.scale, CODE_FS, CODE_LEADS)
+    return [(0, Recording(tracing.astype(np.float64) * job.scale, CODE_FS, CODE_LEADS))]
 
 
 def drop_unusable_leads(signal_mv, ids, changes):
@@ -418,7 +511,13 @@ def drop_unusable_leads(signal_mv, ids, changes):
         if ids[i] and ids[i] in ids[:i]:                           # two channels of one name cannot both be that lead
             ids[i] = 0
             changes["leads renamed unknown: a second one of the name"] += 1
-    steps = np.rint(signal_mv[:, start:stop] * UV_PER_MV)
+    signal_mv = signal_mv[:, start:stop]
+    for k in np.flatnonzero((np.abs(signal_mv) > MAX_MV).any(axis=1)):
+        offset = np.nanmedian(signal_mv[k])
+        if abs(offset) > MAX_MV / 2:                               # others stay, even if some samples do not fit
+            signal_mv[k] -= offset
+            changes["leads stored without their offset, because it does not fit 16 bits"] += 1
+    steps = np.rint(signal_mv * UV_PER_MV)
     in_range = np.abs(steps) <= np.iinfo(np.int16).max             # false for NaN, and where the resampler overshoots
     steps = np.where(in_range, steps, MISSING).astype("<i2")
     changes["samples missing"] += int((steps == MISSING).sum())
@@ -431,8 +530,8 @@ def read_events(path, fs, start, length, changes):
     try:
         events = decode_annotations(Path(path).read_bytes())
     except (OSError, ValueError) as error:
-        absent = isinstance(error, FileNotFoundError)
-        changes[f"recordings without annotations: the file is {'absent' if absent else 'damaged'}"] += 1
+        why = {FileNotFoundError: "absent", ValueError: "damaged"}.get(type(error), f"closed ({type(error).__name__})")
+        changes[f"recordings without annotations: the file is {why}"] += 1
         return NO_EVENTS
     sample = np.rint(events["sample"] * (FS / fs)) - start
     inside = (sample >= 0) & (sample < length) & ~np.isin(events["symbol"], (b'"', b" "))  # comments are no events
@@ -469,26 +568,27 @@ def decode_annotations(data):
 
 
 # ---- writing a corpus -----------------------------------------------------------------------------------------------
-# OUT.part/ holds, while a corpus is made:
+# OUT/.part/ holds, while a corpus is made (in OUT, because OUT may be a mount point, or a link to another disk):
 #     jobs.jsonl, plan.json                        the jobs, fixed when the run first started
 #     signal/00000.i16 ... (events/00000.npy ...)  the shards; the shard of a job is fixed from the start
 #     done/00000.npz ...                           index rows and rejects of each finished shard
 # A shard is finished when its file in done/ is there. That file is written last, and atomically.
 
 def refuse_existing(out):
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """ValueError if `out` holds anything but an unfinished run. (A new disk of ext4 has a folder lost+found.)"""
+    unfinished = (part_of(out) / "plan.json").exists() and not (out / "manifest.json").exists()
+    if out.exists() and not unfinished and not (out.is_dir() and {*os.listdir(out)} <= {".part", "lost+found"}):
         raise ValueError(f"{out} already exists: delete it (rm -r {out}) to make it again, or name another folder")
 
 
 def write_corpus(source, raw, out, args, command):
-    """Prepare `source` under `raw` into `out`, or continue OUT.part. Returns the manifest, None for a dry run."""
+    """Prepare `source` under `raw` into `out`, or continue OUT/.part. Returns the manifest, None for a dry run."""
     refuse_existing(out)
-    part = part_of(out)
+    part, made = part_of(out), not out.exists()
     part.mkdir(parents=True, exist_ok=True)
-    with lock_folder(part), contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as at_end, lock_folder(part):
+        at_end.callback(clean_up, part, made)                      # after the lock is released
         begun = (part / "plan.json").exists()
-        if not begun:                                              # until something is prepared, leave nothing behind
-            undo.callback(shutil.rmtree, part, ignore_errors=True)
         if begun and not args.dry_run:
             plan = json.loads((part / "plan.json").read_text())
             if plan.get("command") != command or plan.get("format_version") != FORMAT_VERSION:
@@ -498,34 +598,45 @@ def write_corpus(source, raw, out, args, command):
             plan = make_plan(source, raw, part, args, command)
         if args.dry_run:
             return None
-        undo.pop_all()
         if not (part / "manifest.json").exists():
-            finish_shards(source, part, plan, args.workers or os.cpu_count())
+            finish_shards(source, part, plan, args.workers or cpu_count())
             assemble(source, part, plan, command)
-        shutil.rmtree(part / "done", ignore_errors=True)
-        # The plan is deleted last: while it is there, a run can continue. A dry run that was killed leaves dry.jsonl.
-        for name in ("dry.jsonl", "jobs.jsonl", "lock", "plan.json"):
-            (part / name).unlink(missing_ok=True)
-        part.rename(out.resolve())                                 # `out` is absent or empty: see refuse_existing
+        # No reader takes OUT for a corpus before the manifest is there, so it is moved last. Then the plan is deleted.
+        working = {"done", "dry.jsonl", "jobs.jsonl", "lock", "plan.json", "manifest.json"}
+        for name in (*sorted({*os.listdir(part)} - working), "manifest.json"):
+            (part / name).rename(part.parent / name)
+        (part / "plan.json").unlink()
     return json.loads((out / "manifest.json").read_text())
 
 
+def clean_up(part, made):
+    """Delete OUT/.part unless a run can continue there, and OUT if this run made it and it is empty."""
+    if not (part / "plan.json").exists():
+        shutil.rmtree(part, ignore_errors=True)
+        if made and not os.listdir(part.parent):
+            part.parent.rmdir()
+
+
 def make_plan(source, raw, part, args, command):
-    """Write the list of jobs into OUT.part, and estimate disk and time. Returns the plan, None for a dry run."""
+    """Write the list of jobs into OUT/.part, and estimate disk and time. Returns the plan, None for a dry run."""
     jobs, notes, n = part / ("dry.jsonl" if args.dry_run else "jobs.jsonl"), {}, 0
     listed = itertools.islice(LISTERS[source](raw, args, notes), args.limit or None)
     with open(jobs, "w") as file:
         for n, job in enumerate(tqdm(listed, desc="listing", unit=" records", disable=None), 1):
             file.write(json.dumps(job) + "\n")
+    notes[NOT_READ] = ", ".join(f"{k:,} {kind}" for kind, k in sorted(notes.pop(NOT_READ, {}).items()))
+    notes = {what: note.share() if isinstance(note, Lookup) else note for what, note in notes.items() if note != ""}
     if not n:
-        raise ValueError(f"no {source} recordings under {raw}: expected WFDB headers (*.hea) there")
+        raise ValueError(f"no {source} recordings under {raw}: expected WFDB headers (*.hea) there, for wfdb also EDF "
+                         f"files (*.edf); found {notes.get(NOT_READ, 'nothing like these')}")
     sizes, start, chosen = [], time.perf_counter(), {int(i) for i in np.linspace(0, n - 1, ESTIMATE_RECORDINGS)}
     with open(jobs) as file:
         for line in (line for i, line in enumerate(file) if i in chosen):
             with contextlib.suppress(Refused):
-                sizes.append(prepare_recording(Job(*json.loads(line)), ANNOTATED.get(source)).steps.nbytes)
+                rows = prepare_recording(Job(*json.loads(line)), ANNOTATED.get(source))
+                sizes.append(sum(row.steps.nbytes for row in rows))
     n_bytes, seconds = np.mean(sizes or [0.0]), (time.perf_counter() - start) / len(chosen)
-    workers, free = args.workers or os.cpu_count(), shutil.disk_usage(part).free
+    workers, free = args.workers or cpu_count(), shutil.disk_usage(part).free
     print(f"{source}: {n:,} recordings to read; about {n_bytes * n / 1e9:.3g} GB on disk ({free / 1e9:.0f} GB free) "
           f"and {seconds * n / workers / 60:,.1f} min on {workers} cores")
     if args.dry_run:
@@ -601,19 +712,18 @@ def prepare_shard(source, part, number, jobs):
         with open(path, "wb") as file:
             for job in jobs:
                 try:
-                    got = prepare_recording(job, ANNOTATED.get(source))
-                except Refused as error:
+                    for got in prepare_recording(job, ANNOTATED.get(source)):
+                        file.write(got.steps.tobytes())
+                        n_leads, length = got.steps.shape
+                        leads, patient = np.pad(got.leads, (0, MAX_LEADS - n_leads)), 0  # assemble numbers the patients
+                        row = (number, offset, length, n_leads, leads, SPLITS.index(job.split), job.label, patient,
+                               got.fs_hz, n_events, len(got.events))
+                        rows.append((row, job.record.encode(), job.patient.encode(), fingerprint(got.steps, got.leads)))
+                        events.append(got.events)
+                        offset, n_events = offset + got.steps.size, n_events + len(got.events)
+                        changes += got.changes
+                except Refused as error:                           # before its first row, never after it
                     rejects.append((job.record, error.reason, str(error)))
-                    continue
-                file.write(got.steps.tobytes())
-                n_leads, length = got.steps.shape
-                leads, patient = np.pad(got.leads, (0, MAX_LEADS - n_leads)), 0  # assemble numbers the patients
-                row = (number, offset, length, n_leads, leads, SPLITS.index(job.split), job.label, patient, got.fs_hz,
-                       n_events, len(got.events))
-                rows.append((row, job.record.encode(), job.patient.encode(), fingerprint(got.steps, got.leads)))
-                events.append(got.events)
-                offset, n_events = offset + got.steps.size, n_events + len(got.events)
-                changes += got.changes
             file.flush()
             os.fsync(file.fileno())
         sums = {f"signal/{path.name}": sha256(path)}
@@ -625,10 +735,21 @@ def prepare_shard(source, part, number, jobs):
         path.unlink(missing_ok=True)                               # on a full disk this frees some space
         raise
     rows = np.array(rows, ROW_DTYPE)
-    about = json.dumps({"rejects": rejects, "changes": changes, "sha256": sums, "bytes": 2 * offset}).encode()
+    about = json.dumps({"rejects": rejects, "changes": most_frequent(changes, 10 * NAMES_LISTED), "sha256": sums,
+                        "bytes": 2 * offset}).encode()
     atomic_write(part / "done" / f"{number:05d}.npz",
                  lambda file: np.savez(file, rows=rows, about=np.frombuffer(about, np.uint8)))
     return {"jobs": len(jobs), "samples": rows["index"]["length"].sum(), "rejected": len(rejects), "bytes": 2 * offset}
+
+
+def most_frequent(changes, n):
+    """Of each kind of change that names something ("kind: name") keep the n most frequent names; add up the others."""
+    kept, names = Counter(), Counter()
+    for what, count in changes.most_common():
+        kind = what.partition(": ")[0]
+        names[kind] += 1
+        kept[what if names[kind] <= n else f"{kind}: other names"] += count
+    return kept
 
 
 def assemble(source, part, plan, command):
@@ -640,6 +761,7 @@ def assemble(source, part, plan, command):
     rejects = pd.DataFrame(rejects, columns=["record", "reason", "detail"])
     rejects.to_csv(part / "rejects.csv", index=False, lineterminator="\r\n")
     rejected, changes = Counter(rejects.reason), sum((Counter(about["changes"]) for about in abouts), Counter())
+    changes = most_frequent(changes, NAMES_LISTED)
     try:
         if len(rejects) == plan["jobs"]:
             raise ValueError(f"none of the {plan['jobs']} recordings could be used: {dict(rejected)}; the first: "
@@ -826,6 +948,7 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="only print the number of recordings, and the disk and time they need")
     add("--patients", type=Path, metavar="CSV",
         help="wfdb only: table with a column record (the path in --raw, or its last part) and a column patient")
+    add("--table", type=Path, metavar="CSV", help="arrays only: what the files are (default: table.csv in --raw)")
     add("--rate", choices=("auto", "100", "500"), default="auto",
         help="ptbxl only: which copy to read, in Hz (default: 500 if all of it is there, otherwise 100)")
     add("--records", type=int, default=SYNTH_RECORDS, metavar="N",
@@ -842,6 +965,7 @@ def parse_args(argv=None):
              "--records must be at least 1, --workers, --seed and --limit at least 0"),
             (is_synth and (args.limit or args.dry_run), "no --limit and no --dry-run: for synth there is --records"),
             (args.patients and source != "wfdb", f"--patients is for wfdb; {source} knows its patients"),
+            (args.table and source != "arrays", f"--table is for arrays; the files of {source} say what they are"),
             (args.patients and not args.patients.is_file(), f"--patients {args.patients}: there is no such file"),
             (not is_synth and not args.download and not args.raw.is_dir(), f"--raw {args.raw} is no folder")):
         if is_wrong:
@@ -852,7 +976,7 @@ def parse_args(argv=None):
 def command_of(args):
     """The command line that makes this corpus again."""
     names = ["raw", "out", *{"synth": ["records", "seed"], "ptbxl": ["rate"]}.get(args.source, [])]
-    names += [name for name in ("limit", "patients") if getattr(args, name)]
+    names += [name for name in ("limit", "patients", "table") if getattr(args, name)]
     flags = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
     return shlex.join(["python", "prepare.py", args.source, *flags])
 

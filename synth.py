@@ -257,14 +257,20 @@ def synth_recording(rng, condition, fs, duration_s, lead_names, heart=None):
 # ---- files in the publishers' layouts -------------------------------------------------------------------------------
 @contextlib.contextmanager
 def atomic_folder(out):
-    """A temporary folder to write into. It is renamed to `out` at the end, or deleted if anything goes wrong."""
+    """A temporary folder to write into. At the end its content becomes that of `out`; it is deleted if anything goes
+    wrong. `out` is absent or empty; it may be a mount point, or a link to another disk."""
     out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.tmp-", dir=out.parent) as folder:
+    home = out if out.is_dir() else out.parent
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.tmp-", dir=home) as folder:
         part = Path(folder, "part")                                # other users cannot read the temporary folder
         part.mkdir()
         yield part
-        part.rename(out)
+        if home == out:
+            for path in sorted(part.iterdir()):
+                path.rename(out / path.name)
+        else:
+            part.rename(out)
 
 
 def write_record(path, fs, leads, adc, gain):

@@ -54,7 +54,8 @@ def test_read_gives_windows_without_copying(synth):
     (lambda d: np.save(d / "index.npy", np.zeros(3)), "is damaged"),
     (lambda d: (d / "index.npy").unlink(), "is damaged"),
     (lambda d: (d / "signal" / "00002.i16").unlink(), "is damaged"),
-    (lambda d: d.rename(f"{d}.part"), "corpus.part holds an unfinished one: run its command again")])
+    (lambda d: (d.rename(f"{d}.part"), d.mkdir(), (d.parent / f"{d.name}.part").rename(d / ".part")),
+     "corpus/.part holds an unfinished one: run its command again")])
 def test_open_corpus_refuses_damage_and_names_the_command(small_corpus, tmp_path, damage, words):
     copy = Path(shutil.copytree(small_corpus, tmp_path / "corpus"))
     open_corpus(copy)

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from fractions import Fraction
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 import wfdb
 
 from conftest import ROOT, TWELVE, draw_ecg, edit_header, noise, rows_of, run, write
-from ecg import FS, LEADS, MISSING, lead_id, preprocess, read_any_wfdb, read_plain_wfdb
+import ecg
+from ecg import FS, LEADS, MISSING, Refused, is_no_ecg, lead_id, preprocess, read_pieces, read_wfdb
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -24,6 +26,15 @@ from ecg import FS, LEADS, MISSING, lead_id, preprocess, read_any_wfdb, read_pla
     ("DI", "I"), ("DII", "II"), ("diii", "III"), ("D2", "II"), ("lead II", "II"), (" Lead aVF ", "aVF"), ("MLI", "I"),
     ("MLII", "II"), ("mliii", "III"), ("MV1", "V1"), ("ML V1", "V1"), ("MV6", "V6"), ("v 3", "V3"), ("vx", "X"),
     ("VY", "Y"), ("VZ", "Z"),
+    ("II,", "II"), ("ECG I", "I"), ("ECG V1", "V1"), ("EKG II", "II"), ("ECG_II", "II"), ("ECG-II", "II"),
+    ("ML2", "II"), ("Lead I (Einthoven)", "I"), ("Lead V1", "V1"), ("Lead_II", "II"), ("lead:aVF", "aVF"), 
+    ("MDC_ECG_LEAD_II", "II"), ("MDC_ECG_LEAD_AVR", "aVR"), ("MDC_ECG_ELEC_POTL_V3R", "V3R"), 
+    ("5.6.3-9-2", "II"), ("5.6.3-9-61", "III"), ("MDC 2:1", "I"), ("2:257", "I"), ("131074", "II"), ("131391", "aVL"),
+    ("aVR, augmented voltage, right", "aVR"),
+    (b"II", "II"), (np.bytes_(b"V1"), "V1"), ("aVR ", "aVR"), ("II-Ref", "II"), ("II (mV)", "II"), ("V1_uV", "V1"),
+    ("ECG LL-RA", "II"), ("MCL1", "V1"), ("ECG Lead II", "II"), ("EKG DIII", "III"), ("\tV2\n", "V2"),
+    *((name, "unknown") for name in ("-aVR", "ECG -aVR", "Lead -aVR", "MDC_ECG_LEAD_-aVR", "MCL", "MCL2", "CM5", "ECG2",
+                                     "V1-V2", "1", "2", "Lead 1", "5.6.3-9-99", "5.6.3-9-65", "II III", b"", "RESP")),
     *((name, "unknown") for name in ("ECG", "ecg", "noise1", "V10", "IV", "", None, "lead", "ECG1", "V", "MV7"))])
 def test_lead_id_knows_a_lead_by_any_spelling(name, lead):
     assert lead_id(name) == LEADS.index(lead)
@@ -145,8 +156,8 @@ ECG = draw_ecg(FS, 3, ("I", "II"))
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ((ECG, 49.9, ("I", "II")), "fs is 49.9: expected the sampling rate in Hz, a number from 50 to 4000"),
-    ((ECG, 4001, ("I", "II")), "fs is 4001"), ((ECG, float("nan"), ("I", "II")), "fs is nan"),
+    ((ECG, 49.9, ("I", "II")), "fs is 49.9: expected the sampling rate in Hz, a number from 50 to 100000"),
+    ((ECG, 100_001, ("I", "II")), "fs is 100001"), ((ECG, float("nan"), ("I", "II")), "fs is nan"),
     ((ECG, "250", ("I", "II")), "fs is '250'"), ((ECG, None, ("I", "II")), "fs is None"),
     ((ECG, FS, ("I", "II", "III")), "shape (2, 750) and leads names 3: expected (leads, samples)"),
     ((ECG[0], FS, ("I", "II")), "shape (750,) and leads names 2"), ((ECG[None], FS, ("I", "II")), "shape (1, 2, 750)"),
@@ -155,7 +166,7 @@ ECG = draw_ecg(FS, 3, ("I", "II"))
     ((ECG, FS, ("I", "II"), None), "units is None"),
     ((ECG * 0, FS, ("I", "II")), "check the units (now 'mV') and the gain"),
     ((ECG * np.nan, FS, ("I", "II")), "no sample of this recording is usable"),
-    ((ECG + 2000, FS, ("I", "II")), "beyond +-32.767 mV")])
+    ((ECG + 2000, FS, ("I", "II")), "2e+03 mV, if it is in mV; an ECG spans 0.005 to 20 mV, on at most 300:")])
 def test_what_preprocess_refuses_and_says(arguments, words):
     with pytest.raises(ValueError) as error:
         preprocess(*arguments)
@@ -225,32 +236,401 @@ def test_segments_with_a_layout_gaps_skew_and_no_length(tmp_path):
     np.testing.assert_array_equal(skewed[1], 5 * (noise(5, 1500).T[1] - 1024))
 
 
-def test_plain_formats_are_read_as_wfdb_reads_them(shared_data):
-    """Formats 16, 212 and the Challenges' .mat, by the short way, and all else left to wfdb."""
+def agrees_with_wfdb(path):
+    """Compare read_wfdb with wfdb's own reading of a record with one sample per frame, mV only."""
+    own, theirs = read_wfdb(path), wfdb.rdrecord(path)
+    np.testing.assert_array_equal(own.signal, theirs.p_signal)
+    assert own.fs == theirs.fs and own.leads == theirs.sig_name and set(theirs.units) == {"mV"} and not own.notes
+
+
+def test_real_records_are_read_as_wfdb_reads_them(shared_data):
     some = [*sorted((shared_data / "ptbxl" / "records500" / "00000").glob("*.hea"))[:3],
-            *sorted((shared_data / "cinc2021").glob("*.hea"))[:3], *sorted((shared_data / "mitdb").glob("11*.hea"))[:3]]
+            *sorted((shared_data / "cinc2021").glob("*.hea"))[:3], *sorted((shared_data / "mitdb").glob("11*.hea"))[:3],
+            shared_data / "nstdb" / "bw.hea"]                                  # its gain is 0
     for header in some:
-        path = str(header.with_suffix(""))
-        fast, slow = read_plain_wfdb(path), read_any_wfdb(path)
-        np.testing.assert_array_equal(fast[0], slow[0])
-        assert fast[1] == slow[1] and list(fast[2]) == list(slow[2]) and list(fast[3]) == list(slow[3])
-    assert read_plain_wfdb(str(shared_data / "nstdb" / "bw")) is None          # its gain is 0
+        agrees_with_wfdb(str(header.with_suffix("")))
 
 
 @pytest.mark.parametrize("fmt, gain, seed", [(fmt, gain, seed) for fmt in ("16", "212") for gain in (200.0, 74.36, 1e-3)
                                              for seed in range(3)])
 def test_plain_formats_with_every_value_there_is(fmt, gain, seed, tmp_path):
-    """Odd counts, all 12-bit and 16-bit values, the one that stands for "no sample", baselines."""
+    """Odd counts, all 12-bit and 16-bit values, the one that stands for "no sample", baselines, stretches."""
     rng, top = np.random.default_rng(seed), 2 ** (15 if fmt == "16" else 11)
-    n_leads, n = int(rng.integers(1, 5)), int(rng.integers(2, 999))
+    n_leads, n = int(rng.integers(1, 5)), int(rng.integers(200, 999))
     adc = rng.integers(-top, top, (n, n_leads))
     wfdb.wrsamp("r", 360, ["mV"] * n_leads, [f"lead {i}" for i in range(n_leads)], d_signal=adc, fmt=[fmt] * n_leads,
                 adc_gain=[gain] * n_leads, baseline=rng.integers(-500, 500, n_leads).tolist(), write_dir=str(tmp_path))
-    fast, slow = read_plain_wfdb(str(tmp_path / "r")), read_any_wfdb(str(tmp_path / "r"))
-    np.testing.assert_array_equal(fast[0], slow[0])
-    assert fast[1:3] == (360, slow[2]) and fast[3] == slow[3]
+    path = str(tmp_path / "r")
+    agrees_with_wfdb(path)
+    for start in rng.integers(0, n - 1, 9):
+        stop = int(rng.integers(start + 1, n + 1))
+        part = read_wfdb(path, start / 360, stop / 360)
+        np.testing.assert_array_equal(part.signal, read_wfdb(path).signal[start:stop])
     os.truncate(tmp_path / "r.dat", os.path.getsize(tmp_path / "r.dat") - 2)
-    assert read_plain_wfdb(str(tmp_path / "r")) is None        # the error is wfdb's to find
+    with pytest.raises(Refused, match=f"r.dat holds .* samples per channel, and the header says {n}"):
+        read_wfdb(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# WFDB: frames, segments, units, names; wfdb itself is right where it reads one segment without smoothing
+
+def packed(fmt, flat):
+    """ADC values in the order of the file -> its bytes."""
+    if fmt == "212":
+        a, b = np.resize(flat, (-(-len(flat) // 2), 2)).T & 0xFFF
+        return np.stack((a & 255, a >> 8 | b >> 8 << 4, b & 255), axis=1).astype("u1").tobytes()
+    return (flat + 128 if fmt == "80" else flat).astype({"16": "<i2", "61": ">i2", "80": "u1"}[fmt]).tobytes()
+
+
+def write_record(folder, name, fs, channels, fmt="16", n=500, seed=0, length=None, offset=0):
+    """A record of random ADC values. channels: (lead, samples per frame, gain field, ADC zero) each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, top = np.random.default_rng(seed), {"16": 20000, "61": 20000, "212": 2047, "80": 127}[fmt]
+    frames = [rng.integers(-top, top, (n, per_frame)) for _, per_frame, _, _ in channels]
+    (folder / f"{name}.dat").write_bytes(bytes(offset) + packed(fmt, np.concatenate(frames, axis=1).reshape(-1)))
+    lines = [f"{name} {len(channels)} {fs} {n if length is None else length}"]
+    for lead, per_frame, gain, zero in channels:
+        kind = fmt + f"x{per_frame}" * (per_frame > 1) + f"+{offset}" * (offset > 0)
+        lines.append(f"{name}.dat {kind} {gain} 12 {zero} 0 0 0 {lead}")
+    (folder / f"{name}.hea").write_text("\n".join(lines) + "\n")
+    return str(folder / name)
+
+
+def by_wfdb(path):
+    """{signal number: mV at its own rate} of a record without segments."""
+    record = wfdb.rdrecord(path, smooth_frames=False)              # physical=False fails for format 61
+    scale = {"mV": 1, "uV": 1e-3, "V": 1e3}
+    return {i: x * scale[unit] if unit in scale else None for i, (x, unit) in
+            enumerate(zip(record.e_p_signal, record.units))}
+
+
+@pytest.mark.parametrize("fmt", ["16", "212", "80", "61"])
+@pytest.mark.parametrize("per_frame", [1, 2, 3, 8])
+def test_several_samples_in_a_frame(fmt, per_frame, tmp_path):
+    channels = [("II", per_frame, "200/mV", 0), ("RESP", 1, "100/pm", 3), ("V1", per_frame, "0.5(-7)/uV", 0)]
+    path = write_record(tmp_path, "r", 125, channels, fmt, n=501, offset=6)
+    own, theirs = read_wfdb(path), by_wfdb(path)
+    assert own.fs == 125 * per_frame and own.leads == ["II", "V1"] and own.notes == {"channels left out: RESP in pm": 1}
+    np.testing.assert_array_equal(own.signal.T, [theirs[0], theirs[2]])
+    for start, stop in ((0, 1), (100, 333), (499, 501)):
+        part = read_wfdb(path, start / 125, stop / 125).signal
+        np.testing.assert_array_equal(part, own.signal[start * per_frame:stop * per_frame])
+
+
+def test_channels_of_different_rates_are_brought_to_the_highest(tmp_path):
+    """ECG at 250 and 125 Hz, pulse at 500, a slow channel in mV; each sample of the frame rate 62.5 Hz."""
+    fast, slow = draw_ecg(250, 12, ["II"])[0], draw_ecg(125, 12, ["V1"])[0]
+    slow[400:440] = np.nan
+    adc = [np.where(np.isnan(x), -32768, np.round(np.nan_to_num(x) * 1000)).reshape(750, -1) for x in (fast, slow)]
+    pulse, breath = np.zeros((750, 8)), np.zeros((750, 1))
+    (tmp_path / "r.dat").write_bytes(np.concatenate([*adc, pulse, breath], axis=1).astype("<i2").tobytes())
+    (tmp_path / "r.hea").write_text("r 4 62.5 750\n" + "".join(
+        f"r.dat 16x{n} 1000/mV 16 0 0 0 0 {lead}\n" for lead, n in (("II", 4), ("V1", 2), ("PLETH", 8)))
+        + "r.dat 16 1000/mV 16 0 0 0 0 Resp\n")
+    recording = read_wfdb(str(tmp_path / "r"))
+    assert (recording.fs, recording.leads, recording.signal.shape) == (250, ["II", "V1"], (3000, 2))
+    assert recording.notes == {"channels left out: PLETH": 1, "channels left out: Resp": 1}
+    np.testing.assert_allclose(recording.signal[:, 0], fast, atol=5.1e-4)
+    truth = draw_ecg(250, 12, ["V1"])[0]
+    gap = np.isnan(recording.signal[:, 1])
+    assert np.flatnonzero(gap).tolist() == list(range(799, 880))
+    np.testing.assert_allclose(recording.signal[50:-50, 1][~gap[50:-50]], truth[50:-50][~gap[50:-50]], atol=0.005)
+
+
+def test_slow_channels_beside_a_fast_ecg_are_no_ecg(tmp_path):
+    path = write_record(tmp_path, "r", 31.25, [("II", 8, "1000/mV", 0), ("wave", 1, "1000/mV", 0)])
+    recording = read_wfdb(path)
+    assert recording.fs == 250 and recording.leads == ["II"]
+    assert recording.notes == {"channels left out: wave at 31.25 Hz": 1}
+    with pytest.raises(Refused, match="31.25 samples per second: expected 50 to 100000") as error:
+        read_wfdb(write_record(tmp_path, "slow", 31.25, [("II", 1, "1000/mV", 0)]))
+    assert error.value.reason == "sampling rate"
+
+
+SEGMENTS = {                     # each with gains, units, orders and channels of its own
+    "a": [("II", 4, "200/mV", 0), ("V1", 4, "200/mV", 0), ("RESP", 1, "9/pm", 0)],
+    "b": [("V1", 4, "1(5)/uV", 0), ("II", 4, "0.25/uV", -3)],
+    "c": [("II", 4, "2000000(4)/V", 0), ("II", 4, "77/mV", 0), ("V1", 4, "5/mmHg", 0)],
+    "d": [("ABP", 4, "9/mmHg", 0), ("aVF", 2, "100/mV", 0)]}
+
+
+@pytest.mark.parametrize("variable", [False, True])
+@pytest.mark.parametrize("fmt", ["16", "212", "80", "61"])
+def test_segments_have_gain_unit_and_channels_of_their_own(variable, fmt, tmp_path):
+    expected = {key: np.full(4 * 1100, np.nan) for key in ("II", "V1", "second II", "aVF")}
+    for seed, (name, channels) in enumerate(SEGMENTS.items()):
+        path, start = write_record(tmp_path, name, 125, channels, fmt, n=200, seed=seed), 4 * (200 * seed + 100)
+        for i, x in by_wfdb(path).items():
+            lead = "second II" if (name, i) == ("c", 1) else channels[i][0]
+            if x is not None and lead in expected and channels[i][1] == 4:
+                expected[lead][start:start + 800] = x
+            elif lead == "aVF":
+                expected[lead][start:start + 800] = ecg.resample(x[None], Fraction(2))[0]
+    lines = ["~ 100", *(f"{name} 200" for name in SEGMENTS), "gone 200"]
+    if variable:
+        lines.insert(0, "lay 0")
+        (tmp_path / "lay.hea").write_text("lay 5 125 0\n" + "".join(
+            f"~ 0x4 1/mV 0 0 0 0 0 {lead}\n" for lead in ("V1", "RESP", "II", "aVF", "V6")))
+    (tmp_path / "r.hea").write_text(f"r/{len(lines)} 3 125 1100\n" + "\n".join(lines) + "\n")
+    recording = read_wfdb(str(tmp_path / "r"))
+    order = ("V1", "II", "aVF", "second II") if variable else ("II", "V1", "second II", "aVF")
+    assert recording.fs == 500 and recording.leads == [lead.removeprefix("second ") for lead in order]
+    rows = dict(zip(order, recording.signal.T))
+    for lead, x in expected.items():
+        np.testing.assert_array_equal(rows[lead], x, err_msg=lead)
+    assert recording.notes == {"channels left out: RESP in pm": 1, "channels left out: V1 in mmHg": 1,
+                               "channels left out: ABP in mmHg": 1, "segments left out: absent file": 1}
+    for start, stop in ((0, 50), (90, 310), (299, 301), (650, 1100)):
+        part = read_wfdb(str(tmp_path / "r"), start / 125, stop / 125).signal[:, :3 if not variable else 2]
+        np.testing.assert_array_equal(part, recording.signal[4 * start:4 * stop, :3 if not variable else 2])
+
+
+def test_what_is_wrong_with_segments_is_counted_or_said(tmp_path):
+    channels = [("II", 1, "200/mV", 0)]
+    write_record(tmp_path, "a", 250, channels)
+    write_record(tmp_path, "fast", 500, channels)
+    write_record(tmp_path, "cut", 250, channels)
+    os.truncate(tmp_path / "cut.dat", 999)
+    (tmp_path / "nested.hea").write_text("nested/1 1 250 500\na 500\n")
+    head = "r/6 1 250 3100\n"
+    (tmp_path / "r.hea").write_text(head + "a 500\nfast 500\ncut 500\nnested 500\na 600\na 400\n")
+    recording = read_wfdb(str(tmp_path / "r"))
+    assert recording.notes == {"segments left out: unreadable or truncated file": 3,
+                               "segments longer or shorter than their record says": 2}
+    a = by_wfdb(str(tmp_path / "a"))[0]
+    expected = np.full(3000, np.nan)
+    expected[:500], expected[2000:2500], expected[2600:] = a, a, a[:400]
+    np.testing.assert_array_equal(recording.signal[:, 0], expected)
+    (tmp_path / "none.hea").write_text("none/2 1 250 1000\ngone 500\ncut 500\n")
+    with pytest.raises(Refused, match="gone.hea is not there"):
+        read_wfdb(str(tmp_path / "none"))
+    for text, words in (("endless/2 1 250 9\na 500\n~ 99999999999\n", "it lasts 100,000,000,499 frames at 250.0 Hz"),
+                        ("endless/2 1 250 9\na 5\n", "1 lines for 2 segments and 1 signals at 250.0 Hz"),
+                        ("endless 1 250\nx.dat 99 200 12 0 0 0 0 II\n", "expected a format of 16, 61, 32"),
+                        ("endless\n", "begins with 'endless': expected name, number of signals, rate")):
+        (tmp_path / "endless.hea").write_text(text)
+        with pytest.raises(Refused, match=words):
+            read_wfdb(str(tmp_path / "endless"))
+
+
+@pytest.mark.parametrize("fmt", ["8", "24", "32", "80", "160", "310", "311", "516"])
+def test_stretches_of_the_other_formats(fmt, tmp_path):
+    if fmt.startswith("5"):
+        pytest.importorskip("soundfile")
+    adc = np.random.default_rng(1).integers(-60, 61, (1001, 2))
+    kind = fmt if fmt in ("24", "32", "80", "516") else "16"
+    wfdb.wrsamp("r", FS, ["mV"] * 2, ["II", "V1"], d_signal=adc, fmt=[kind] * 2, adc_gain=[100.0] * 2,
+                baseline=[0] * 2, write_dir=str(tmp_path))
+    if fmt in ("8", "160", "310", "311"):
+        (tmp_path / "r.dat").write_bytes(encode(fmt, adc))
+        lines = [f"r.dat {fmt} 100 10 0 0 0 0 {lead}\n" for lead in ("II", "V1")]
+        (tmp_path / "r.hea").write_text("r 2 250\n" + "".join(lines))
+    for start, stop in ((0, 1001), (0, 7), (333, 777), (1000, 1001)):
+        got = read_wfdb(str(tmp_path / "r"), start / FS, stop / FS).signal
+        np.testing.assert_array_equal(got, adc[start:stop] / 100)
+
+
+@pytest.mark.parametrize("length", [" 500", "", " 0"])
+@pytest.mark.parametrize("sign, code", [
+    ("u", "ascii"), ("\u00b5", "utf-8"), ("\u03bc", "utf-8"), ("\u00b5", "latin-1")])
+def test_micro_signs_and_lengths_that_are_not_stated(length, sign, code, tmp_path):
+    path = write_record(tmp_path, "r", 250, [("II", 1, "1/uV", 0), ("V1", 1, "1/uV", 0)])
+    expected, text = read_wfdb(path), (tmp_path / "r.hea").read_text()
+    text = text.replace(" 500\n", f"{length}\n").replace("/uV", f"/{sign}V").replace("\n", "\r\n")
+    (tmp_path / "r.hea").write_bytes(text.encode(code))
+    np.testing.assert_array_equal(read_wfdb(path).signal, expected.signal)
+    assert np.abs(expected.signal).max() > 10                      # mV; as V it would be 1,000 times this
+
+
+def test_skew_of_fast_channels_files_of_their_own_and_capitals(tmp_path):
+    a = write_record(tmp_path, "a", 125, [("II", 2, "200/mV", 0)], "212")
+    b = write_record(tmp_path, "b", 125, [("V1", 2, "100/mV", 0)], "16", seed=1)
+    lines = ["a.dat 212x2 200/mV 12 0 0 0 0 II", "b.dat 16x2:7 100/mV 12 0 0 0 0 V1"]
+    (tmp_path / "R.HEA").write_text("\n".join(["R 2 125 500", *lines]) + "\n")
+    (tmp_path / "b.dat").rename(tmp_path / "B.DAT")
+    recording = read_wfdb(str(tmp_path / "R"))
+    np.testing.assert_array_equal(recording.signal[:, 0], by_wfdb(a)[0])
+    (tmp_path / "B.DAT").rename(tmp_path / "b.dat")
+    np.testing.assert_array_equal(recording.signal[:, 1], np.r_[by_wfdb(b)[0][14:], np.full(14, np.nan)])
+    (tmp_path / "R.HEA").write_text("\n".join(["R 2 125", *lines]) + "\n")
+    os.truncate(tmp_path / "b.dat", 400)
+    assert read_wfdb(str(tmp_path / "R")).signal.shape == (200, 2)      # the shortest file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# long records
+
+def test_pieces_are_the_record(tmp_path, monkeypatch):
+    path = write_record(tmp_path, "r", 62.5, [("II", 4, "200/mV", 0), ("RESP", 1, "9/pm", 0)], n=2000)
+    whole = read_wfdb(path)
+    assert [start for start, _ in read_pieces(path)] == [0]
+    monkeypatch.setattr(ecg, "PIECE_S", 10)
+    pieces = list(read_pieces(path))
+    assert [start for start, _ in pieces] == [0, 8, 16, 24]
+    np.testing.assert_array_equal(np.concatenate([piece.signal for _, piece in pieces]), whole.signal)
+    assert [piece.notes for _, piece in pieces] == [whole.notes, None, None, None]
+    monkeypatch.setattr(ecg, "PIECE_SAMPLES", 1500)
+    assert len(list(read_pieces(path))) == 6
+
+
+def test_a_long_record_becomes_several_rows(tmp_path, monkeypatch):
+    """With one name and one patient; a piece without signal is counted; annotations stay at their beats."""
+    monkeypatch.setattr(ecg, "PIECE_S", 10)
+    x = draw_ecg(FS, 40, ("II",))
+    x[:, 10 * FS:20 * FS] = 0
+    raw = tmp_path / "raw" / "p00" / "p00000"
+    write(raw, "p00000_s00", np.round(x.T * 1000), ("II",), gain=1000, baseline=0)
+    beats = np.arange(125, 40 * FS, 500)
+    wfdb.wrann("p00000_s00", "atr", beats, ["N"] * len(beats), fs=FS, write_dir=str(raw))
+    corpus = run("icentia11k", tmp_path / "raw", tmp_path / "out")
+    assert corpus.index["length"].tolist() == [10 * FS] * 3 and corpus.manifest["records"] == 1
+    assert [name.decode() for name in corpus.records] == ["p00/p00000/p00000_s00"] * 3
+    assert set(corpus.index["patient"]) == {0}
+    assert corpus.manifest["changed"]["pieces of long records left out: no valid lead"] == 1
+    for row, start in enumerate((0, 20, 30)):
+        np.testing.assert_array_equal(corpus.read(row)[0], np.round(x[0, start * FS:(start + 10) * FS] * 1000))
+        np.testing.assert_array_equal(corpus.events(row)["sample"], [125, 625, 1125, 1625, 2125])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures memory by /proc")
+def test_a_day_of_three_leads_takes_bounded_memory(tmp_path):
+    hour = np.round(draw_ecg(FS, 3600, ("I", "II", "V1")).T * 1000).astype("<i2").tobytes()
+    (tmp_path / "raw").mkdir()
+    with open(tmp_path / "raw" / "day.dat", "wb") as file:
+        for _ in range(24):
+            file.write(hour)
+    (tmp_path / "raw" / "day.hea").write_text(f"day 3 250 {24 * 3600 * FS}\n" + "".join(
+        f"day.dat 16 1000/mV 16 0 0 0 0 {lead}\n" for lead in ("I", "II", "V1")))
+    code = f"""
+import prepare
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])    # ru_maxrss is the parent's
+before = peak()
+job = prepare.Job({str(tmp_path / "raw" / "day")!r}, "day", "day", "train")
+print(sum(row.steps.shape[1] for row in prepare.prepare_recording(job)), peak() - before)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True,
+                          timeout=600)
+    samples, kb = map(int, done.stdout.split())
+    print(f"{kb / 1e6:.2f} GB")
+    assert samples == 24 * 3600 * FS and kb < 500_000              # all at once: 4.6 GB
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is right and what is said about values and names
+
+def notes_of(*arguments, **more):
+    notes = Counter()
+    preprocess(*arguments, **more, notes=notes)
+    return dict(notes)
+
+
+PAIR = draw_ecg(FS, 10, ("II", "V2"))
+GAIN = "signals that span {} than most ECGs: the gain may be wrong by 10"
+NORMALISED = "signals that look normalised (mean 0, deviation 1, or from 0 or -1 to 1): the scale in mV is lost"
+
+
+@pytest.mark.parametrize("x, units, words", [
+    (1000 * PAIR, "mV", "spans 1.3e[+]03 mV.* if it is in mV; in uV it would be 1.3 mV; an ECG spans"),
+    (PAIR / 1000, "mV", "spans 0.0013 mV.*in V it would be 1.3 mV"), (PAIR, "uV", "in uV.*check the units"),
+    (np.round(200 * PAIR).astype(int), "mV", "integers: divide ADC steps by the gain"),
+    (PAIR + 301, "mV", "offset of 301 mV"),
+    (PAIR + np.linspace(0, 900, 2500), "mV", "check the units")])
+def test_wrong_units_are_refused_wherever_a_recording_comes_from(x, units, words, tmp_path):
+    with pytest.raises(Refused, match=words) as error:
+        preprocess(x, FS, ("II", "V2"), units)
+    assert error.value.reason == "amplitude"
+
+
+def test_an_offset_and_a_drift_are_no_wrong_unit(tmp_path):
+    names = ("II", "V2")
+    for offset in (40.0, -250.0, np.array([[0.0], [35.0]])):
+        y, _ = preprocess(PAIR + offset, FS, names)
+        np.testing.assert_array_equal(y, (PAIR + offset).astype(np.float32))
+    for drift in (np.linspace(0, 25, 2500), 12.5 * np.sin(np.arange(2500) / 400), np.linspace(30, 60, 2500)):
+        assert np.isfinite(preprocess(PAIR + drift, FS, names)[0]).all()
+    write(tmp_path / "raw", "r", np.round(PAIR.T * 500), names, gain=500, baseline=-20000)       # + 40 mV
+    corpus = run("wfdb", tmp_path / "raw", tmp_path / "out")
+    assert corpus.manifest["changed"] == {"leads stored without their offset, because it does not fit 16 bits": 2}
+    steps = 2 * np.round(PAIR * 500)
+    np.testing.assert_array_equal(corpus.read(0), steps - np.median(steps, axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("fs", [4001, 8000, 32000, 44100, 100_000, 3999.999, 12345.678, 50.001])
+def test_every_rate_up_to_100_khz(fs):
+    y, _ = preprocess(draw_ecg(fs, 4, ("II",)), fs, "II")
+    assert y.shape[1] in (1000, 1001)
+    np.testing.assert_allclose(y[0, 50:950], draw_ecg(FS, 4, ("II",))[0, 50:950], atol=0.005 if fs > 100 else 2)
+
+
+def test_what_looks_wrong_is_said():
+    z = (PAIR - PAIR.mean(1, keepdims=True)) / PAIR.std(1, keepdims=True)
+    unit = (PAIR - PAIR.min()) / np.ptp(PAIR)
+    assert notes_of(PAIR, FS, ("II", "V2")) == {}
+    for x in (z, (PAIR - PAIR.mean()) / PAIR.std(), unit, 2 * unit - 1, np.where(np.arange(2500) % 700, z, np.nan)):
+        assert notes_of(x, FS, ("II", "V2")) == {NORMALISED: 1}
+    assert notes_of(10 * PAIR, FS, ("II", "V2")) == {GAIN.format("more"): 1}
+    assert notes_of(PAIR / 10, FS, ("II", "V2")) == {GAIN.format("less"): 1}
+    mixed = np.vstack([PAIR, 1000 * PAIR[:1]])
+    assert notes_of(mixed, FS, ("II", "V2", "V3")) == {"leads left out: an amplitude or offset that no ECG has": 1}
+    y, _ = preprocess(mixed, FS, ("II", "V2", "V3"), notes=Counter())
+    assert np.isnan(y[2]).all() and np.isfinite(y[:2]).all()
+    y, _ = preprocess(np.vstack([PAIR, PAIR[:1] / 1000]), FS, ("II", "V2", "V3"), notes=(notes := Counter()))
+    assert np.isnan(y[2]).all() and notes == {"leads left out: an amplitude or offset that no ECG has": 1}
+    burst = PAIR.copy()
+    burst[0, :200] = 100 * np.sin(np.arange(200))                  # a bad contact for 8 % of the time
+    y, _ = preprocess(burst, FS, ("II", "V2"), notes=Counter())
+    np.testing.assert_array_equal(y[0], np.where(np.abs(burst[0]) > 32.767, np.nan, burst[0]).astype(np.float32))
+    with pytest.warns(UserWarning, match="^signals that span more"):
+        preprocess(10 * PAIR, FS, ("II", "V2"))
+
+
+NO_ECG_NAMES = ("RESP", "Resp.", "resp thorax", "PLETH", "PLETH R", "PLETHl", "PPG", "ABP", "ART", "CVP", "PAP", "ICP",
+                "EEG (C4-A1)", "EEG Fpz-Cz", "C4-M1", "O2-A1", "F3-M2", "EMG chin", "EMG1", "EOG(L)", "EOG horizontal",
+                "LOC", "SpO2", "SaO2", "SO2", "CO2", "EtCO2", "UC", "FHR", "Airflow", "NASAL", "THOR RES", "ABDO RES",
+                "Thorax", "Abdomen", "Temp rectal", "PCG", "SCG", "ACC X", "accel_x", "GSR", "EDF Annotations",
+                "Event marker", "P1", "Pressure", "HR", "Pulse", "Light", "Position", "OX STAT",
+                "H.R.", "NEW AIR", "Therm", "Pres", b"RESP", "PLETH (mV)", "BP")
+
+
+def test_names_of_what_is_no_ecg():
+    assert [name for name in NO_ECG_NAMES if not is_no_ecg(name)] == []
+    for name in (*LEADS, "ECG", "ECG1", "noise1", "V", "MCL", "CM5", "MLII", "channel 1", "ch2", "P", "avr", "x"):
+        assert not is_no_ecg(name), name
+
+
+def test_channels_that_are_no_ecg_are_missing_and_counted():
+    x = np.vstack([PAIR, np.random.default_rng(0).normal(0, 0.5, (3, 2500))])
+    names = ["II", "V2", "RESP", "PLETH", "ECG9"]
+    y, ids = preprocess(x, FS, names, notes=(notes := Counter()))
+    assert notes == {"channels left out: RESP": 1, "channels left out: PLETH": 1,
+                     "leads stored as unknown: the name 'ECG9'": 1}
+    assert np.isnan(y).all(axis=1).tolist() == [False, False, True, True, False] and ids.tolist() == [2, 8, 0, 0, 0]
+    with pytest.raises(Refused, match="the channels RESP, PLETH are no ECG by their names"):
+        preprocess(x[2:4], FS, ("RESP", "PLETH"))
+    assert notes_of(PAIR, FS, ("unknown", "II")) == {}            # said by the caller
+
+
+def test_names_as_people_hold_them():
+    expected, ids = preprocess(PAIR, FS, ("II", "V2"))
+    for names in (np.array(["II", "V2"], "S4"), [b"II", b"V2"], iter(["II", "V2"]), {"II": 1, "V2": 2}.keys(),
+                  ["II (mV)", "V2_mV"], np.array(["II", "V2"]), ("ECG II", "Lead V2")):
+        y, found = preprocess(PAIR, FS, names)
+        np.testing.assert_array_equal(y, expected)
+        assert found.tolist() == ids.tolist() == [2, 8]
+    assert preprocess(PAIR[0], FS, b"II")[1].tolist() == [2]
+    y, _ = preprocess(PAIR * [[1000], [1]], FS, ["II [uV]", "V2"])              # a unit in a name goes first
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+    with pytest.raises(Refused, match="a set has no order"):
+        preprocess(PAIR, FS, {"II", "V2"})
+
+
+def test_time_is_no_lead():
+    t = np.arange(2500) / FS
+    for name in ("time", "Time (s)", "t", "sample", "'Elapsed time'", "timestamp", "sample #"):
+        with pytest.raises(Refused, match="time is no lead; leave it out of signal and leads"):
+            preprocess(np.vstack([t, PAIR]), FS, (name, "II", "V2"))
+    notes = notes_of(np.vstack([t, PAIR]), FS, ("unknown", "II", "V2"))
+    assert notes == {"leads that rise evenly, like a time column": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tracemalloc
 import types
+import warnings
 import weakref
 import zipfile
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import wfdb
@@ -990,6 +992,60 @@ def test_arrays_of_recordings(encoder):
         assert encoder.embed(nothing, fs=250, leads=LIMBS) == []
 
 
+def said_by(call):
+    """The texts of the warnings of a call, and its result."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        result = call()
+    return [str(warning.message) for warning in found], result
+
+
+def test_channels_that_are_no_ecg_keep_their_rows_and_change_nothing(encoder):
+    wave = np.random.default_rng(0).normal(0, 0.4, (2, 750))
+    x, names = np.vstack([wave[:1], PAIR[0], wave[1:]]), ["RESP", "I", "II", "EEG (C4-A1)"]
+    said, out = said_by(lambda: encoder.embed(x, fs=250, leads=names))
+    alone = encoder.embed(PAIR[0], fs=250, leads=LIMBS)
+    assert said == ["channels left out: RESP (1); channels left out: EEG (C4-A1) (1)"]
+    assert_close(out.global_feature, alone.global_feature)
+    assert_close(out.local_features[1:3], alone.local_features)
+    assert np.isnan(out.local_features[[0, 3]]).all()
+
+
+def test_embed_warns_once_for_all_recordings(encoder):
+    """Of unknown names, channels that a file's reader left out, and gains; and not where all is known."""
+    recordings = [Recording(PAIR[0], 250, ("ECG1", "II")), Recording(PAIR[1], 250, ("ECG1", "I"), notes={"RESP": 1}),
+                  Recording(10 * PAIR[1], 250, LIMBS)]
+    said, _ = said_by(lambda: encoder.embed(recordings))
+    assert len(said) == 1 and "leads stored as unknown: the name 'ECG1' (2)" in said[0] and "RESP (1)" in said[0]
+    assert "signals that span more than most ECGs: the gain may be wrong by 10 (1)" in said[0]
+    assert said_by(lambda: encoder.embed(PAIR, fs=250, leads=LIMBS))[0] == []
+
+
+def test_masks_names_and_tables_as_people_hold_them(encoder):
+    """Masked arrays in lists and after indexing, bytes, iterators of names, pandas with units in the columns."""
+    gap = PAIR[0].copy()
+    gap[1, 300:400] = np.nan
+    masked = np.ma.masked_array(np.where(np.isnan(gap), 9, gap), mask=np.isnan(gap))
+    expected, whole = (encoder.embed(x, fs=250, leads=LIMBS) for x in (gap, PAIR[0]))
+    assert np.isnan(expected.local_features).any() and not np.isnan(whole.local_features).any()
+    for many in ([masked, masked], np.ma.stack([masked, masked]), (x for x in (masked, masked)), [list(masked), masked],
+                 np.ma.stack([masked] * 3)[1:], [masked[:, :], masked[[0, 1]]]):
+        for out in encoder.embed(many, fs=250, leads=LIMBS):
+            assert_close(out.global_feature, expected.global_feature)
+            assert np.array_equal(np.isnan(out.local_features), np.isnan(expected.local_features))
+    for names in (np.array(LIMBS, "S2"), [b"I", b"II"], iter(LIMBS), map(str, LIMBS)):
+        for out in encoder.embed([PAIR[0]] * 2, fs=250, leads=names):
+            assert_close(out.global_feature, whole.global_feature)
+    for factors, columns in (((1, 1), ("I", "II")), ((1, 1), ("I (mV)", "Lead II [mV]")), ((1000, 1), ("I_uV", "II"))):
+        table = pd.DataFrame(PAIR[0].T * factors, columns=columns)
+        assert_close(encoder.embed(table, fs=250).global_feature, whole.global_feature)
+        assert_close(encoder.embed([table, table], fs=250)[1].global_feature, whole.global_feature)
+    with pytest.raises(ValueError, match="a set has no order: give a list of names"):
+        encoder.embed(PAIR[0], fs=250, leads=set(LIMBS))
+    with pytest.raises(ValueError, match="lead 0 is named 'time': time is no lead"):
+        encoder.embed(table.assign(time=0.0)[["time", *columns]], fs=250)
+
+
 @pytest.mark.parametrize("arguments, text", [
     (dict(fs=[250, 250, 250]), "there are 2 recordings, but.*for 3"), (dict(leads=[LIMBS]), "2 recordings.*for 1"),
     (dict(units=["mV"]), "2 recordings.*for 1"), (dict(fs=[250], leads=[LIMBS] * 3), "2 recordings.*for 1 and 3"),
@@ -1289,6 +1345,7 @@ def test_two_files_are_all_that_embedding_needs(saved, tmp_path):
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
 import numpy as np
+import pandas as pd
 from model import load_encoder
 signal = np.sin(np.arange(5000) / 40) + 0.3 * np.sin(np.arange(5000) / 7)
 encoder = load_encoder({str(saved)!r})
