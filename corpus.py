@@ -44,13 +44,14 @@ FINGERPRINT_CHUNK, FINGERPRINT_MARGIN = 2**18, 2**11                     # sampl
 SLOPE, LANDMARK_SUM, LANDMARK_NEAR, LANDMARK_LEAST = 8, 24, 75, 20       # samples; the last is a ratio of energies
 FINGERPRINT_DTYPE = np.dtype([("row", "<u4"), ("sample", "<i4"), ("channel", "u1"), ("bits", "<u4", (3,))])
 NO_FINGERPRINTS = np.zeros(0, FINGERPRINT_DTYPE)
-AGREEMENT, MISSED, NEAR_FINGERPRINTS = 16, 4, 32  # bits, bits, and how many on each side: see HeldOut.score
-MAX_SHIFT, EDGE = 4, 60          # samples by which noise moves a landmark; at the ends landmarks may be absent
+MOST_DIFFERENT = {2: 16, 4: 8}   # bits, by the size of words, in pairs that are looked at
+AGREEMENT, MISSED, NEAR_FINGERPRINTS = 16, 4, 16  # bits, bits, and how many on each side: see HeldOut.score
+MAX_SHIFT, EDGE = 4, 300         # samples by which noise moves a landmark, and at the start where one may be extra
 MIN_AGREEMENT = 3                # mean per fingerprint: signals are then compared
 ENOUGH, ENOUGH_ALONE = (12, 6), (10, 2)  # mean and count that decide: if there are signals, if there are none
 MIN_CORRELATION, MIN_OVERLAP_S, CHECK_S = (0.96, 0.9), 4.5, 60           # of one lead, of several
 FIRST_FINGERPRINTS = 4           # of a recording, that find_duplicates compares
-SEARCH_BLOCK, SEARCH_PAIRS, SEARCH_ALIGNMENTS, SEARCH_CHECKS = 2**20, 2**21, 2**15, 2**17
+SEARCH_BLOCK, SEARCH_PAIRS, SEARCH_LEAST, SEARCH_MOST = 2**20, 2**21, 2**13, 2**19
 SHORT_WORDS_UP_TO = 1e13         # pairs of fingerprints
 HELD_OUT_FILE = Path(__file__).parent / "pretrained" / "held_out.npz"    # PTB-XL's folds 9 and 10, MIT-BIH's DS2, 201
 
@@ -298,8 +299,8 @@ def blocks(corpora, chosen):
 
 def differing(a, b):
     """How many bits differ between a and b, uint32 (..., 3)."""
-    x = a ^ b
-    return (BIT_COUNT[x & 0xFFFF] + BIT_COUNT[x >> 16]).sum(axis=-1, dtype=np.int64)
+    counts = BIT_COUNT[(a ^ b).view(np.uint16)]
+    return sum(counts[..., k] for k in range(counts.shape[-1])).astype(np.int64)
 
 
 def words_of(bits, n_bytes):
@@ -329,7 +330,7 @@ class HeldOut:
         for k in reversed(range(MAX_LEADS)):
             has = np.flatnonzero(self.index["n_leads"] > k)
             self.channel_of[has, self.index["leads"][has, k]] = k
-        self.tables = []
+        self.leads, self.tables = np.unique(self.lead), []
         for word in words_of(self.bits, word_bytes):
             key = self.lead << np.uint64(32) | word
             order = np.argsort(key)
@@ -339,7 +340,7 @@ class HeldOut:
         """Yield (i, j): rows of lead (K,) and bits (K, 3), and fingerprints in self that share a word with them, where
         both leads are the same or one is unknown."""
         for (keys, order), word in zip(self.tables, words_of(bits, self.word_bytes)):
-            for other in np.unique(self.lead):
+            for other in self.leads:
                 mine = np.flatnonzero((lead == other) | (lead == 0) | (other == 0))
                 mine = mine[np.argsort(word[mine])]                      # neighbours then read the same memory
                 low, high = (np.searchsorted(keys, other << np.uint64(32) | word[mine], side) for side in
@@ -354,16 +355,18 @@ class HeldOut:
         """Per corpus the rows, of those `chosen` (bool, by row), that hold a stretch of a recording in self. Bounded
         memory and time: of too many candidates the best ones are looked at."""
         copies, n_blocks = [set() for _ in corpora], 1 + sum(len(c.fingerprints) for c in corpora) // SEARCH_BLOCK
+        most = max(SEARCH_LEAST, SEARCH_MOST // n_blocks)
         for c, part in blocks(corpora, chosen):
             lead, pairs = corpora[c].index["leads"][part["row"], part["channel"]], [np.zeros(0, np.int64)]
-            for i, j in self.candidates(lead, part["bits"]):
-                near = differing(part["bits"][i], self.bits[j]) <= AGREEMENT
+            bits = part["bits"].copy()
+            for i, j in self.candidates(lead, bits):
+                near = differing(bits.take(i, axis=0), self.bits.take(j, axis=0)) <= MOST_DIFFERENT[self.word_bytes]
                 pairs.append(i[near] * len(self.bits) + j[near])
-            i, j = self.alignments(part, *np.divmod(np.unique(np.concatenate(pairs)), max(1, len(self.bits))))
+            i, j = self.alignments(part, *np.divmod(np.unique(np.concatenate(pairs)), max(1, len(self.bits))), most)
             score = [np.zeros((2, 0))] + [self.score(part, lead, i[k:k + 4096], j[k:k + 4096])
                                           for k in range(0, len(i), 4096)]
             total, count = np.concatenate(score, axis=1)
-            for k in np.argsort(-total, kind="stable")[:max(1024, SEARCH_CHECKS // n_blocks)]:
+            for k in np.argsort(-total, kind="stable")[:most // 8]:
                 row, mean = int(part["row"][i[k]]), total[k] / max(1, count[k])
                 alone = self.sources[self.source[self.prints["row"][j[k]]]].dir is None
                 least, fewest = ENOUGH_ALONE if alone else ENOUGH
@@ -373,16 +376,16 @@ class HeldOut:
                     copies[c].add(row)
         return [np.array(sorted(rows), np.int64) for rows in copies]
 
-    def alignments(self, part, i, j):
-        """Of pairs of fingerprints, one for each two recordings and shift in time; those with the most evidence."""
+    def alignments(self, part, i, j, most):
+        """Of pairs of fingerprints the nearest one for each two recordings and shift in time; `most` of the pairs, those
+        with the most evidence."""
         row, recording, shift = part["row"][i], self.prints["row"][j], self.sample[j] - part["sample"][i]
         order = np.lexsort((shift, recording, row))
         i, j, row, recording, shift = (x[order] for x in (i, j, row, recording, shift))
         same = (row[1:] == row[:-1]) & (recording[1:] == recording[:-1]) & (np.diff(shift) <= MAX_SHIFT)
-        start = np.flatnonzero(np.r_[True, ~same])[:len(i)]
-        middle = (start + np.r_[start[1:], len(i)]) // 2 if len(i) else start        # where the median shift is
-        evidence = np.add.reduceat(AGREEMENT + 1 - differing(part["bits"][i], self.bits[j]), start) if len(i) else start
-        best = middle[np.argsort(-evidence, kind="stable")[:SEARCH_ALIGNMENTS]]
+        start, gain = np.flatnonzero(np.r_[True, ~same])[:len(i)], AGREEMENT + 1 - differing(part["bits"][i], self.bits[j])
+        nearest = np.lexsort((-gain, np.cumsum(np.r_[True, ~same][:len(i)])))[start]
+        best = nearest[np.argsort(-np.add.reduceat(gain, start) if len(i) else start, kind="stable")[:most]]
         return i[best], j[best]
 
     def score(self, part, lead, i, j):
@@ -399,9 +402,10 @@ class HeldOut:
         after = np.searchsorted(self.places, wanted).clip(1, max(1, len(self.places) - 1))
         other = after - (wanted - self.places[after - 1] < self.places[after] - wanted)
         found = np.abs(self.places[other] - wanted) <= MAX_SHIFT
-        inside = (time >= EDGE) & (time + FINGERPRINT_SAMPLES + EDGE <= self.index["length"][recording])
+        inside = (np.minimum(time, part["sample"][near]) >= EDGE) & (
+            time + FINGERPRINT_SAMPLES + LANDMARK_SUM + MAX_SHIFT <= self.index["length"][recording])
         valid &= (part["row"][near] == part["row"][i][:, None]) & (channel >= 0) & (found | inside)
-        gain = np.where(found, AGREEMENT - differing(part["bits"][near], self.bits[other]), -MISSED)
+        gain = np.where(found, AGREEMENT - differing(part["bits"].take(near, axis=0), self.bits.take(other, axis=0)), -MISSED)
         return np.stack(((np.maximum(gain, -MISSED) * valid).sum(axis=1), valid.sum(axis=1))).astype(np.float64)
 
     def alike(self, corpus, ours, j):
