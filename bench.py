@@ -46,7 +46,7 @@ import train
 from augment import (ASKED_PATCHES, GAIN, NEAR_OFFSETS, NEAR_PAIRS, NOISY_SHARE, SNR_DB, Batches, cut_views, host_batch,
                      lead_groups, load_noise, mask_counts, view_specs)
 from corpus import (FINGERPRINT_DTYPE, FORMAT_VERSION, INDEPENDENT, INDEX_DTYPE, MAGIC, PATIENT_DTYPE, RECORD_DTYPE,
-                    Corpus, HeldOut, Sampler, fingerprints_of, near_starts, open_corpus)
+                    SEARCH_MOST, Corpus, HeldOut, Sampler, fingerprints_of, near_starts, open_corpus)
 from ecg import FS, LEADS, MISSING
 from model import PATCH_S, REGISTERS, ROPE_PERIODS_S, SIZES, build_encoder, low_precision, precision_of
 
@@ -468,9 +468,9 @@ def bench_duplicates(args):
     noise = [noisy.read(i).astype(float) for i in np.flatnonzero(noisy.index["split"])]
     known = HeldOut(corpora, held)
     alone = HeldOut([Corpus(None, {}, c.index, None, None, c.fingerprints) for c in corpora], held)
-    coarse = HeldOut(corpora, held, 4)
+    coarse = HeldOut(corpora, held, long_words=True)
     print(f"{len(known.row):,} held-out recordings, {len(known.bits):,} fingerprints\nfound of {PIECES} pieces, each with "
-          "another rate of 100 to 1,000 Hz, gain of 0.5 to 2, 5 uV steps (with signals; 4-byte words; without signals)")
+          "another rate of 100 to 1,000 Hz, gain of 0.5 to 2, 5 uV steps (with signals; long words; without signals)")
     for seconds, snr_db, kind in itertools.product((5, 10, 30), (np.inf, 12), ("all leads", "one lead", "no name")):
         long = np.flatnonzero(known.index["length"] >= seconds * FS)
         some = []
@@ -491,12 +491,12 @@ def bench_duplicates(args):
         wrong = [len(rows) for rows in h.search(corpora, train)]
         print(f"strangers taken for copies, {what}: {sum(wrong)} of {sum(rows.sum() for rows in train):,} recordings "
               f"({sum(rows.sum() for rows in train) * len(h.row):.3g} pairs) in {time.process_time() - t:.1f} s")
-    0 and simulate_search(corpora, rng)
+    simulate_search(corpora, rng)
 
 
-def simulate_search(corpora, rng, recordings=12_000_000, held=240_000, share=40):
+def simulate_search(corpora, rng, recordings=12_000_000, held=240_000, share=100):
     """The search with 1 / share of the recordings that are trained on and all that are held out: real fingerprints of 12
-    leads of 10 s, drawn at random, with 5 % of their bits changed, so that they are as often alike as real ones."""
+    leads of 10 s, drawn at random, with 3 % of their bits changed, so that they are as often alike as real ones."""
     real = [c.fingerprints for c in corpora if c.index["n_leads"].max() == 12]
     real = np.concatenate(real or [c.fingerprints for c in corpora])["bits"]
 
@@ -506,16 +506,17 @@ def simulate_search(corpora, rng, recordings=12_000_000, held=240_000, share=40)
         prints["sample"] = np.arange(len(prints)) // leads % 8 * 210 + rng.integers(0, 100, len(prints))
         prints["bits"] = real[rng.integers(0, len(real), len(prints))]
         for k in range(0, len(prints), 2**20):
-            flips = np.packbits(rng.random((len(prints[k:k + 2**20]), 96), np.float32) < 0.05, axis=1).view("<u4")
+            flips = np.packbits(rng.random((len(prints[k:k + 2**20]), 96), np.float32) < 0.03, axis=1).view("<u4")
             prints["bits"][k:k + 2**20] ^= flips
         index = np.zeros(n, INDEX_DTYPE)
         index["length"], index["n_leads"], index["leads"][:, :leads] = 2500, leads, np.arange(1, 1 + leads)
         return Corpus(None, {}, index, None, None, prints)
     theirs, ours = drawn(held, 12), drawn(recordings // share, 2)
     start = time.process_time()
-    h = HeldOut([theirs], [np.ones(held, bool)], 4)
+    h = HeldOut([theirs], [np.ones(held, bool)], long_words=True)
     built = time.process_time()
-    found = h.search([ours], [np.ones(len(ours.index), bool)])[0]
+    with patch("corpus.SEARCH_MOST", SEARCH_MOST // share):              # as many candidates per block as in the whole
+        found = h.search([ours], [np.ones(len(ours.index), bool)])[0]
     searched = time.process_time() - built
     print(f"simulated: {recordings:,} recordings of 2 leads, {held:,} held out with 12: {built - start:.0f} s to sort, "
           f"{share * searched:,.0f} s to search ({searched:.1f} s for 1/{share}), "

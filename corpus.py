@@ -44,7 +44,7 @@ FINGERPRINT_CHUNK, FINGERPRINT_MARGIN = 2**18, 2**11                     # sampl
 SLOPE, LANDMARK_SUM, LANDMARK_NEAR, LANDMARK_LEAST = 8, 24, 75, 20       # samples; the last is a ratio of energies
 FINGERPRINT_DTYPE = np.dtype([("row", "<u4"), ("sample", "<i4"), ("channel", "u1"), ("bits", "<u4", (3,))])
 NO_FINGERPRINTS = np.zeros(0, FINGERPRINT_DTYPE)
-MOST_DIFFERENT = {2: 16, 4: 8}   # bits, by the size of words, in pairs that are looked at
+MOST_DIFFERENT = {1: 16, 3: 4}   # bits, by the length of words / 16, in pairs that are looked at
 AGREEMENT, MISSED, NEAR_FINGERPRINTS = 16, 4, 16  # bits, bits, and how many on each side: see HeldOut.score
 MAX_SHIFT, EDGE = 4, 300         # samples by which noise moves a landmark, and at the start where one may be extra
 MIN_AGREEMENT = 3                # mean per fingerprint: signals are then compared
@@ -52,7 +52,7 @@ ENOUGH, ENOUGH_ALONE = (12, 6), (10, 2)  # mean and count that decide: if there 
 MIN_CORRELATION, MIN_OVERLAP_S, CHECK_S = (0.96, 0.9), 4.5, 60           # of one lead, of several
 FIRST_FINGERPRINTS = 4           # of a recording, that find_duplicates compares
 SEARCH_BLOCK, SEARCH_PAIRS, SEARCH_LEAST, SEARCH_MOST = 2**20, 2**21, 2**13, 2**19
-SHORT_WORDS_UP_TO = 1e13         # pairs of fingerprints
+SHORT_WORDS_UP_TO = 3e12         # pairs of fingerprints
 HELD_OUT_FILE = Path(__file__).parent / "pretrained" / "held_out.npz"    # PTB-XL's folds 9 and 10, MIT-BIH's DS2, 201
 
 # All limb leads follow from I and II.
@@ -284,13 +284,13 @@ def fingerprints_of(corpus, every_lead):
     return np.concatenate(parts)
 
 
-def blocks(corpora, chosen):
+def blocks(corpora, chosen, size=SEARCH_BLOCK):
     """Yield (number of the corpus, fingerprints) of the rows `chosen` (per corpus, bool by row): whole recordings, and
-    about SEARCH_BLOCK fingerprints at a time."""
+    about `size` fingerprints at a time."""
     for number, (corpus, rows) in enumerate(zip(corpora, chosen)):
         start, end = 0, len(corpus.fingerprints)
         while start < end:
-            part = np.array(corpus.fingerprints[start:start + SEARCH_BLOCK])
+            part = np.array(corpus.fingerprints[start:start + size])
             if start + len(part) < end and part["row"][0] != part["row"][-1]:
                 part = part[:np.searchsorted(part["row"], part["row"][-1])]
             start += len(part)
@@ -303,17 +303,19 @@ def differing(a, b):
     return sum(counts[..., k] for k in range(counts.shape[-1])).astype(np.int64)
 
 
-def words_of(bits, n_bytes):
-    """bits uint32 (K, 3) as words of 2 or 4 bytes: uint64 (6 or 3, K)."""
-    return np.ascontiguousarray(bits).view(f"<u{n_bytes}").T.astype(np.uint64)
+def words_of(bits, n):
+    """Yield bits uint32 (K, 3) as words of n times 16 bits: 6 / n times uint64 (K,)."""
+    halves = np.ascontiguousarray(bits).view("<u2")
+    for k in range(0, 6, n):
+        yield sum(halves[:, k + m].astype(np.uint64) << np.uint64(16 * m) for m in range(n))
 
 
 class HeldOut:
     """Recordings that must not be trained on, ready to be searched: the rows `chosen` (bool, by row) of each of the
-    corpora `sources`. H recordings, M fingerprints. Words of 2 bytes find more copies, words of 4 take less time."""
+    corpora `sources`. H recordings, M fingerprints. Long words, of 48 instead of 16 bits, save time, but find less."""
 
-    def __init__(self, sources, chosen, word_bytes=2):
-        self.sources, self.word_bytes = sources, word_bytes
+    def __init__(self, sources, chosen, long_words=False):
+        self.sources, self.word = sources, 3 if long_words else 1
         self.source = np.repeat(np.arange(len(sources)), [rows.sum() for rows in chosen])              # (H,)
         self.row = np.concatenate([np.flatnonzero(rows) for rows in chosen])                           # (H,)
         self.index = np.concatenate([np.asarray(c.index)[rows] for c, rows in zip(sources, chosen)])   # (H,)
@@ -330,20 +332,21 @@ class HeldOut:
         for k in reversed(range(MAX_LEADS)):
             has = np.flatnonzero(self.index["n_leads"] > k)
             self.channel_of[has, self.index["leads"][has, k]] = k
-        self.leads, self.tables = np.unique(self.lead), []
-        for word in words_of(self.bits, word_bytes):
-            key = self.lead << np.uint64(32) | word
+        self.block = SEARCH_BLOCK if long_words else int(np.clip(2**34 // (1 + len(prints)), 2**12, SEARCH_BLOCK))
+        self.leads, self.tables = np.flatnonzero(np.bincount(self.lead.astype(int))).astype(np.uint64), []
+        for word in words_of(self.bits, self.word):
+            key = self.lead << np.uint64(48) | word
             order = np.argsort(key)
             self.tables.append((key[order], order.astype(np.uint32)))
 
     def candidates(self, lead, bits):
         """Yield (i, j): rows of lead (K,) and bits (K, 3), and fingerprints in self that share a word with them, where
         both leads are the same or one is unknown."""
-        for (keys, order), word in zip(self.tables, words_of(bits, self.word_bytes)):
+        for (keys, order), word in zip(self.tables, words_of(bits, self.word)):
             for other in self.leads:
                 mine = np.flatnonzero((lead == other) | (lead == 0) | (other == 0))
                 mine = mine[np.argsort(word[mine])]                      # neighbours then read the same memory
-                low, high = (np.searchsorted(keys, other << np.uint64(32) | word[mine], side) for side in
+                low, high = (np.searchsorted(keys, other << np.uint64(48) | word[mine], side) for side in
                              ("left", "right"))
                 ends = np.cumsum(high - low)
                 cuts = np.searchsorted(ends, np.arange(SEARCH_PAIRS, ends[-1] if len(ends) else 0, SEARCH_PAIRS))
@@ -354,15 +357,17 @@ class HeldOut:
     def search(self, corpora, chosen):
         """Per corpus the rows, of those `chosen` (bool, by row), that hold a stretch of a recording in self. Bounded
         memory and time: of too many candidates the best ones are looked at."""
-        copies, n_blocks = [set() for _ in corpora], 1 + sum(len(c.fingerprints) for c in corpora) // SEARCH_BLOCK
+        copies, n_blocks = [set() for _ in corpora], 1 + sum(len(c.fingerprints) for c in corpora) // self.block
         most = max(SEARCH_LEAST, SEARCH_MOST // n_blocks)
-        for c, part in blocks(corpora, chosen):
+        for c, part in blocks(corpora, chosen, self.block):
             lead, pairs = corpora[c].index["leads"][part["row"], part["channel"]], [np.zeros(0, np.int64)]
             bits = part["bits"].copy()
             for i, j in self.candidates(lead, bits):
-                near = differing(bits.take(i, axis=0), self.bits.take(j, axis=0)) <= MOST_DIFFERENT[self.word_bytes]
+                near = differing(bits.take(i, axis=0), self.bits.take(j, axis=0)) <= MOST_DIFFERENT[self.word]
                 pairs.append(i[near] * len(self.bits) + j[near])
-            i, j = self.alignments(part, *np.divmod(np.unique(np.concatenate(pairs)), max(1, len(self.bits))), most)
+            pairs = np.sort(np.concatenate(pairs))
+            pairs = pairs[np.r_[True, pairs[1:] > pairs[:-1]][:len(pairs)]]
+            i, j = self.alignments(part, *np.divmod(pairs, max(1, len(self.bits))), most)
             score = [np.zeros((2, 0))] + [self.score(part, lead, i[k:k + 4096], j[k:k + 4096])
                                           for k in range(0, len(i), 4096)]
             total, count = np.concatenate(score, axis=1)
@@ -444,8 +449,8 @@ def find_duplicates(corpora, chosen):
         parts.append(part[np.arange(len(part)) - np.searchsorted(part["row"], part["row"]) < FIRST_FINGERPRINTS])
         parts[-1]["row"] += np.uint32(first[c])
     prints, pairs = np.concatenate(parts), []
-    words, row, sample = words_of(prints["bits"], 4), prints["row"].astype(np.int64), prints["sample"]
-    for key in words[:-1] << np.uint64(32) | words[1:]:
+    row, sample = prints["row"].astype(np.int64), prints["sample"]
+    for key in words_of(prints["bits"], 3):
         order = np.argsort(key, kind="stable")
         for apart in (1, 2):
             equal = key[order[apart:]] == key[order[:-apart]]
@@ -492,7 +497,7 @@ def rows_to_leave_out(corpora, excluded=(), held_out_file=HELD_OUT_FILE):
     held = [*(~rows for rows in train), *(np.ones(len(c.index), bool) for c in others)]
     n_held, n = (sum(rows.sum() * len(c.fingerprints) // max(1, len(rows)) for c, rows in zip(cs, chosen))
                  for cs, chosen in (((*corpora, *others), held), (corpora, train)))
-    leaks = HeldOut([*corpora, *others], held, 2 if n * n_held < SHORT_WORDS_UP_TO else 4).search(corpora, train)
+    leaks = HeldOut([*corpora, *others], held, n * n_held > SHORT_WORDS_UP_TO).search(corpora, train)
     for rows, found in zip(train, leaks):
         rows[found] = False
     first, twice = np.cumsum([0] + [len(c.index) for c in corpora]), np.unique(find_duplicates(corpora, train)[:, 1])

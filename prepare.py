@@ -64,8 +64,11 @@ ROW_DTYPE = np.dtype([("index", INDEX_DTYPE), ("records", RECORD_DTYPE), ("patie
 MITDB_DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
 MITDB_DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
 MITDB_HELD_OUT = {*MITDB_DS2, "201"}  # 201 is the same person as 202, which is in DS2
-# A folder of loose WFDB records may hold copies of the test sets: Challenge 2021's HRn is PTB-XL's ecg_id n.
-HELD_OUT_COPY = re.compile(r"HR\d{5}|\d{5}_[lh]r|" + "|".join(sorted(MITDB_HELD_OUT)))
+# A folder of loose WFDB records may hold copies of the test sets under the names that public tools give them: Challenge
+# 2021's HRn is PTB-XL's ecg_id n; 00018_hr_I is a lead, 100_3 a part; PhysioBank ATM writes 100m, rdsamp's skew 100skew.
+HELD_OUT_COPY = re.compile(
+    r"((HR\d{5}|(ptb-?xl[_-]?)?\d{5}_[lh]r)(_\w{1,4})?|(mit-?(bih|db)?[_-]?)?"
+    rf"({'|'.join(sorted(MITDB_HELD_OUT))})(m|a|skew|[_-](ecg|mlii|v\d|\d\d?))?)(\.(dat|mat))?", re.IGNORECASE)
 NOISE_S = 30 * 60                # s of an NSTDB record that are used
 NOISE_PARTS = (("train", 0, 2 / 3), ("test", 2 / 3, 1))  # minutes 0-20 and 20-30; a shorter record has the same shares
 SYNTH_RECORDS = 600              # default number of synthetic 12-lead recordings
