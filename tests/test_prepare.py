@@ -326,8 +326,10 @@ def test_copies_of_test_sets_are_held_out_by_name(folder):
     corpus, good, _ = folder
     assert sorted(names_of(corpus, "test")) == sorted(["HR00001", "ward_1/00017_lr", "ward_1/00018_hr", "100"])
     assert len(corpus.patients) == len(set(corpus.index["patient"])) == len(corpus.index)  # unknown: one per record
-    assert all(map(prepare.HELD_OUT_COPY.fullmatch, (*DS2, "201", "HR21837")))
-    assert not any(map(prepare.HELD_OUT_COPY.fullmatch, ("101", "102", "JS10001", "HR1", "1000", "x100")))
+    copies = "201 HR21837 HR00001_I 00018_hr_I ptbxl_00018_lr 100skew 103m mitdb_213 mit-bih-100 213_ecg 100_12 117.dat"
+    others = "101 101m 102 JS10001 HR1 1000 x100 s100 100_ward 100_2023 mitdb_101 0018_hr"
+    assert all(map(prepare.HELD_OUT_COPY.fullmatch, (*DS2, *copies.split())))
+    assert not any(map(prepare.HELD_OUT_COPY.fullmatch, others.split()))
 
 
 def test_long_names_stay_apart():
