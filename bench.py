@@ -453,7 +453,8 @@ def piece_of(rng, signal, seconds, noise, snr_db):
     if snr_db < np.inf:
         at = rng.integers(0, noise.shape[1] - x.shape[1])
         n = noise[rng.integers(0, len(noise), len(x)), at:at + x.shape[1]]
-        x += (n - n.mean(1, keepdims=True)) * x.std(1, keepdims=True) / (n.std(1, keepdims=True) + 1e-9) * 10 ** (-snr_db / 20)
+        n = (n - n.mean(1, keepdims=True)) / (n.std(1, keepdims=True) + 1e-9)
+        x += n * x.std(1, keepdims=True) * 10 ** (-snr_db / 20)
     rate = int(rng.choice(PIECE_RATES))
     x = np.rint(resample_poly(x * 2 ** rng.uniform(-1, 1), rate, FS, axis=1, padtype="line") / 5) * 5
     return np.rint(resample_poly(x, FS, rate, axis=1, padtype="line")).clip(-32767, 32767).astype(np.int16)
@@ -469,8 +470,9 @@ def bench_duplicates(args):
     known = HeldOut(corpora, held)
     alone = HeldOut([Corpus(None, {}, c.index, None, None, c.fingerprints) for c in corpora], held)
     coarse = HeldOut(corpora, held, long_words=True)
-    print(f"{len(known.row):,} held-out recordings, {len(known.bits):,} fingerprints\nfound of {PIECES} pieces, each with "
-          "another rate of 100 to 1,000 Hz, gain of 0.5 to 2, 5 uV steps (with signals; long words; without signals)")
+    print(f"{len(known.row):,} held-out recordings, {len(known.bits):,} fingerprints\n"
+          f"found of {PIECES} pieces, each with another rate of 100 to 1,000 Hz, gain of 0.5 to 2, "
+          "5 uV steps (with signals; with long words, as in large corpora; without signals)")
     for seconds, snr_db, kind in itertools.product((5, 10, 30), (np.inf, 12), ("all leads", "one lead", "no name")):
         long = np.flatnonzero(known.index["length"] >= seconds * FS)
         some = []
@@ -495,8 +497,8 @@ def bench_duplicates(args):
 
 
 def simulate_search(corpora, rng, recordings=12_000_000, held=240_000, share=100):
-    """The search with 1 / share of the recordings that are trained on and all that are held out: real fingerprints of 12
-    leads of 10 s, drawn at random, with 3 % of their bits changed, so that they are as often alike as real ones."""
+    """The search with 1 / share of the recordings that are trained on and all that are held out: real fingerprints of
+    12 leads of 10 s, drawn at random, with 3 % of their bits changed, so that they are as often alike as real ones."""
     real = [c.fingerprints for c in corpora if c.index["n_leads"].max() == 12]
     real = np.concatenate(real or [c.fingerprints for c in corpora])["bits"]
 

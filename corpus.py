@@ -37,7 +37,7 @@ MAGIC, FORMAT_VERSION = "ecg-dino corpus", 4
 READABLE_VERSIONS = (2, 3, 4)    # 2 and 3 have one fingerprint per recording: others are then computed when needed
 OPEN_SHARDS = 500                # files that a reader keeps mapped; a process may have 1,024 file descriptors
 
-# Fingerprints, see there. The values find most copies of real recordings, and no strangers: python bench.py --duplicates
+# Fingerprints. These values find most copies of real recordings, and hardly a stranger: python bench.py --duplicates
 FINGERPRINT_BITS, FINGERPRINT_STEPS, FINGERPRINT_HOP = 96, 140, 5        # of 140 slopes, 5 samples apart: 2.8 s
 FINGERPRINT_SAMPLES, FINGERPRINT_LEADS = FINGERPRINT_STEPS * FINGERPRINT_HOP, 2
 FINGERPRINT_CHUNK, FINGERPRINT_MARGIN = 2**18, 2**11                     # samples in memory, and around them
@@ -233,10 +233,9 @@ def slopes(x):
 
 def filled(steps):
     """int16 steps (L, T) as int64, with the median of the lead where a sample is missing."""
-    x = steps.astype(np.int64)
-    for lead, missing in zip(x, steps == MISSING):
-        if missing.any():
-            lead[missing] = 0 if missing.all() else np.median(lead[~missing])
+    x, missing = steps.astype(np.int64), steps == MISSING
+    for k in np.flatnonzero(missing.any(axis=1)):
+        x[k, missing[k]] = 0 if missing[k].all() else np.median(x[k, ~missing[k]])
     return x
 
 
@@ -252,7 +251,8 @@ def fingerprint(steps, leads, every_lead=False):
             lead, sample, bits = fingerprints_of_part(x)
             mine = (sample + first >= start) & (sample + first < start + FINGERPRINT_CHUNK)
             parts.append(np.zeros(mine.sum(), FINGERPRINT_DTYPE))
-            parts[-1]["channel"], parts[-1]["sample"], parts[-1]["bits"] = order[lead[mine]], sample[mine] + first, bits[mine]
+            parts[-1]["channel"], parts[-1]["sample"] = order[lead[mine]], sample[mine] + first
+            parts[-1]["bits"] = bits[mine]
     found = np.concatenate(parts)
     return found[np.lexsort((found["channel"], found["sample"]))]
 
@@ -384,14 +384,15 @@ class HeldOut:
         return [np.array(sorted(rows), np.int64) for rows in copies]
 
     def alignments(self, part, i, j, most):
-        """Of pairs of fingerprints the nearest one for each two recordings and shift in time; `most` of the pairs, those
-        with the most evidence."""
+        """Of pairs of fingerprints the nearest one for each two recordings and shift in time; at most `most` of these,
+        those with the most evidence."""
         row, recording, shift = part["row"][i], self.prints["row"][j], self.sample[j] - part["sample"][i]
         order = np.lexsort((shift, recording, row))
         i, j, row, recording, shift = (x[order] for x in (i, j, row, recording, shift))
         same = (row[1:] == row[:-1]) & (recording[1:] == recording[:-1]) & (np.diff(shift) <= MAX_SHIFT)
-        start, gain = np.flatnonzero(np.r_[True, ~same])[:len(i)], AGREEMENT + 1 - differing(part["bits"][i], self.bits[j])
-        nearest = np.lexsort((-gain, np.cumsum(np.r_[True, ~same][:len(i)])))[start]
+        new = np.r_[True, ~same][:len(i)]
+        start, gain = np.flatnonzero(new), AGREEMENT + 1 - differing(part["bits"][i], self.bits[j])
+        nearest = np.lexsort((-gain, np.cumsum(new)))[start]
         best = nearest[np.argsort(-np.add.reduceat(gain, start) if len(i) else start, kind="stable")[:most]]
         return i[best], j[best]
 
@@ -412,8 +413,9 @@ class HeldOut:
         inside = (np.minimum(time, part["sample"][near]) >= EDGE) & (
             time + FINGERPRINT_SAMPLES + LANDMARK_SUM + MAX_SHIFT <= self.index["length"][recording])
         valid &= (part["row"][near] == part["row"][i][:, None]) & (channel >= 0) & (found | inside)
-        gain = np.where(found, AGREEMENT - differing(part["bits"].take(near, axis=0), self.bits.take(other, axis=0)), -MISSED)
-        return np.stack(((np.maximum(gain, -MISSED) * valid).sum(axis=1), valid.sum(axis=1))).astype(np.float64)
+        gain = AGREEMENT - differing(part["bits"].take(near, axis=0), self.bits.take(other, axis=0))
+        gain = np.where(found, gain, -MISSED).clip(-MISSED) * valid
+        return np.stack((gain.sum(axis=1), valid.sum(axis=1))).astype(np.float64)
 
     def alike(self, corpus, ours, j):
         """Whether signals agree where the recording of fingerprint `ours` of a corpus and that of fingerprint j of self
@@ -493,9 +495,9 @@ def write_held_out(corpora, path):
 
 
 def rows_to_leave_out(corpora, excluded=(), held_out_file=HELD_OUT_FILE):
-    """Per corpus, two sorted arrays of rows of split train that must not be trained on: those that share 5 s or more with
-    a recording that any of the corpora holds out, that is in an excluded corpus, or in held_out_file; and copies of a
-    recording that comes earlier, in the same corpus or in another."""
+    """Per corpus, two sorted arrays of rows of split train that must not be trained on: those that share 5 s or more
+    with a recording that any of the corpora holds out, that is in an excluded corpus, or in held_out_file; and copies
+    of a recording that comes earlier, in the same corpus or in another."""
     others = [Corpus(c.dir, c.manifest, c.index, c.records, c.patients, fingerprints_of(c, np.ones(len(c.index), bool)))
               for c in excluded] + [open_held_out(held_out_file)]
     train = [c.index["split"] == SPLITS.index("train") for c in corpora]

@@ -65,7 +65,7 @@ MITDB_DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208
 MITDB_DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
 MITDB_HELD_OUT = {*MITDB_DS2, "201"}  # 201 is the same person as 202, which is in DS2
 # A folder of loose WFDB records may hold copies of the test sets under the names that public tools give them: Challenge
-# 2021's HRn is PTB-XL's ecg_id n; 00018_hr_I is a lead, 100_3 a part; PhysioBank ATM writes 100m, rdsamp's skew 100skew.
+# 2021's HRn is PTB-XL's ecg_id n; 00018_hr_I is a lead, 100_3 a part; PhysioBank ATM writes 100m.
 HELD_OUT_COPY = re.compile(
     r"((HR\d{5}|(ptb-?xl[_-]?)?\d{5}_[lh]r)(_\w{1,4})?|(mit-?(bih|db)?[_-]?)?"
     rf"({'|'.join(sorted(MITDB_HELD_OUT))})(m|a|skew|[_-](ecg|mlii|v\d|\d\d?))?)(\.(dat|mat))?", re.IGNORECASE)
@@ -673,7 +673,8 @@ def assemble(source, part, plan, command):
 def write_fingerprints(shards, file):
     """Join the fingerprints of the shards, one at a time because they may be larger than the index."""
     n, rows = sum(len(np.load(path)["fingerprints"]) for path in shards), 0
-    np.lib.format.write_array_header_1_0(file, {"descr": FINGERPRINT_DTYPE.descr, "fortran_order": False, "shape": (n,)})
+    about = {"descr": FINGERPRINT_DTYPE.descr, "fortran_order": False, "shape": (n,)}
+    np.lib.format.write_array_header_1_0(file, about)
     for shard in map(np.load, shards):
         fingerprints = shard["fingerprints"]
         fingerprints["row"] += np.uint32(rows)
@@ -762,13 +763,15 @@ def check(dirs, held_out=None):
         if not found:
             draw_overview(corpus, corpus.dir / "check.png")
             print(f"  overview: {corpus.dir / 'check.png'}")
-    for corpus, (leaks, twice) in zip(corpora, rows_to_leave_out(corpora)):
+    if faults:
+        print("copies are looked for when nothing is damaged")
+    for corpus, (leaks, twice) in zip(corpora, [] if faults else rows_to_leave_out(corpora)):
         for rows, what in ((leaks, "are copies of held-out recordings"), (twice, "are second copies")):
             if len(rows):
                 names = ", ".join(corpus.records[rows[:5]].astype(str)) + (" ..." if len(rows) > 5 else "")
-                print(f"{corpus.dir}: {len(rows):,} recordings of split train {what}, of these corpora: {names}; "
-                      "train.py leaves them out when it is given the same corpora")
-    if held_out:
+                print(f"{corpus.dir}: {len(rows):,} recordings of split train {what}, of these corpora or of public "
+                      f"test sets: {names}; train.py leaves them out when it is given the same corpora")
+    if held_out and not faults:
         write_held_out(corpora, held_out)
     print(f"{len(corpora)} corpora, {faults} faults")
     return faults
@@ -928,8 +931,8 @@ def run_command():
     if checking:
         parser = argparse.ArgumentParser(prog="prepare.py check", description=check.__doc__)
         parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR")
-        parser.add_argument("--held-out", type=Path, metavar="FILE", help="also write the fingerprints of all recordings "
-                            "of the splits val and test; as pretrained/held_out.npz, train.py leaves out copies of them")
+        parser.add_argument("--held-out", type=Path, metavar="FILE", help="also write the fingerprints of all "
+                            "that is held out here; train.py leaves out copies of what pretrained/held_out.npz holds")
         args = parser.parse_args(sys.argv[2:])
     else:
         args = parse_args()

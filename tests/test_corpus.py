@@ -124,7 +124,7 @@ def test_copies_are_found_whatever_their_names_and_rates(shared_data, tmp_path):
 
 
 def pieces_of(signals, seed=0, seconds=5, rate=257, gain=0.6):
-    """int16 stretches of int16 signals (L, T) at random starts, resampled to another rate and back, in steps of 5 uV."""
+    """int16 stretches of int16 signals (L, T) at random starts, resampled to a rate and back, in steps of 5 uV."""
     rng, pieces = np.random.default_rng(seed), []
     for x in signals:
         start = rng.integers(0, x.shape[1] - seconds * FS + 1)
@@ -149,7 +149,8 @@ def test_pieces_of_held_out_recordings_are_found(shared_data, tmp_path):
     assert len(held) > 20
     lead = np.arange(len(held)) % 12
     one = [x[k:k + 1] for x, k in zip(signals, lead)]
-    for leads, some in (([names] * len(held), signals), ([names[k:k + 1] for k in lead], one), ([["ECG"]] * len(held), one)):
+    for leads, some in (([names] * len(held), signals), ([names[k:k + 1] for k in lead], one),
+                        ([["ECG"]] * len(held), one)):
         pieces = of_pieces(tmp_path / str(leads[-1]), leads, pieces_of(some))
         (none, _), (found, twice) = rows_to_leave_out([theirs, pieces], held_out_file=tmp_path / "absent")
         assert len(found) >= len(held) - 1 and len(none) == 0 == len(twice)
@@ -204,7 +205,7 @@ def test_fingerprints_do_not_depend_on_gain_offset_start_or_pieces_in_memory(syn
 
 
 def test_find_duplicates_needs_two_fingerprints_that_agree():
-    """Recordings a and b of four fingerprints each; so many of them are the same, with so many bits changed, and moved."""
+    """Recordings a and b of four fingerprints each: so many are the same, with so many bits changed, and moved."""
     rng = np.random.default_rng(0)
     prints = np.zeros(4 * 300, FINGERPRINT_DTYPE)
     prints["row"], prints["sample"] = np.arange(1200) // 4, np.arange(1200) % 4 * 200
@@ -230,7 +231,7 @@ def sampler(synth, batch=32, seed=5, names=("ptbxl", "mitdb"), **more):
 
 
 def made(folder, recordings, fingerprints=False):
-    """A corpus of recordings (patient, lead names, int16 (L, T)), all of split train; with fingerprints or without any."""
+    """A corpus of recordings (patient, lead names, int16 (L, T)), all of split train; fingerprints or none at all."""
     index = np.zeros(len(recordings), INDEX_DTYPE)
     (folder / "signal").mkdir(parents=True)
     offset = 0
