@@ -1150,7 +1150,8 @@ def test_check_of_whole_and_damaged_corpora(small_corpus, tmp_path, capsys):
     assert prepare.check([copy]) == 0 and (copy / "check.png").stat().st_size > 20_000
     assert "1 corpora, 0 faults" in capsys.readouterr().out
     assert prepare.check([copy, twin]) == 0
-    words = f"{twin}: 3 recordings of split train are second copies, of these corpora or of public test sets: r0, r1, r2;"
+    words = (f"{twin}: 3 recordings of split train are second copies, of these corpora or of public test sets: "
+             "r0, r1, r2;")
     assert words in capsys.readouterr().out
     open_corpus(copy)                                              # the picture is no part of the corpus
     data = bytearray((copy / "signal" / "00001.i16").read_bytes())
