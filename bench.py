@@ -2,7 +2,7 @@
 
     python bench.py [--data DIR [DIR ...]] [--noise DIR] [--size tiny] [--batch 64] [--device auto] [--precision auto]
     python bench.py --peers [--size tiny] [--batch 32] | --loader [--data ... --noise ...] [--batch 256]
-    python bench.py --sizes | --ranks 2 [--size small] | --index 12000000
+    python bench.py --sizes | --ranks 2 [--size small] | --index 12000000 | --duplicates [--data ... --noise ...]
 
 Without --data, synthetic recordings are prepared in a temporary folder. One line per path, medians after a warm-up:
     matmul    matrix multiplication in the precision of the step; `step` and `embed` are compared with it
@@ -15,12 +15,14 @@ Without --data, synthetic recordings are prepared in a temporary folder. One lin
 --sizes: parameters, state, start, FLOPs and activations of every size, computed with tensors that have no memory
 --ranks: state of a rank, step and checkpoint, sharded and replicated; `alone`: ranks that do not communicate
 --index: a simulated index of N recordings: seconds to open it and to build the sampler, memory, choice of a batch
+--duplicates: how many pieces of held-out recordings are found, false alarms, and the search at 12 million recordings
 """
 import argparse
 import contextlib
 import copy
 import itertools
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -32,6 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from scipy.signal import resample_poly
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader, IterableDataset
@@ -42,15 +45,16 @@ import prepare
 import train
 from augment import (ASKED_PATCHES, GAIN, NEAR_OFFSETS, NEAR_PAIRS, NOISY_SHARE, SNR_DB, Batches, cut_views, host_batch,
                      lead_groups, load_noise, mask_counts, view_specs)
-from corpus import (FINGERPRINT_BYTES, FORMAT_VERSION, INDEPENDENT, INDEX_DTYPE, MAGIC, PATIENT_DTYPE, RECORD_DTYPE,
-                    Sampler, near_starts, open_corpus)
-from ecg import FS, LEADS
+from corpus import (FINGERPRINT_DTYPE, FORMAT_VERSION, INDEPENDENT, INDEX_DTYPE, MAGIC, PATIENT_DTYPE, RECORD_DTYPE,
+                    SEARCH_MOST, Corpus, HeldOut, Sampler, fingerprints_of, near_starts, open_corpus)
+from ecg import FS, LEADS, MISSING
 from model import PATCH_S, REGISTERS, ROPE_PERIODS_S, SIZES, build_encoder, low_precision, precision_of
 
 REPEATS, ROUNDS = 5, 9
 TEMPERATURE = 0.02               # of the teacher; the time does not depend on it
 FEW = 0.5                        # of augment.view_specs: 3 of 12 leads, near the mean number of tokens
 P = round(PATCH_S * FS)          # samples of a patch
+PIECES, PIECE_RATES = 100, (100, 128, 200, 257, 300, 360, 500, 1000)     # pieces of each kind, Hz
 CPU = torch.device("cpu")
 
 
@@ -401,7 +405,8 @@ def write_index(folder, size):
     index["length"], index["n_leads"], index["leads"][:, :12] = 2500, 12, np.arange(1, 13)
     index["patient"] = rng.integers(0, size // 4, size)
     np.save(folder / "records.npy", np.zeros(size, RECORD_DTYPE))
-    np.save(folder / "fingerprints.npy", rng.integers(0, 256, (size, FINGERPRINT_BYTES), np.uint8))
+    fingerprints = np.lib.format.open_memmap(folder / "fingerprints.npy", "w+", FINGERPRINT_DTYPE, (size,))
+    fingerprints["row"], fingerprints["bits"] = np.arange(size), rng.integers(0, 2**32, (size, 3), np.uint32)
     np.save(folder / "patients.npy", np.zeros(size // 4, PATIENT_DTYPE))
     (folder / "signal").mkdir()
     sizes = {f"{k:05d}.i16": 0 for k in range(-(-size // per_shard))}
@@ -425,6 +430,102 @@ def bench_index(args):
                   f"{anonymous_mb() - before:,.0f} MB, choice of a batch of 1,024 {1000 * t_batch:.1f} ms")
 
 
+# ---- copies of held-out recordings ----------------------------------------------------------------------------------
+class Pieces(Corpus):
+    """Recordings in memory, all of split train: (lead ids, int16 (L, T))."""
+
+    def __init__(self, recordings):
+        index = np.zeros(len(recordings), INDEX_DTYPE)
+        for row, (leads, signal) in zip(index, recordings):
+            row["n_leads"], row["length"], row["leads"][:len(leads)] = len(leads), signal.shape[1], leads
+        super().__init__(Path("pieces"), {}, index, None, None)
+        self.signals = [signal for _, signal in recordings]
+        self.fingerprints = fingerprints_of(self, np.zeros(len(index), bool))
+
+    def read(self, i, start=0, length=None):
+        return self.signals[i][:, start:None if length is None else start + length]
+
+
+def piece_of(rng, signal, seconds, noise, snr_db):
+    """A random stretch of an int16 signal (L, T) as another archive may hold it: noise, gain, rate and rounding."""
+    start = rng.integers(0, signal.shape[1] - round(seconds * FS) + 1)
+    x = np.where(signal == MISSING, 0, signal).astype(float)[:, start:start + round(seconds * FS)]
+    if snr_db < np.inf:
+        at = rng.integers(0, noise.shape[1] - x.shape[1])
+        n = noise[rng.integers(0, len(noise), len(x)), at:at + x.shape[1]]
+        n = (n - n.mean(1, keepdims=True)) / (n.std(1, keepdims=True) + 1e-9)
+        x += n * x.std(1, keepdims=True) * 10 ** (-snr_db / 20)
+    rate = int(rng.choice(PIECE_RATES))
+    x = np.rint(resample_poly(x * 2 ** rng.uniform(-1, 1), rate, FS, axis=1, padtype="line") / 5) * 5
+    return np.rint(resample_poly(x, FS, rate, axis=1, padtype="line")).clip(-32767, 32767).astype(np.int16)
+
+
+def bench_duplicates(args):
+    """Share of pieces of held-out recordings that are found, with and without the signals of these; strangers that are
+    taken for copies; and a search as large as 12 million recordings."""
+    corpora, rng = [open_corpus(d) for d in args.data], np.random.default_rng(0)
+    held = [c.index["split"] != 0 for c in corpora]
+    noisy = open_corpus(args.noise)
+    noise = [noisy.read(i).astype(float) for i in np.flatnonzero(noisy.index["split"])]
+    known = HeldOut(corpora, held)
+    alone = HeldOut([Corpus(None, {}, c.index, None, None, c.fingerprints) for c in corpora], held)
+    coarse = HeldOut(corpora, held, long_words=True)
+    print(f"{len(known.row):,} held-out recordings, {len(known.bits):,} fingerprints\n"
+          f"found of {PIECES} pieces, each with another rate of 100 to 1,000 Hz, gain of 0.5 to 2, "
+          "5 uV steps (with signals; with long words, as in large corpora; without signals)")
+    for seconds, snr_db, kind in itertools.product((5, 10, 30), (np.inf, 12), ("all leads", "one lead", "no name")):
+        long = np.flatnonzero(known.index["length"] >= seconds * FS)
+        some = []
+        for h in rng.choice(long, PIECES):
+            c = corpora[known.source[h]]
+            ids, x = c.lead_ids(known.row[h]), c.read(known.row[h])
+            if kind != "all leads":
+                k = rng.integers(len(ids))
+                ids, x = ids[k:k + 1] * (kind == "one lead"), x[k:k + 1]
+            some.append((ids, piece_of(rng, x, seconds, noise[rng.integers(len(noise))], snr_db)))
+        pieces = Pieces(some)
+        found = [len(h.search([pieces], [np.ones(PIECES, bool)])[0]) / PIECES for h in (known, coarse, alone)]
+        print(f"  {seconds:2} s, {kind:9}, {'clean' if snr_db == np.inf else '12 dB'}: "
+              + "  ".join(f"{share:6.1%}" for share in found), flush=True)
+    train = [~rows for rows in held]
+    for what, h in (("with signals", known), ("without", alone)):
+        t = time.process_time()
+        wrong = [len(rows) for rows in h.search(corpora, train)]
+        print(f"strangers taken for copies, {what}: {sum(wrong)} of {sum(rows.sum() for rows in train):,} recordings "
+              f"({sum(rows.sum() for rows in train) * len(h.row):.3g} pairs) in {time.process_time() - t:.1f} s")
+    simulate_search(corpora, rng)
+
+
+def simulate_search(corpora, rng, recordings=12_000_000, held=240_000, share=100):
+    """The search with 1 / share of the recordings that are trained on and all that are held out: real fingerprints of
+    12 leads of 10 s, drawn at random, with 3 % of their bits changed, so that they are as often alike as real ones."""
+    real = [c.fingerprints for c in corpora if c.index["n_leads"].max() == 12]
+    real = np.concatenate(real or [c.fingerprints for c in corpora])["bits"]
+
+    def drawn(n, leads):
+        prints = np.zeros(n * leads * 8, FINGERPRINT_DTYPE)
+        prints["row"], prints["channel"] = np.arange(len(prints)) // (8 * leads), np.arange(len(prints)) % leads
+        prints["sample"] = np.arange(len(prints)) // leads % 8 * 210 + rng.integers(0, 100, len(prints))
+        prints["bits"] = real[rng.integers(0, len(real), len(prints))]
+        for k in range(0, len(prints), 2**20):
+            flips = np.packbits(rng.random((len(prints[k:k + 2**20]), 96), np.float32) < 0.03, axis=1).view("<u4")
+            prints["bits"][k:k + 2**20] ^= flips
+        index = np.zeros(n, INDEX_DTYPE)
+        index["length"], index["n_leads"], index["leads"][:, :leads] = 2500, leads, np.arange(1, 1 + leads)
+        return Corpus(None, {}, index, None, None, prints)
+    theirs, ours = drawn(held, 12), drawn(recordings // share, 2)
+    start = time.process_time()
+    h = HeldOut([theirs], [np.ones(held, bool)], long_words=True)
+    built = time.process_time()
+    with patch("corpus.SEARCH_MOST", SEARCH_MOST // share):              # as many candidates per block as in the whole
+        found = h.search([ours], [np.ones(len(ours.index), bool)])[0]
+    searched = time.process_time() - built
+    print(f"simulated: {recordings:,} recordings of 2 leads, {held:,} held out with 12: {built - start:.0f} s to sort, "
+          f"{share * searched:,.0f} s to search ({searched:.1f} s for 1/{share}), "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB of memory, expected false alarms "
+          f"{share * len(found):,}", flush=True)
+
+
 # ---- command line ---------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -440,6 +541,7 @@ def parse_args(argv=None):
     p.add_argument("--sizes", action="store_true", help="print only what every size needs")
     p.add_argument("--ranks", type=int, metavar="N", help="measure only sharding, over 1 to N processes")
     p.add_argument("--index", type=int, metavar="N", help="measure only an index of N recordings")
+    p.add_argument("--duplicates", action="store_true", help="measure only the search for copies")
     return p.parse_args(argv)
 
 
@@ -457,7 +559,7 @@ def main(args):
         if not args.data:
             prepare.main(prepare.parse_args(["synth", f"--raw={folder}/raw", f"--out={folder}/data", "--records=200"]))
             args.data, args.noise = [Path(folder, "data/ptbxl"), Path(folder, "data/mitdb")], Path(folder, "data/nstdb")
-        (bench_loader if args.loader else bench)(args)
+        (bench_duplicates if args.duplicates else bench_loader if args.loader else bench)(args)
 
 
 if __name__ == "__main__":

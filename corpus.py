@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from scipy.ndimage import maximum_filter1d
 
-from ecg import FS, LEAD_IDS, LEADS, MAX_LEADS, MISSING
+from ecg import FS, LEAD_IDS, LEADS, MAX_LEADS, MISSING, atomic_write
 
 SPLITS = ("train", "val", "test")                # the corpus stores an index into this tuple
 SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")  # bits of the label, lowest first
@@ -32,17 +33,29 @@ INDEX_DTYPE = np.dtype([
 EVENT_DTYPE = np.dtype([("sample", "<i4"), ("symbol", "S6")])  # sample at FS; a beat ("N") or a rhythm ("(AFIB", ")")
 NO_EVENTS = np.zeros(0, EVENT_DTYPE)
 RECORD_DTYPE, PATIENT_DTYPE = np.dtype("S64"), np.dtype("S32")
-MAGIC, FORMAT_VERSION = "ecg-dino corpus", 3
-FINGERPRINTS_FILE = {2: "prints", 3: "fingerprints"}  # by format version; nothing else differs
+MAGIC, FORMAT_VERSION = "ecg-dino corpus", 4
+READABLE_VERSIONS = (2, 3, 4)    # 2 and 3 have one fingerprint per recording: others are then computed when needed
 OPEN_SHARDS = 500                # files that a reader keeps mapped; a process may have 1,024 file descriptors
 
-FINGERPRINT_WORDS, FINGERPRINT_WORD_BYTES, FINGERPRINT_S = 10, 3, 8  # see fingerprint
-FINGERPRINT_BYTES = FINGERPRINT_WORDS * FINGERPRINT_WORD_BYTES
-FINGERPRINT_STEP = 20            # samples that are averaged, so that the rate is 12.5 Hz
-# Words that find_duplicates compares. Copies differed in at most 7 bits; with 7, it misses 1.4 % of the pairs.
-LOOKUP_WORDS = 5
-# Of 240 bits, in copies. Measured: PTB-XL at 100 and at 500 Hz differs in 0 to 7, different recordings in 18 or more.
-MAX_DIFFERENT_BITS = 12
+# Fingerprints. These values find most copies of real recordings, and hardly a stranger: python bench.py --duplicates
+FINGERPRINT_BITS, FINGERPRINT_STEPS, FINGERPRINT_HOP = 96, 140, 5        # of 140 slopes, 5 samples apart: 2.8 s
+FINGERPRINT_SAMPLES, FINGERPRINT_LEADS = FINGERPRINT_STEPS * FINGERPRINT_HOP, 2
+FINGERPRINT_CHUNK, FINGERPRINT_MARGIN = 2**18, 2**11                     # samples in memory, and around them
+SLOPE, LANDMARK_SUM, LANDMARK_NEAR, LANDMARK_LEAST = 8, 24, 75, 20       # samples; the last is a ratio of energies
+FINGERPRINT_DTYPE = np.dtype([("row", "<u4"), ("sample", "<i4"), ("channel", "u1"), ("bits", "<u4", (3,))])
+NO_FINGERPRINTS = np.zeros(0, FINGERPRINT_DTYPE)
+MOST_DIFFERENT = {1: 16, 3: 4}   # bits, by the length of words / 16, in pairs that are looked at
+AGREEMENT, MISSED, NEAR_FINGERPRINTS = 16, 4, 16  # bits, bits, and how many on each side: see HeldOut.score
+MAX_SHIFT, EDGE = 4, 300         # samples by which noise moves a landmark, and at the start where one may be extra
+MIN_AGREEMENT = 3                # mean per fingerprint: signals are then compared
+ENOUGH, ENOUGH_ALONE = (12, 6), (10, 2)  # mean and count that decide: if there are signals, if there are none
+MIN_CORRELATION, MIN_OVERLAP_S, CHECK_S = (0.96, 0.9), 4.5, 60           # of one lead, of several
+# Of a recording, that find_duplicates compares. It found 96 of 100 copies of PTB-XL at 100 Hz at 500 Hz, and 0.2 % of
+# 10,000 strangers; with 8 it found 92 and 0.1 %.
+FIRST_FINGERPRINTS = 12
+SEARCH_BLOCK, SEARCH_PAIRS, SEARCH_LEAST, SEARCH_MOST = 2**20, 2**21, 2**13, 2**19
+SHORT_WORDS_UP_TO = 3e12         # pairs of fingerprints
+HELD_OUT_FILE = Path(__file__).parent / "pretrained" / "held_out.npz"    # PTB-XL's folds 9 and 10, MIT-BIH's DS2, 201
 
 # All limb leads follow from I and II.
 INDEPENDENT = np.array([LEADS.index(name) for name in ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6")])
@@ -60,16 +73,25 @@ class Corpus:
     """A prepared corpus, opened without reading its signals.
 
     .dir, .manifest (dict), .index (INDEX_DTYPE, a row per recording), .records (S64, a name per recording), .patients
-    (S32, names; index["patient"] is a row of it), .fingerprints (see fingerprint, one per recording).
+    (S32, names; index["patient"] is a row of it), .fingerprints (FINGERPRINT_DTYPE, in order of row and time: of train
+    recordings those of two leads, of others those of every lead). .dir is None for fingerprints without signals.
     """
 
     def __init__(self, dir, manifest, index, records, patients, fingerprints=None):
         self.dir, self.manifest, self.index, self.records, self.patients = dir, manifest, index, records, patients
-        self.fingerprints = fingerprints
+        self._fingerprints = fingerprints
         self.shard = functools.lru_cache(OPEN_SHARDS)(self._open_shard)
 
     def _open_shard(self, number):
         return np.memmap(self.dir / "signal" / f"{number:05d}.i16", dtype="<i2", mode="r")
+
+    @functools.cached_property
+    def fingerprints(self):
+        if self._fingerprints is not None:
+            return self._fingerprints
+        print(f"{self.dir} is of an older format: the fingerprints of {len(self.index):,} recordings are computed now; "
+              "prepare it again to save this time", file=sys.stderr)
+        return fingerprints_of(self, self.index["split"] != SPLITS.index("train"))
 
     def read(self, i, start=0, length=None):
         """Recording i, samples start to start + length (default: to its end) of every lead: int16 (L, T), a view."""
@@ -112,13 +134,13 @@ def open_corpus(dir):
     manifest = manifest if isinstance(manifest, dict) else {}
     again = f"delete {dir} and run `{manifest.get('command', 'python prepare.py ...')}`"
     version = manifest.get("format_version")
-    if manifest.get("magic") != MAGIC or version not in FINGERPRINTS_FILE:
+    if manifest.get("magic") != MAGIC or version not in READABLE_VERSIONS:
         raise ValueError(f"{dir} is format {version} of {manifest.get('magic')!r}, expected format {FORMAT_VERSION} of "
                          f"{MAGIC!r}: {again}")
     try:
-        index, records, patients, fingerprints = (
-            np.load(dir / f"{name}.npy", mmap_mode="r")
-            for name in ("index", "records", "patients", FINGERPRINTS_FILE[version]))
+        index, records, patients = (np.load(dir / f"{name}.npy", mmap_mode="r")
+                                    for name in ("index", "records", "patients"))
+        fingerprints = np.load(dir / "fingerprints.npy", mmap_mode="r") if version == FORMAT_VERSION else None
         check_tables(dir, manifest, index, records, patients, fingerprints)
     except (OSError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{dir} is damaged ({error}): {again}") from None
@@ -133,9 +155,12 @@ def check_tables(dir, manifest, index, records, patients, fingerprints):
             raise ValueError(f"signal/{name} has {found} bytes, the manifest says {size}")
     if (index.dtype, records.dtype, patients.dtype) != (INDEX_DTYPE, RECORD_DTYPE, PATIENT_DTYPE):
         raise ValueError(f"wrong types: index {index.dtype}, records {records.dtype}, patients {patients.dtype}")
-    if not len(index) == len(records) == len(fingerprints) == manifest.get("recordings"):
-        raise ValueError(f"{len(index)} index rows, {len(records)} names and {len(fingerprints)} fingerprints, the "
-                         f"manifest says {manifest.get('recordings')}")
+    if not len(index) == len(records) == manifest.get("recordings"):
+        raise ValueError(f"{len(index)} index rows and {len(records)} names, the manifest says "
+                         f"{manifest.get('recordings')}")
+    if fingerprints is not None and (fingerprints.dtype != FINGERPRINT_DTYPE
+                                     or len(fingerprints) and fingerprints["row"][-1] >= len(index)):
+        raise ValueError(f"fingerprints.npy is of type {fingerprints.dtype}, or of another corpus")
 
 
 def index_faults(corpus):
@@ -191,58 +216,306 @@ def part_of(out):
 
 
 # ---- copies within and between corpora ------------------------------------------------------------------------------
-BIT_COUNT = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
-# Signs from NumPy's frozen generator, and only integers: so a fingerprint is the same on every machine.
-FINGERPRINT_SIGNS = 2 * np.random.RandomState(0).randint(
-    0, 2, (8 * FINGERPRINT_BYTES, FINGERPRINT_S * FS // FINGERPRINT_STEP)) - 1
+# A fingerprint describes the 2.8 s of one lead that follow a landmark, most often an R wave. A landmark depends only on
+# the signal near it, so a piece of a recording has the landmarks and fingerprints of the whole, moved in time. Held-out
+# recordings have those of every lead, so that an export of one lead is found; others have those of two leads.
+BIT_COUNT = sum((np.arange(2**16, dtype=np.uint32) >> bit & 1).astype(np.uint8) for bit in range(16))
+# Signs from NumPy's frozen generator, and exact sums of integers: a fingerprint is the same on every machine.
+FINGERPRINT_SIGNS = 2.0 * np.random.RandomState(0).randint(0, 2, (FINGERPRINT_STEPS, FINGERPRINT_BITS)) - 1
 
 
-def fingerprint(steps, leads):
-    """FINGERPRINT_BYTES bytes, which differ only in a few bits between two copies of a recording, even if names, rates
-    and rounding differ; steps int16 (L, T) uV, leads (L,) ids.
+def moving_sums(x, n):
+    """Sums of n neighbours in x, integers (L, T): (L, T - n + 1)."""
+    sums = np.cumsum(x, axis=1, dtype=np.int64)
+    sums[:, n:] -= sums[:, :-n]
+    return sums[:, n - 1:]
 
-    The bits are the signs of random projections of the first 8 s of lead II (or of the first lead), averaged to 12.5 Hz
-    (Charikar, STOC 2002: the share of bits that differ is the angle between the signals, as a share of 180 degrees).
+
+def slopes(x):
+    """Differences of neighbouring sums of SLOPE samples of x (L, T): about 5 to 20 Hz, where QRS complexes are."""
+    sums = moving_sums(x, SLOPE)
+    return sums[:, SLOPE:] - sums[:, :-SLOPE]
+
+
+def filled(steps):
+    """int16 steps (L, T) as int64, with the median of the lead where a sample is missing."""
+    x, missing = steps.astype(np.int64), steps == MISSING
+    for k in np.flatnonzero(missing.any(axis=1)):
+        x[k, missing[k]] = 0 if missing[k].all() else np.median(x[k, ~missing[k]])
+    return x
+
+
+def fingerprint(steps, leads, every_lead=False):
+    """FINGERPRINT_DTYPE (K,) of a recording, in order of time; steps int16 (L, T) uV, leads (L,) ids; of every lead, or
+    of FINGERPRINT_LEADS, II and V2 before others."""
+    order = np.argsort((leads != LEAD_IDS["II"]) * (1 + (leads != LEAD_IDS["V2"])), kind="stable")
+    order, parts = order if every_lead else order[:FINGERPRINT_LEADS], [NO_FINGERPRINTS]
+    for start in range(0, steps.shape[1], FINGERPRINT_CHUNK):                                  # bounded memory
+        first = max(0, start - FINGERPRINT_MARGIN)
+        x = filled(steps[order, first:start + FINGERPRINT_CHUNK + FINGERPRINT_MARGIN])
+        if x.shape[1] > FINGERPRINT_SAMPLES + 2 * (LANDMARK_SUM + SLOPE):
+            lead, sample, bits = fingerprints_of_part(x)
+            mine = (sample + first >= start) & (sample + first < start + FINGERPRINT_CHUNK)
+            parts.append(np.zeros(mine.sum(), FINGERPRINT_DTYPE))
+            parts[-1]["channel"], parts[-1]["sample"] = order[lead[mine]], sample[mine] + first
+            parts[-1]["bits"] = bits[mine]
+    found = np.concatenate(parts)
+    return found[np.lexsort((found["channel"], found["sample"]))]
+
+
+def fingerprints_of_part(x):
+    """Lead (K,), sample (K,) and bits uint32 (K, 3) of the fingerprints of x int64 (L, T).
+
+    Landmarks are where the energy of the slope is largest within LANDMARK_NEAR samples. The bits are signs of random
+    projections of the slope (Charikar, STOC 2002: the share of bits that differ is the angle between two signals, as a
+    share of 180 degrees), so they depend neither on gain nor on offset, and little on rate, rounding and noise.
     """
-    lead = steps[np.argmax(leads == LEAD_IDS["II"])][:FINGERPRINT_S * FS]
-    x = np.zeros(FINGERPRINT_S * FS, np.int64)
-    x[:len(lead)] = np.where(lead == MISSING, 0, lead)
-    x = x.reshape(-1, FINGERPRINT_STEP).sum(axis=1)
-    return np.packbits(FINGERPRINT_SIGNS @ (len(x) * x - x.sum()) > 0)
+    slope = slopes(x)
+    energy = moving_sums(moving_sums(slope * slope >> 6, LANDMARK_SUM), LANDMARK_SUM)
+    peak = maximum_filter1d(energy, 2 * LANDMARK_NEAR + 1, mode="constant")
+    lead, t = np.nonzero((energy == peak) & (energy > 0))
+    around = (t + LANDMARK_NEAR * np.array([[-3], [-1], [1], [3]])).clip(0, peak.shape[1] - 1)
+    keep = energy[lead, t] >= peak[lead, around].max(axis=0) // LANDMARK_LEAST                 # no T waves, no noise
+    keep &= t + LANDMARK_SUM + FINGERPRINT_SAMPLES <= slope.shape[1]
+    lead, t = lead[keep], t[keep] + LANDMARK_SUM - 1                     # in the middle of the two sums
+    y = slope[lead[:, None], t[:, None] + FINGERPRINT_HOP * np.arange(FINGERPRINT_STEPS)].astype(np.float64)
+    signs = (FINGERPRINT_STEPS * y - y.sum(axis=1, keepdims=True)) @ FINGERPRINT_SIGNS > 0
+    return lead, t + SLOPE, np.packbits(signs, axis=1).view("<u4")
 
 
-def find_duplicates(fingerprints):
-    """Pairs of rows of fingerprints (N, bytes) that are the same recording: (K, 2), the lower first, sorted.
-
-    Candidates share one of the first LOOKUP_WORDS words of 24 bits; sorting finds them. In each run of equal words only
-    neighbours are compared, so sorting is the main cost.
-    """
-    found = [np.zeros((0, 2), np.int64)]
-    words = np.asarray(fingerprints).reshape(len(fingerprints), FINGERPRINT_WORDS, FINGERPRINT_WORD_BYTES)
-    for w in range(LOOKUP_WORDS):
-        word = words[:, w].astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
-        order = np.argsort(word, kind="stable")
-        same = np.flatnonzero(word[order[1:]] == word[order[:-1]])
-        for part in np.array_split(same, 1 + len(same) // 2**20):                                # bounded memory
-            a, b = order[part], order[part + 1]
-            differ = BIT_COUNT[fingerprints[a] ^ fingerprints[b]].sum(axis=1, dtype=np.int64)
-            found.append(np.stack((a, b), axis=1)[differ <= MAX_DIFFERENT_BITS])
-    return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
+def fingerprints_of(corpus, every_lead):
+    """Fingerprints of a corpus, from its signals; every_lead (bool, by row)."""
+    parts = [NO_FINGERPRINTS]
+    for i, every in enumerate(every_lead):
+        parts.append(fingerprint(corpus.read(i), corpus.lead_ids(i), every))
+        parts[-1]["row"] = i
+    return np.concatenate(parts)
 
 
-def rows_to_leave_out(corpora, excluded=()):
-    """Per corpus, two sorted arrays of rows of split train that must not be trained on: copies of a recording that any
-    of the corpora holds out, or that is in an excluded corpus; and copies of a recording that comes earlier, in the
-    same corpus or in another."""
-    first = np.cumsum([0] + [len(c.index) for c in corpora])
-    pairs = find_duplicates(np.concatenate([np.asarray(c.fingerprints) for c in (*corpora, *excluded)]))
-    held_out = np.concatenate([np.asarray(c.index["split"]) != SPLITS.index("train") for c in corpora]
-                              + [np.ones(len(c.index), bool) for c in excluded])
-    a, b = pairs.T
-    leaks = np.union1d(a[held_out[b] & ~held_out[a]], b[held_out[a] & ~held_out[b]])
-    twice = np.setdiff1d(b[~held_out[a] & ~held_out[b]], leaks)
-    return [tuple(rows[(rows >= low) & (rows < high)] - low for rows in (leaks, twice))
-            for low, high in zip(first[:-1], first[1:])]
+def blocks(corpora, chosen, size=SEARCH_BLOCK):
+    """Yield (number of the corpus, fingerprints) of the rows `chosen` (per corpus, bool by row): whole recordings, and
+    about `size` fingerprints at a time."""
+    for number, (corpus, rows) in enumerate(zip(corpora, chosen)):
+        start, end = 0, len(corpus.fingerprints)
+        while start < end:
+            part = np.array(corpus.fingerprints[start:start + size])
+            if start + len(part) < end and part["row"][0] != part["row"][-1]:
+                part = part[:np.searchsorted(part["row"], part["row"][-1])]
+            start += len(part)
+            yield number, part[rows[part["row"]]]
+
+
+def differing(a, b):
+    """How many bits differ between a and b, uint32 (..., 3)."""
+    counts = BIT_COUNT[(a ^ b).view(np.uint16)]
+    return sum(counts[..., k] for k in range(counts.shape[-1])).astype(np.int64)
+
+
+def words_of(bits, n):
+    """Yield bits uint32 (K, 3) as words of n times 16 bits: 6 / n times uint64 (K,)."""
+    halves = np.ascontiguousarray(bits).view("<u2")
+    for k in range(0, 6, n):
+        yield sum(halves[:, k + m].astype(np.uint64) << np.uint64(16 * m) for m in range(n))
+
+
+class HeldOut:
+    """Recordings that must not be trained on, ready to be searched: the rows `chosen` (bool, by row) of each of the
+    corpora `sources`. H recordings, M fingerprints. Long words, of 48 instead of 16 bits, save time, but find less."""
+
+    def __init__(self, sources, chosen, long_words=False):
+        self.sources, self.word = sources, 3 if long_words else 1
+        self.source = np.repeat(np.arange(len(sources)), [rows.sum() for rows in chosen])              # (H,)
+        self.row = np.concatenate([np.flatnonzero(rows) for rows in chosen])                           # (H,)
+        self.index = np.concatenate([np.asarray(c.index)[rows] for c, rows in zip(sources, chosen)])   # (H,)
+        parts, first = [NO_FINGERPRINTS], np.searchsorted(self.source, np.arange(len(sources)))
+        for c, part in blocks(sources, chosen):
+            part["row"] = first[c] + np.searchsorted(np.flatnonzero(chosen[c]), part["row"])
+            parts.append(part)
+        prints = np.concatenate(parts)
+        self.prints = prints = prints[np.lexsort((prints["sample"], prints["channel"], prints["row"]))]
+        self.bits, self.sample = prints["bits"].copy(), prints["sample"].astype(np.int64)              # (M, 3), (M,)
+        self.lead = self.index["leads"][prints["row"], prints["channel"]].astype(np.uint64)            # (M,)
+        self.places = place(prints["row"], prints["channel"], self.sample)                             # increasing
+        self.channel_of = np.full((len(self.index), len(LEADS)), -1, np.int8)    # -1: the recording has no such lead
+        for k in reversed(range(MAX_LEADS)):
+            has = np.flatnonzero(self.index["n_leads"] > k)
+            self.channel_of[has, self.index["leads"][has, k]] = k
+        self.block = SEARCH_BLOCK if long_words else int(np.clip(2**34 // (1 + len(prints)), 2**12, SEARCH_BLOCK))
+        self.leads, self.tables = np.flatnonzero(np.bincount(self.lead.astype(int))).astype(np.uint64), []
+        for word in words_of(self.bits, self.word):
+            key = self.lead << np.uint64(48) | word
+            order = np.argsort(key)
+            self.tables.append((key[order], order.astype(np.uint32)))
+
+    def candidates(self, lead, bits):
+        """Yield (i, j): rows of lead (K,) and bits (K, 3), and fingerprints in self that share a word with them, where
+        both leads are the same or one is unknown."""
+        for (keys, order), word in zip(self.tables, words_of(bits, self.word)):
+            for other in self.leads:
+                mine = np.flatnonzero((lead == other) | (lead == 0) | (other == 0))
+                mine = mine[np.argsort(word[mine])]                      # neighbours then read the same memory
+                low, high = (np.searchsorted(keys, other << np.uint64(48) | word[mine], side) for side in
+                             ("left", "right"))
+                ends = np.cumsum(high - low)
+                cuts = np.searchsorted(ends, np.arange(SEARCH_PAIRS, ends[-1] if len(ends) else 0, SEARCH_PAIRS))
+                for some, start, n in zip(*(np.split(x, cuts) for x in (mine, low, high - low))):
+                    nth = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+                    yield np.repeat(some, n), order[np.repeat(start, n) + nth].astype(np.int64)
+
+    def search(self, corpora, chosen):
+        """Per corpus the rows, of those `chosen` (bool, by row), that hold a stretch of a recording in self. Bounded
+        memory and time: of too many candidates the best ones are looked at."""
+        copies, n_blocks = [set() for _ in corpora], 1 + sum(len(c.fingerprints) for c in corpora) // self.block
+        most = max(SEARCH_LEAST, SEARCH_MOST // n_blocks)
+        for c, part in blocks(corpora, chosen, self.block):
+            lead, pairs = corpora[c].index["leads"][part["row"], part["channel"]], [np.zeros(0, np.int64)]
+            bits = part["bits"].copy()
+            for i, j in self.candidates(lead, bits):
+                near = differing(bits.take(i, axis=0), self.bits.take(j, axis=0)) <= MOST_DIFFERENT[self.word]
+                pairs.append(i[near] * len(self.bits) + j[near])
+            pairs = np.sort(np.concatenate(pairs))
+            pairs = pairs[np.r_[True, pairs[1:] > pairs[:-1]][:len(pairs)]]
+            i, j = self.alignments(part, *np.divmod(pairs, max(1, len(self.bits))), most)
+            score = [np.zeros((2, 0))] + [self.score(part, lead, i[k:k + 4096], j[k:k + 4096])
+                                          for k in range(0, len(i), 4096)]
+            total, count = np.concatenate(score, axis=1)
+            for k in np.argsort(-total, kind="stable")[:most // 8]:
+                row, mean = int(part["row"][i[k]]), total[k] / max(1, count[k])
+                alone = self.sources[self.source[self.prints["row"][j[k]]]].dir is None
+                least, fewest = ENOUGH_ALONE if alone else ENOUGH
+                if row in copies[c] or mean < MIN_AGREEMENT:
+                    continue
+                if mean >= least and count[k] >= fewest or not alone and self.alike(corpora[c], part[i[k]], j[k]):
+                    copies[c].add(row)
+        return [np.array(sorted(rows), np.int64) for rows in copies]
+
+    def alignments(self, part, i, j, most):
+        """Of pairs of fingerprints the nearest one for each two recordings and shift in time; at most `most` of these,
+        those with the most evidence."""
+        row, recording, shift = part["row"][i], self.prints["row"][j], self.sample[j] - part["sample"][i]
+        order = np.lexsort((shift, recording, row))
+        i, j, row, recording, shift = (x[order] for x in (i, j, row, recording, shift))
+        same = (row[1:] == row[:-1]) & (recording[1:] == recording[:-1]) & (np.diff(shift) <= MAX_SHIFT)
+        new = np.r_[True, ~same][:len(i)]
+        start, gain = np.flatnonzero(new), AGREEMENT + 1 - differing(part["bits"][i], self.bits[j])
+        nearest = np.lexsort((-gain, np.cumsum(new)))[start]
+        best = nearest[np.argsort(-np.add.reduceat(gain, start) if len(i) else start, kind="stable")[:most]]
+        return i[best], j[best]
+
+    def score(self, part, lead, i, j):
+        """If fingerprint i (K,) of part and j (K,) of self are the same moment: AGREEMENT minus the bits that differ,
+        summed over the fingerprints near them, where a landmark that one recording lacks counts -MISSED; and how many
+        were compared. float64 (2, K)."""
+        near = (i[:, None] + np.arange(-NEAR_FINGERPRINTS, NEAR_FINGERPRINTS + 1))                     # (K, n)
+        valid, near = (near >= 0) & (near < len(part)), near.clip(0, len(part) - 1)
+        recording, channel = self.prints["row"][j][:, None], self.prints["channel"][j][:, None]
+        time = part["sample"][near] + (self.sample[j] - part["sample"][i])[:, None]
+        named = np.where(lead[near] > 0, self.channel_of[recording, lead[near]], -1)
+        channel = np.where(part["channel"][near] == part["channel"][i][:, None], channel, named)
+        wanted = place(recording, channel, time)
+        after = np.searchsorted(self.places, wanted).clip(1, max(1, len(self.places) - 1))
+        other = after - (wanted - self.places[after - 1] < self.places[after] - wanted)
+        found = np.abs(self.places[other] - wanted) <= MAX_SHIFT
+        inside = (np.minimum(time, part["sample"][near]) >= EDGE) & (
+            time + FINGERPRINT_SAMPLES + LANDMARK_SUM + MAX_SHIFT <= self.index["length"][recording])
+        valid &= (part["row"][near] == part["row"][i][:, None]) & (channel >= 0) & (found | inside)
+        gain = AGREEMENT - differing(part["bits"].take(near, axis=0), self.bits.take(other, axis=0))
+        gain = np.where(found, gain, -MISSED).clip(-MISSED) * valid
+        return np.stack((gain.sum(axis=1), valid.sum(axis=1))).astype(np.float64)
+
+    def alike(self, corpus, ours, j):
+        """Whether signals agree where the recording of fingerprint `ours` of a corpus and that of fingerprint j of self
+        overlap: the mean correlation of signals and of slopes, over the leads that both have."""
+        h, row, shift = self.prints["row"][j], ours["row"], int(self.sample[j]) - int(ours["sample"])
+        leads = {k: self.channel_of[h, lead] for k, lead in enumerate(corpus.lead_ids(row)) if lead}
+        leads = {k: other for k, other in leads.items() if other >= 0} | {ours["channel"]: self.prints["channel"][j]}
+        start = max(0, shift, self.sample[j] - CHECK_S * FS // 2)
+        stop = min(self.index["length"][h], shift + corpus.index["length"][row], self.sample[j] + CHECK_S * FS // 2)
+        if stop - start < MIN_OVERLAP_S * FS:
+            return False
+        a = filled(corpus.read(row, start - shift, stop - start)[list(leads)])
+        b = filled(self.sources[self.source[h]].read(self.row[h], start, stop - start)[list(leads.values())])
+        found = np.zeros(2 * MAX_SHIFT + 1)
+        for x, y in ((moving_sums(a, 10), moving_sums(b, 10)), (slopes(a), slopes(b))):
+            n = x.shape[1] - 2 * MAX_SHIFT
+            y = y[:, MAX_SHIFT:MAX_SHIFT + n] - y[:, MAX_SHIFT:MAX_SHIFT + n].mean(axis=1, keepdims=True)
+            for k in range(len(found)):
+                z = x[:, k:k + n] - x[:, k:k + n].mean(axis=1, keepdims=True)
+                norm = np.sqrt((y * y).sum(axis=1) * (z * z).sum(axis=1))
+                found[k] += np.mean((y * z).sum(axis=1) / np.where(norm > 0, norm, 1)) / 2
+        return found.max() >= MIN_CORRELATION[len(leads) > 1]
+
+
+def place(recording, channel, sample):
+    """A number that grows with the recording, then with the channel, then with the sample."""
+    return (recording.astype(np.int64) * MAX_LEADS + channel << 32) + sample
+
+
+def find_duplicates(corpora, chosen):
+    """Pairs of recordings, of the rows `chosen` (per corpus, bool by row), that begin with the same signal: (K, 2), the
+    earlier one first, counted through all corpora. At least two of their first fingerprints agree, in bits and time."""
+    first, parts = np.cumsum([0] + [len(c.index) for c in corpora]), [NO_FINGERPRINTS]
+    for c, part in blocks(corpora, chosen):
+        parts.append(part[np.arange(len(part)) - np.searchsorted(part["row"], part["row"]) < FIRST_FINGERPRINTS])
+        parts[-1]["row"] += np.uint32(first[c])
+    prints, pairs = np.concatenate(parts), []
+    row, sample = prints["row"].astype(np.int64), prints["sample"].astype(np.uint64)
+    halves = np.ascontiguousarray(prints["bits"]).view("<u2").astype(np.uint64)
+    for k in range(6):                           # words of 32 bits that overlap
+        word = halves[:, k] << np.uint64(16) | halves[:, k - 1]
+        key = word << np.uint64(32) | sample
+        order = np.argsort(key, kind="stable")
+        for apart in (1, 2, 3):                  # few strangers have both the same word and the same time
+            equal = key[order[apart:]] - key[order[:-apart]] <= MAX_SHIFT
+            a, b = np.sort((order[:-apart][equal], order[apart:][equal]), axis=0)
+            same = (row[a] < row[b]) & (differing(prints["bits"][a], prints["bits"][b]) <= AGREEMENT)
+            pairs.append(np.stack((row[a], row[b], a), axis=1)[same])
+    pairs, times = np.unique(np.unique(np.concatenate(pairs), axis=0)[:, :2], axis=0, return_counts=True)
+    return pairs[times >= 2]
+
+
+@functools.lru_cache(4)
+def open_held_out(path):
+    """The recordings of public test sets, as a corpus without signals; none, and a warning, if the file is absent."""
+    if not path.is_file():
+        print(f"warning: no {path}: copies of public test sets are found only if these are in a given corpus",
+              file=sys.stderr)
+        return Corpus(None, {}, np.zeros(0, INDEX_DTYPE), np.zeros(0, RECORD_DTYPE), None, NO_FINGERPRINTS)
+    with np.load(path) as file:
+        prints = np.zeros(len(file["row"]), FINGERPRINT_DTYPE)
+        for name in FINGERPRINT_DTYPE.names:
+            prints[name] = file[name]
+        return Corpus(None, json.loads(file["about"].tobytes()), file["index"], file["records"], None, prints)
+
+
+def write_held_out(corpora, path):
+    """Write the fingerprints of all that the corpora hold out, as open_held_out reads them."""
+    chosen = [c.index["split"] != SPLITS.index("train") for c in corpora]
+    held = HeldOut(corpora, chosen)
+    about = {c.manifest["source"]: {"recordings": int(rows.sum()), "made by": c.manifest["command"]}
+             for c, rows in zip(corpora, chosen)}
+    about = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    atomic_write(path, lambda file: np.savez_compressed(
+        file, about=about, index=held.index, records=np.concatenate([c.records[r] for c, r in zip(corpora, chosen)]),
+        **{name: held.prints[name] for name in FINGERPRINT_DTYPE.names}))
+
+
+def rows_to_leave_out(corpora, excluded=(), held_out_file=HELD_OUT_FILE):
+    """Per corpus, two sorted arrays of rows of split train that must not be trained on: those that share 5 s or more
+    with a recording that any of the corpora holds out, that is in an excluded corpus, or in held_out_file; and copies
+    of a recording that comes earlier, in the same corpus or in another."""
+    others = [Corpus(c.dir, c.manifest, c.index, c.records, c.patients, fingerprints_of(c, np.ones(len(c.index), bool)))
+              for c in excluded] + [open_held_out(held_out_file)]
+    train = [c.index["split"] == SPLITS.index("train") for c in corpora]
+    held = [*(~rows for rows in train), *(np.ones(len(c.index), bool) for c in others)]
+    n_held, n = (sum(rows.sum() * len(c.fingerprints) // max(1, len(rows)) for c, rows in zip(cs, chosen))
+                 for cs, chosen in (((*corpora, *others), held), (corpora, train)))
+    leaks = HeldOut([*corpora, *others], held, n * n_held > SHORT_WORDS_UP_TO).search(corpora, train)
+    for rows, found in zip(train, leaks):
+        rows[found] = False
+    first, twice = np.cumsum([0] + [len(c.index) for c in corpora]), np.unique(find_duplicates(corpora, train)[:, 1])
+    return [(rows, twice[(twice >= low) & (twice < high)] - low)
+            for rows, low, high in zip(leaks, first[:-1], first[1:])]
 
 
 # ---- batches: a pure function of (seed, step) -----------------------------------------------------------------------
@@ -273,7 +546,7 @@ class Sampler:
     def _make_groups(self, weights, left_out):
         """The lead groups of self.shapes that have recordings, each with its members: a dict per corpus."""
         self.too_short = "shorter than " + ", ".join(f"{s.window_s:g} s with {s.leads}" for s in self.shapes) + " leads"
-        self.skipped = {"not in split train": 0, self.too_short: 0}
+        self.skipped, self.left_out = {"not in split train": 0, self.too_short: 0}, []
         pools = [self._pools(corpus, weight, *rows) for corpus, weight, rows in zip(self.corpora, weights, left_out)]
         self.groups = []
         for shape in self.shapes:
@@ -297,6 +570,7 @@ class Sampler:
             train[rows] = False
             if len(rows):
                 self.skipped[why] = self.skipped.get(why, 0) + len(rows)
+                self.left_out += [(str(corpus.dir), name.decode(), why) for name in corpus.records[rows]]
         rows = np.flatnonzero(train).astype(np.uint32)                                  # half the memory of int64
         rows = rows[np.argsort(index["patient"][rows], kind="stable")]
         belongs = lead_group(index, rows, [shape.leads for shape in self.shapes])

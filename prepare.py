@@ -8,7 +8,7 @@ the result, in OUT (for synth in OUT/ptbxl, OUT/mitdb and OUT/nstdb)
   signal/        int16 at 250 Hz, 1 uV per step, -32768 = missing; for every recording one (leads, samples) block
   events/        only for icentia11k: beats and rhythms, by sample at 250 Hz
   index.npy      a row per recording: its place in signal/, its leads, split, patient and label; in the same order
-                 records.npy (names) and fingerprints.npy (to find copies); patients.npy: names of the patients
+                 records.npy (names); fingerprints.npy: to find copies, see corpus.py; patients.npy: names of patients
   manifest.json  counts, hours, what was rejected or changed, leak rules, checksums, the command
   rejects.csv    every recording that could not be used, and why
 
@@ -49,9 +49,9 @@ import wfdb
 from joblib import cpu_count                                       # of this job: affinity and containers count
 from tqdm import tqdm
 
-from corpus import (EVENT_DTYPE, FINGERPRINT_BYTES, FORMAT_VERSION, INDEX_DTYPE, MAGIC, NO_EVENTS, PATIENT_DTYPE,
-                    RECORD_DTYPE, SPLITS, SUPERCLASSES, fingerprint, index_faults, lock_folder, open_corpus,
-                    part_of, rows_to_leave_out)
+from corpus import (EVENT_DTYPE, FINGERPRINT_DTYPE, FORMAT_VERSION, INDEX_DTYPE, MAGIC, NO_EVENTS, NO_FINGERPRINTS,
+                    PATIENT_DTYPE, RECORD_DTYPE, SPLITS, SUPERCLASSES, fingerprint, index_faults, lock_folder,
+                    open_corpus, part_of, rows_to_leave_out, write_held_out)
 from ecg import (ARRAY_READERS, FS, LEAD_IDS, LEADS, MAX_LEADS, MAX_MV, MISSING, PAD_S, UV_PER_MV, Recording, Refused,
                  as_refused, atomic_write, header_lines, preprocess, read_array, read_pieces, sha256)
 from synth import atomic_folder, synthesize
@@ -62,14 +62,16 @@ SHARDS_AT_LEAST = 64             # if there are as many recordings, so that a sm
 ESTIMATE_RECORDINGS = 5          # recordings that are read first, to estimate disk and time
 NAMES_LISTED = 20                # of unknown leads or channels left out, in the manifest: the most frequent
 OVERVIEW_RECORDINGS = 2000       # chosen at random, for the histograms of check.png
-ROW_DTYPE = np.dtype([("index", INDEX_DTYPE), ("records", RECORD_DTYPE), ("patients", PATIENT_DTYPE),
-                      ("fingerprints", "u1", (FINGERPRINT_BYTES,))])  # of a recording, in the done/ file of its shard
+ROW_DTYPE = np.dtype([("index", INDEX_DTYPE), ("records", RECORD_DTYPE), ("patients", PATIENT_DTYPE)])  # in done/
 # MIT-BIH inter-patient split: de Chazal et al., IEEE TBME 51(7), 2004. The rest of the 48 are the four paced records.
 MITDB_DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
 MITDB_DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
 MITDB_HELD_OUT = {*MITDB_DS2, "201"}  # 201 is the same person as 202, which is in DS2
-# A folder of loose WFDB records may hold copies of the test sets: Challenge 2021's HRn is PTB-XL's ecg_id n.
-HELD_OUT_COPY = re.compile(r"HR\d{5}|\d{5}_[lh]r|" + "|".join(sorted(MITDB_HELD_OUT)))
+# A folder of loose WFDB records may hold copies of the test sets under the names that public tools give them: Challenge
+# 2021's HRn is PTB-XL's ecg_id n; 00018_hr_I is a lead, 100_3 a part; PhysioBank ATM writes 100m.
+HELD_OUT_COPY = re.compile(
+    r"((HR\d{5}|(ptb-?xl[_-]?)?\d{5}_[lh]r)(_\w{1,4})?|(mit-?(bih|db)?[_-]?)?"
+    rf"({'|'.join(sorted(MITDB_HELD_OUT))})(m|a|skew|[_-](ecg|mlii|v\d|\d\d?))?)(\.(dat|mat))?", re.IGNORECASE)
 NOISE_S = 30 * 60                # s of an NSTDB record that are used
 NOISE_PARTS = (("train", 0, 2 / 3), ("test", 2 / 3, 1))  # minutes 0-20 and 20-30; a shorter record has the same shares
 SYNTH_RECORDS = 600              # default number of synthetic 12-lead recordings
@@ -707,6 +709,7 @@ def start_worker():
 def prepare_shard(source, part, number, jobs):
     """Prepare the recordings of a shard and write it. Returns its totals."""
     rows, events, rejects, changes, offset, n_events = [], [NO_EVENTS], [], Counter(), 0, 0
+    fingerprints = [NO_FINGERPRINTS]
     path = part / "signal" / f"{number:05d}.i16"
     try:
         with open(path, "wb") as file:
@@ -718,7 +721,9 @@ def prepare_shard(source, part, number, jobs):
                         leads, patient = np.pad(got.leads, (0, MAX_LEADS - n_leads)), 0  # assemble numbers the patients
                         row = (number, offset, length, n_leads, leads, SPLITS.index(job.split), job.label, patient,
                                got.fs_hz, n_events, len(got.events))
-                        rows.append((row, job.record.encode(), job.patient.encode(), fingerprint(got.steps, got.leads)))
+                        fingerprints.append(fingerprint(got.steps, got.leads, every_lead=job.split != "train"))
+                        fingerprints[-1]["row"] = len(rows)        # assemble adds the recordings of the shards before
+                        rows.append((row, job.record.encode(), job.patient.encode()))
                         events.append(got.events)
                         offset, n_events = offset + got.steps.size, n_events + len(got.events)
                         changes += got.changes
@@ -738,7 +743,8 @@ def prepare_shard(source, part, number, jobs):
     about = json.dumps({"rejects": rejects, "changes": most_frequent(changes, 10 * NAMES_LISTED), "sha256": sums,
                         "bytes": 2 * offset}).encode()
     atomic_write(part / "done" / f"{number:05d}.npz",
-                 lambda file: np.savez(file, rows=rows, about=np.frombuffer(about, np.uint8)))
+                 lambda file: np.savez(file, rows=rows, fingerprints=np.concatenate(fingerprints),
+                                       about=np.frombuffer(about, np.uint8)))
     return {"jobs": len(jobs), "samples": rows["index"]["length"].sum(), "rejected": len(rejects), "bytes": 2 * offset}
 
 
@@ -766,7 +772,7 @@ def assemble(source, part, plan, command):
         if len(rejects) == plan["jobs"]:
             raise ValueError(f"none of the {plan['jobs']} recordings could be used: {dict(rejected)}; the first: "
                              f"{rejects.iloc[0].tolist()}")
-        index, records, patients, fingerprints = (
+        index, records, patients = (
             np.concatenate([np.load(path)["rows"][name].copy() for path in shards]) for name in ROW_DTYPE.names)
         patients, index["patient"] = np.unique(patients, return_inverse=True)
         manifest = make_manifest(source, index, records, plan["notes"], command)
@@ -774,14 +780,28 @@ def assemble(source, part, plan, command):
         shutil.rmtree(part)
         raise
     sums = {name: digest for about in abouts for name, digest in about["sha256"].items()}
-    for name, table in zip(ROW_DTYPE.names, (index, records, patients, fingerprints)):
+    for name, table in zip(ROW_DTYPE.names, (index, records, patients)):
         atomic_write(part / f"{name}.npy", functools.partial(np.save, arr=table))
+    atomic_write(part / "fingerprints.npy", functools.partial(write_fingerprints, shards))
+    for name in (*ROW_DTYPE.names, "fingerprints"):
         sums[f"{name}.npy"] = sha256(part / f"{name}.npy")
     sums["rejects.csv"] = sha256(part / "rejects.csv")
     manifest |= {"rejected": dict(sorted(rejected.items())), "changed": dict(sorted(changes.items())),
                  "shard_bytes": {f"{path.stem}.i16": about["bytes"] for path, about in zip(shards, abouts)},
                  "sha256": sums}
     atomic_write(part / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_fingerprints(shards, file):
+    """Join the fingerprints of the shards, one at a time because they may be larger than the index."""
+    n, rows = sum(len(np.load(path)["fingerprints"]) for path in shards), 0
+    about = {"descr": FINGERPRINT_DTYPE.descr, "fortran_order": False, "shape": (n,)}
+    np.lib.format.write_array_header_1_0(file, about)
+    for shard in map(np.load, shards):
+        fingerprints = shard["fingerprints"]
+        fingerprints["row"] += np.uint32(rows)
+        file.write(fingerprints.tobytes())
+        rows += len(shard["rows"])
 
 
 def make_manifest(source, index, records, notes, command):
@@ -851,7 +871,7 @@ def fetch(database, raw, names):
 
 
 # ---- check: what is in a corpus, and whether it is whole ------------------------------------------------------------
-def check(dirs):
+def check(dirs, held_out=None):
     """Verify prepared corpora, print copies and leaks, draw DIR/check.png for each. Returns the number of faults."""
     corpora, faults = [open_corpus(dir) for dir in dirs], 0
     for corpus in corpora:
@@ -865,12 +885,16 @@ def check(dirs):
         if not found:
             draw_overview(corpus, corpus.dir / "check.png")
             print(f"  overview: {corpus.dir / 'check.png'}")
-    for corpus, (leaks, twice) in zip(corpora, rows_to_leave_out(corpora)):
+    if faults:
+        print("copies are looked for when nothing is damaged")
+    for corpus, (leaks, twice) in zip(corpora, [] if faults else rows_to_leave_out(corpora)):
         for rows, what in ((leaks, "are copies of held-out recordings"), (twice, "are second copies")):
             if len(rows):
                 names = ", ".join(corpus.records[rows[:5]].astype(str)) + (" ..." if len(rows) > 5 else "")
-                print(f"{corpus.dir}: {len(rows):,} recordings of split train {what}, of these corpora: {names}; "
-                      "train.py leaves them out when it is given the same corpora")
+                print(f"{corpus.dir}: {len(rows):,} recordings of split train {what}, of these corpora or of public "
+                      f"test sets: {names}; train.py leaves them out when it is given the same corpora")
+    if held_out and not faults:
+        write_held_out(corpora, held_out)
     print(f"{len(corpora)} corpora, {faults} faults")
     return faults
 
@@ -1031,11 +1055,13 @@ def run_command():
     if checking:
         parser = argparse.ArgumentParser(prog="prepare.py check", description=check.__doc__)
         parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR")
+        parser.add_argument("--held-out", type=Path, metavar="FILE", help="also write the fingerprints of all "
+                            "that is held out here; train.py leaves out copies of what pretrained/held_out.npz holds")
         args = parser.parse_args(sys.argv[2:])
     else:
         args = parse_args()
     try:
-        sys.exit(bool(check(args.dirs)) if checking else main(args))
+        sys.exit(bool(check(args.dirs, args.held_out)) if checking else main(args))
     except (ValueError, OSError, KeyboardInterrupt) as error:            # OSError: disk full, no permission
         sys.exit(f"prepare.py: {error}" if checking else end_of_run(args, error))
 

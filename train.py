@@ -641,6 +641,7 @@ def train(args, rank, world_size, device, stop, watchdog):
         (out / "stopped").unlink(missing_ok=True)
         trim_log(out / "log.jsonl", start)
         atomic_write(out / "run.json", json.dumps(about, indent=1, default=str))
+        atomic_write(out / "left_out.csv", "".join(",".join(row) + "\n" for row in sampler.left_out))
         print_header(about, args, start)
     from_rank_0()
     probe = OnlineProbe(corpora, encoder.window_length(12) * encoder.patch_samples)
@@ -763,7 +764,7 @@ def print_header(about, args, start):
     for g in about["groups"]:
         print(f"  {g['recordings_per_batch']} of {args.batch} recordings per batch show {g['leads']} leads "
               f"({g['patients']} patients)")
-    print(f"  left out: {', '.join(f'{n} {why}' for why, n in about['skipped'].items())}\n"
+    print(f"  left out: {', '.join(f'{n} {why}' for why, n in about['skipped'].items())} (copies: left_out.csv)\n"
           f"steps {start} to {args.steps}, checkpoints and log in {args.out}")
 
 

@@ -408,8 +408,10 @@ def test_copies_of_test_sets_are_held_out_by_name(folder):
     corpus, good, _ = folder
     assert sorted(names_of(corpus, "test")) == sorted(["HR00001", "ward_1/00017_lr", "ward_1/00018_hr", "100"])
     assert len(corpus.patients) == len(set(corpus.index["patient"])) == len(corpus.index)  # unknown: one per record
-    assert all(map(prepare.HELD_OUT_COPY.fullmatch, (*DS2, "201", "HR21837")))
-    assert not any(map(prepare.HELD_OUT_COPY.fullmatch, ("101", "102", "JS10001", "HR1", "1000", "x100")))
+    copies = "201 HR21837 HR00001_I 00018_hr_I ptbxl_00018_lr 100skew 103m mitdb_213 mit-bih-100 213_ecg 100_12 117.dat"
+    others = "101 101m 102 JS10001 HR1 1000 x100 s100 100_ward 100_2023 mitdb_101 0018_hr"
+    assert all(map(prepare.HELD_OUT_COPY.fullmatch, (*DS2, *copies.split())))
+    assert not any(map(prepare.HELD_OUT_COPY.fullmatch, others.split()))
 
 
 def test_long_names_stay_apart():
@@ -1647,7 +1649,8 @@ def test_check_of_whole_and_damaged_corpora(small_corpus, tmp_path, capsys):
     assert prepare.check([copy]) == 0 and (copy / "check.png").stat().st_size > 20_000
     assert "1 corpora, 0 faults" in capsys.readouterr().out
     assert prepare.check([copy, twin]) == 0
-    words = f"{twin}: 3 recordings of split train are second copies, of these corpora: r0, r1, r2;"
+    words = (f"{twin}: 3 recordings of split train are second copies, of these corpora or of public test sets: "
+             "r0, r1, r2;")
     assert words in capsys.readouterr().out
     open_corpus(copy)                                              # the picture is no part of the corpus
     data = bytearray((copy / "signal" / "00001.i16").read_bytes())
