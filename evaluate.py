@@ -110,20 +110,20 @@ def interval(samples):
     return np.nanpercentile(samples, [2.5, 97.5]).tolist() if np.isfinite(samples).any() else [np.nan, np.nan]
 
 
-def interval_of_seeds(scores):
-    """95 % interval of the mean over encoders (seeds of one recipe) of scores (E, S): of the test set itself, [:, 0], and
-    of its resamples.
+def interval_of_seeds(scores, groups):
+    """95 % interval of the mean over encoders (seeds of one recipe) of scores (E, S): of the test set itself, [:, 0],
+    and of its resamples; groups: how many patients or records are resampled.
 
     One encoder: the percentiles of its resamples, which say nothing about another seed. Several: the variance of the
     mean over resamples of patients plus that over seeds, by Student's t with the degrees of freedom of Welch (1947) and
     Satterthwaite, because few seeds say little about their own spread.
     """
     E, mean = len(scores), scores.mean(axis=0)
-    if E == 1:
+    if E == 1 or not np.isfinite(mean[1:]).any() or not scores.std():            # nothing scored, or all equal
         return interval(mean[1:])
-    of_patients, of_seeds = np.nanvar(mean[1:], ddof=1), scores[:, 0].var(ddof=1) / E
+    of_patients, of_seeds = np.nanvar(mean[1:], ddof=1) * groups / (groups - 1), scores[:, 0].var(ddof=1) / E
     variance = of_patients + of_seeds
-    freedom = variance ** 2 / (of_seeds ** 2 / (E - 1) + of_patients ** 2 / (len(mean) - 2))
+    freedom = variance ** 2 / (of_seeds ** 2 / (E - 1) + of_patients ** 2 / (groups - 1))
     half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance)
     return [mean[0] - half, mean[0] + half]
 
@@ -163,7 +163,8 @@ def platt(logit, y, logit_new):
 
 
 def calibration(p, y, prevalence, group):
-    """How far the probabilities p (R, C) of labels y (R, C) bool can be believed: dict of means over labels.
+    """How well the probabilities p (R, C) agree with labels y (R, C) bool: dict of means over labels, and skills of
+    these means.
 
     brier, nll     proper scores (nll in nats); brier_skill, nll_skill: 1 - score / score of a constant, the prevalence
                    (C,) in the training set. 0 is as good as this constant, 1 is perfect, below 0 is worse
@@ -172,17 +173,21 @@ def calibration(p, y, prevalence, group):
     ece            expected calibration error; ece_perfect: that of labels drawn from p itself, so of a perfect model,
                    the mean and the 95 % of the draws. An ECE can only be read next to it
     z              Spiegelhalter's (1986) test: 0 for a perfect model, between -2 and 2 for 95 % of such; larger for
-                   overconfident probabilities, smaller for timid ones. group (R,) int: rows that are not independent
+                   overconfident probabilities, smaller for those too near .5. group (R,) int: rows of one
+                   group are not independent, which the other numbers ignore
     """
     if not p.size:
         return dict.fromkeys(("brier", "brier_skill", "nll", "nll_skill", "reliability", "resolution", "ece",
                               "ece_perfect", "ece_perfect_ci95", "z"), np.nan)
     rng, constant = np.random.default_rng(0), np.broadcast_to(prevalence, p.shape)
+    mix = rng.permutation(len(p))                # equal p must not fall into bins by patient
+    p, y, group = p[mix], y[mix], group[mix]
     brier, nll = np.mean((p - y) ** 2), neg_log_likelihood(p, y)
     said, seen, n = in_bins(p, y)
     bias = n[:, None] * seen * (1 - seen) / (n[:, None] - 1).clip(1) / len(p)
     share, mean = n[:, None] / len(p), y.mean(axis=0)
-    perfect = [expected_error(p, rng.random(p.shape) < p) for _ in range(PERFECT_DRAWS)]
+    ranked = np.sort(p, axis=0)                  # to sort it again in each draw is quick
+    perfect = [expected_error(ranked, rng.random(p.shape) < ranked) for _ in range(PERFECT_DRAWS)]
     of_group = np.bincount(group, ((y - p) * (1 - 2 * p)).sum(axis=1))
     return dict(brier=brier, brier_skill=1 - brier / np.mean((constant - y) ** 2), nll=nll,
                 nll_skill=1 - nll / neg_log_likelihood(constant, y),
@@ -200,7 +205,8 @@ def in_bins(p, y, bins=CALIBRATION_BINS):
     """Mean probability and share of positives (bins, C) in bins of equal size, from the lowest p of each label on, and
     the sizes of the bins (bins,)."""
     order = np.argsort(p, axis=0, kind="stable")
-    starts = np.unique(np.linspace(0, len(p), min(bins, len(p)) + 1).astype(int)[:-1])
+    bins = min(bins, len(p))
+    starts = np.arange(bins) * len(p) // bins
     n = np.diff(np.append(starts, len(p)))
     sums = (np.add.reduceat(np.take_along_axis(x, order, axis=0).astype(float), starts, axis=0) for x in (p, y))
     return *(x / n[:, None] for x in sums), n
@@ -212,8 +218,8 @@ def expected_error(p, y):
     return np.mean(n @ np.abs(said - seen) / len(p))
 
 
-CALIBRATION_NOTE = ("Brier skill: 1 - Brier score / that of the constant prevalence of the training set; ECE [of a perfect "
-                    "model]; z: of a perfect model between -2 and 2, larger if overconfident")
+CALIBRATION_NOTE = ("Brier skill: 1 - Brier score / that of the constant prevalence of the training set; ECE [of a "
+                    "perfect model]; z: of a perfect model between -2 and 2, larger if overconfident")
 
 
 def show_calibration(found):
@@ -445,8 +451,8 @@ def parser_of(description, raw_example):
     """A parser with the flags that both probes share. raw_example: a publisher's folder, for --help."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--encoder", required=True, nargs="+", metavar="FILE",
-                        help="encoder.pt of a run, or of several runs that differ in --seed: scores are then means, and "
-                             "intervals are over seeds and patients or records; tiny comes with the program; "
+                        help="encoder.pt of a run, or of several runs that differ in --seed: scores are then means, "
+                             "and intervals are over seeds and patients or records; tiny comes with the program; "
                              "random:SIZE gives only the untrained control")
     parser.add_argument("--raw", type=Path, required=True,
                         help=f"folder of the raw recordings in their publisher's layout, such as {raw_example}; not "
@@ -463,11 +469,16 @@ def parser_of(description, raw_example):
 
 
 def load_encoders(paths, device, precision="auto"):
-    """Networks: the encoders at `paths` and then their untrained controls, equal ones once; and the place of the control
-    of each encoder (random:SIZE is its own). ValueError as in model.load_encoder."""
+    """Networks: the encoders at `paths` and then their untrained controls, equal ones once; and the place of the
+    control of each encoder (random:SIZE is its own). ValueError as in model.load_encoder."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     networks, control_of = [load_encoder(path, device) for path in paths], []        # this checks the device
+    kinds = {(network.width, network.patch_samples, str(path).startswith("random:"))
+             for path, network in zip(paths, networks)}
+    if len(kinds) > 1 or len({*map(str, paths)}) < len(paths):
+        raise ValueError(f"--encoder {' '.join(map(str, paths))}: expected different files of one size, or "
+                         "random:SIZE:SEED with different seeds, as scores are means over them; probe others alone")
     for number, path in enumerate(paths):
         networks[number].precision = precision
         same = [k for k in range(len(paths), len(networks)) if networks[k].config == networks[number].config]
@@ -477,6 +488,11 @@ def load_encoders(paths, device, precision="auto"):
             networks.append(untrained_like(networks[number]))
         control_of.append(same[0] if same else len(networks) - 1)
     return networks, control_of
+
+
+def only_random(args):
+    """Whether the encoders are untrained ones: then they are their own controls."""
+    return all(path.startswith("random:") for path in args.encoder)
 
 
 def to_json(value):

@@ -83,7 +83,8 @@ class Features(NamedTuple):
 
     def global_feature(self):
         """[CLS, mean and standard deviation of the valid patches] (B, 3D): the global feature of a window. The probes
-        use it, and embed() averages it over windows. A mean hides how leads and times differ; the deviation shows it."""
+        use it, and embed() averages it over windows. A mean hides how leads and times differ; the deviation shows it.
+        Without any valid patch the mean is 0 and the deviation .001."""
         pooled = self.pooled().float()
         away = self.patches.float() - pooled[:, None, None, self.cls.shape[1]:]
         count = away[0, ..., 0].numel()
@@ -351,7 +352,8 @@ class Encoder(nn.Module):
 
         A recording longer than window_s (default: the training window for as many leads) is cut into windows every
         stride_s (default: half of window_s). Its global feature is the mean of Features.global_feature() over the
-        windows, each weighted by the number of its valid patches. A local feature comes from the window whose centre is nearest.
+        windows, each weighted by the number of its valid patches. A local feature comes from the window whose centre is
+        nearest.
         Samples after the last whole patch are left out. local=False: global features only; memory then hardly grows
         with the number of recordings that an iterable yields. Channels that are no ECG by their names have local
         features of NaN; one warning names them and the names that are not known. on_error="nan": a recording that

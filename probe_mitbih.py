@@ -10,8 +10,8 @@ The scores are macros over N, S, V (nine in ten F beats of each set are in one r
 records of the AUROC within a record, which is what a reader of one record needs, and `pooled` that over all beats, in
 which a few records decide. Two controls need no encoder: eight RR features (rr), and 0.75 s of the raw lead II (raw).
 How well a linear fit on DS1 finds two of these numbers from the features of DS2 is the correlation within records:
-`rr r` of the logarithm of the RR interval before the beat, and `early r` of its ratio to the mean of the ten before, which tells S
-from N. --encoder random:SIZE gives only the control.
+`rr r` of the logarithm of the RR interval before the beat, and `early r` of its ratio to the mean of the ten before,
+which tells S from N. --encoder random:SIZE gives only the control.
 
 Writes OUT/mitbih.json, OUT/predictions.npz (beats of DS2) and OUT/mitbih.png.
 
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from ecg import FS, LEAD_IDS, Refused, preprocess, read_wfdb
 from evaluate import (CALIBRATION_NOTE, calibration, draw_bars, interval, interval_of_seeds, label_auroc, load_encoders,
-                      macro, mean_of, parser_of, plain_auroc, resample, show, show_calibration, standardized, to_json,
+                      macro, mean_of, only_random, parser_of, plain_auroc, resample, show, show_calibration, standardized, to_json,
                       write_results)
 from model import low_precision
 from prepare import MITDB_DS1, MITDB_DS2
@@ -124,7 +124,8 @@ def raw_features(signal_mv, lead_ids, beats_s):
 
 def collect(raw, encoders, most=None):
     """Beats of every record of DS1 and DS2 in `raw`: record, beat_s, cls and stands_for (how many beats of its class and
-    record it represents), each (K,), and features (K, F), numbered by encoder; most: see used_beats. ValueError if a set is absent, or if a file cannot be read."""
+    record it represents, of those that DS2 would use), each (K,), and features (K, F), numbered by encoder; most: see
+    used_beats. ValueError if a set is absent, or if a file cannot be read."""
     names = [n for n in MITDB_DS1 + MITDB_DS2 if (raw / f"{n}.hea").is_file()]
     if not set(names) & set(MITDB_DS1) or not set(names) & set(MITDB_DS2):
         raise ValueError(f"{raw} holds {len(names)} of the 44 records of DS1 and DS2 ({' '.join(names) or 'none'}); "
@@ -140,9 +141,9 @@ def collect(raw, encoders, most=None):
         if not used.any():
             continue
         rr, times_s = rr_features(times_s)[used], times_s[used]
+        every = one_hot(classes[used_beats("", classes, most)]).sum(axis=0)  # as many as a record of DS2 would give
         part = dict(record=np.full(len(times_s), name), beat_s=times_s, cls=classes[used], rr=rr,
-                    stands_for=(one_hot(classes).sum(axis=0) / one_hot(classes[used]).sum(axis=0).clip(1)
-                                )[one_hot(classes[used]).argmax(axis=1)],
+                    stands_for=one_hot(classes[used]) @ (every / one_hot(classes[used]).sum(axis=0).clip(1)),
                     raw=raw_features(signal_mv, lead_ids, times_s))
         for e, encoder in enumerate(encoders):
             part[f"r_token {e}"], part[f"neighbourhood {e}"] = token_features(encoder, signal_mv, lead_ids, times_s)
@@ -254,15 +255,17 @@ def score(x, data, train, test, number, counts):
     return dict(c=c, macro_nsvf=macro(auroc)[0], per_class=dict(zip(CLASSES, auroc[0])),
                 within_per_class=dict(zip(CLASSES, within[0])), s_without_232=plain_auroc(y[without], p[without])[1],
                 detection=detection(p, cls),
-                calibration=calibration(believed, y, prior / prior.sum(), number)), p, np.stack((within_nsv, macro_nsv, *r.T))
+                prior=dict(zip(CLASSES, prior)), calibration=calibration(believed, y, prior / prior.sum(), number)
+                ), p, np.stack((within_nsv, macro_nsv, *r.T))
 
 
-def with_intervals(runs):
+def with_intervals(runs, records):
     """JSON entry of several runs of score(), of encoders that differ in their seed: means, with intervals of NAMES."""
     entry, scores = mean_of([run[0] for run in runs]), np.stack([run[2] for run in runs], axis=1)   # (4, E, S)
+    entry["c"] = [run[0]["c"] for run in runs]
     entry["each"] = {key: of[:, 0].tolist() for key, of in zip(NAMES, scores)}
     for key, of in zip(NAMES, scores):
-        entry |= {key: of[:, 0].mean(), CI_NAMES.get(key, f"{key}_ci95"): interval_of_seeds(of)}
+        entry |= {key: of[:, 0].mean(), CI_NAMES.get(key, f"{key}_ci95"): interval_of_seeds(of, records)}
     return entry
 
 
@@ -273,7 +276,7 @@ def report(result):
     thinned = (f"at most {result['beats']} of a class and record" if result["beats"] else
                f"N thinned to {MAX_N_TRAIN} a record")
     for name, r in (result["features"] | result["controls"]).items():
-        rows[name] = {"C": f"{r['c']:g}", "within": show(r["within_nsv"], r["within_ci95"]),
+        rows[name] = {"C": " ".join(map("{:g}".format, r["c"])), "within": show(r["within_nsv"], r["within_ci95"]),
                       **{f"within {k}": r["within_per_class"][k] for k in "SVN"},
                       "pooled": show(r["macro_nsv"], r["ci95"]), **r["per_class"],
                       "S without 232": r["s_without_232"], "rr r": r["rr_r"], "early r": r["early_r"],
@@ -289,12 +292,14 @@ def report(result):
         + f"; Q is neither trained nor scored; C by {FOLDS} folds of DS1 records",
         "macro AUROC of N, S, V within records and pooled, of each class pooled [95 %, records resampled]"
         + (f"; no beats of {', '.join(n['absent'])} in DS2: macros go over the others" if n["absent"] else ""),
-        CALIBRATION_NOTE + "; with the class frequencies of DS1 put back",
+        CALIBRATION_NOTE + "; with the class frequencies of DS1 put back; beats of a record are alike, and only z "
+        "allows for that",
         table(rows), *([f"untrained\n{table(untrained)}\ndifference\n{table(differences)}"] if differences else [])))
 
 
 def table(rows):
-    return pd.DataFrame.from_dict(rows, orient="index").to_string(na_rep="-", float_format="{:.3f}".format)
+    frame = pd.DataFrame.from_dict(rows, orient="index").fillna(np.nan)
+    return frame.to_string(na_rep="-", float_format="{:.3f}".format)
 
 
 def draw(result):
@@ -332,20 +337,21 @@ def main(args):
     number, counts = resample(data["record"][test], args.seed)
     counts = np.concatenate((np.ones_like(counts[:1]), counts))      # first the test set itself
 
+    records = counts.shape[1]
     stored, result = {key: data[key][test] for key in ("record", "beat_s", "cls")}, dict(features={}, controls={})
     for name in ("rr", "raw"):
         run = score(data[name], data, train, test, number, counts)
-        result["controls"][name], stored[f"p_{name}"] = with_intervals([run]), run[1]
+        result["controls"][name], stored[f"p_{name}"] = with_intervals([run], records), run[1]
     for name in ("r_token", "neighbourhood"):
         runs = [score(data[f"{name} {e}"], data, train, test, number, counts) for e in range(len(encoders))]
         ours, controls = runs[:len(control_of)], [runs[k] for k in control_of]
         gains = np.stack([run[2] - control[2] for run, control in zip(ours, controls)], axis=1)      # (4, E, S)
-        differences = {key: dict(difference=of[:, 0].mean(), ci95=interval_of_seeds(of),
+        differences = {key: dict(difference=of[:, 0].mean(), ci95=interval_of_seeds(of, records),
                                  each=[dict(difference=one[0], ci95=interval(one[1:])) for one in of])
                        for key, of in zip(NAMES, gains)}
-        pooled, control = differences["macro_nsv"], with_intervals(controls)
-        result["features"][name] = dict(with_intervals(ours), untrained=control["macro_nsv"], untrained_scores=control,
-                                        difference=pooled["difference"], difference_ci95=pooled["ci95"],
+        pooled, control = differences["macro_nsv"], with_intervals(controls, records)
+        result["features"][name] = dict(with_intervals(ours, records), untrained=control["macro_nsv"],
+                                        untrained_scores=control, difference=pooled["difference"], difference_ci95=pooled["ci95"],
                                         differences=differences)
         p = np.stack([run[1] for run in ours])                         # one encoder: (K', C), several: (E, K', C)
         stored |= {f"p_{name}": p[0] if len(p) == 1 else p, f"p_untrained_{name}": controls[0][1],
@@ -353,9 +359,9 @@ def main(args):
 
     train_beats, test_beats = (dict(zip(CLASSES, one_hot(data["cls"][rows]).sum(axis=0))) for rows in (train, test))
     n = dict(train=train.sum(), test=test.sum(), train_records=len(set(data["record"][train])),
-             test_records=counts.shape[1], train_beats=train_beats, test_beats=test_beats,
+             test_records=records, train_beats=train_beats, test_beats=test_beats,
              absent=[name for name, beats in test_beats.items() if not beats])
-    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=control_of == [*range(len(encoders))],
+    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=only_random(args),
                           beats=args.beats or 0, n=n, mapping=AAMI, **result))
     print(report(result))
     write_results(args.out, "mitbih", result, stored, draw(result))

@@ -32,10 +32,10 @@ from tqdm import tqdm
 from augment import load_noise
 from corpus import open_corpus
 from ecg import Refused, lead_id, preprocess, read_wfdb
-from evaluate import (CALIBRATION_NOTE, COLORS, NOISE_DB, both_classes, calibration, draw_bars, global_features, in_bins,
-                      interval, interval_of_seeds, label_auroc, load_encoders, macro, mean_of, noisy_features,
-                      parser_of, plain_auroc, platt, resample, show, show_calibration, standardized, to_json,
-                      write_results)
+from evaluate import (CALIBRATION_NOTE, COLORS, NOISE_DB, both_classes, calibration, draw_bars, global_features,
+                      in_bins, interval, interval_of_seeds, label_auroc, load_encoders, macro, mean_of, noisy_features,
+                      only_random, parser_of, plain_auroc, platt, resample, show, show_calibration, standardized,
+                      to_json, write_results)
 
 TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's folds; a patient is in one fold only
@@ -182,7 +182,7 @@ def compare(names, y, fold, logits, control_of, patient, counts):
         a, b = (np.stack([macro(run["auroc"][:, chosen]) for run in of]) for of in runs.values())    # (E, S)
         for key, ci, x in (("macro_auroc", "ci95", a), ("untrained", "untrained_ci95", b),
                            ("difference", "difference_ci95", a - b)):
-            entry |= {f"{key}{suffix}": x[:, 0].mean(), f"{ci}{suffix}": interval_of_seeds(x)}
+            entry |= {f"{key}{suffix}": x[:, 0].mean(), f"{ci}{suffix}": interval_of_seeds(x, counts.shape[1])}
             entry.setdefault("each", {}).setdefault(f"{key}{suffix}", x[:, 0].tolist())
             entry["each"][f"{ci}{suffix}"] = [interval(one[1:]) for one in x]
     prevalence = y[train][:, scored].mean(axis=0)
@@ -193,13 +193,15 @@ def compare(names, y, fold, logits, control_of, patient, counts):
         entry["robustness"] = noise = dict(snr_db=NOISE_DB)
         levels = {key: np.stack([run["noisy"] for run in of], axis=1) for key, of in runs.items()}   # (H, E, S)
         for key, x in (*levels.items(), ("difference", levels["macro_auroc"] - levels["untrained"])):
-            noise |= {key: x[:, :, 0].mean(axis=1).tolist(), f"{key}_ci95": [interval_of_seeds(level) for level in x]}
+            noise |= {key: x[:, :, 0].mean(axis=1).tolist(),
+                      f"{key}_ci95": [interval_of_seeds(level, counts.shape[1]) for level in x]}
         noise |= {f"{key}_kept": (np.mean(noise[key]) - 0.5) / (entry[key] - 0.5) for key in runs}   # 0.5 is chance
     auroc, untrained = (np.mean([run["auroc"][0] for run in of], axis=0) for of in runs.values())
     entry["labels"] = {names[label]: dict(
         auroc=auroc[k], untrained=untrained[k], positives_train=y[train, label].sum(),
         positives_val=y[val, label].sum(), positives_test=y[test, label].sum()) for k, label in enumerate(scored)}
-    # The same seed draws the same patients in every run of this program. One encoder: (R', C), several: (E, R', C).
+    # The same seed draws the same patients in every run of this program. One encoder: (R', C), several: (E, R', C);
+    # of the controls that of the first encoder.
     p, p_platt = (np.stack([run[kind] for run in runs["macro_auroc"]]) for kind in ("raw", "platt"))
     p, p_platt = (p[0], p_platt[0]) if len(p) == 1 else (p, p_platt)
     return entry, dict(labels=np.array([names[k] for k in scored], dtype=str), y=y_test, p=p, p_platt=p_platt,
@@ -316,7 +318,7 @@ def main(args):
 
     n = dict(rate_hz=rate, train=train.sum(), val=val.sum(), test=test.sum(), features=features.shape[2],
              test_patients=counts.shape[1], **odd)
-    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=control_of == [*range(len(encoders))],
+    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=only_random(args),
                           leads=args.leads or [], leads_scored=shown or [], n=n, tasks=tasks))
     print(report(result))
     write_results(args.out, "ptbxl", result, stored, draw(result, stored))

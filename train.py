@@ -801,7 +801,7 @@ def show_demo(args):
     the scores."""
     out, encoder = args.out, str(args.out / "encoder.pt")
     with contextlib.redirect_stdout(None):       # their tables hold means of the two encoders
-        scores = demo_scores([encoder, "tiny"], out)
+        scores = demo_scores([encoder, "tiny"] if args.size == "tiny" else [encoder], out)
     corpus = open_corpus(args.data[0][0])
     # A normal ECG has every wave.
     normal = (corpus.index["split"] == SPLITS.index("test")) & (corpus.index["label"] == 1)

@@ -434,7 +434,7 @@ def test_intervals_over_seeds_and_patients_cover_the_truth(seeds):
         counts = rng.multinomial(200, np.full(200, 1 / 200), size=100) / 200
         seed = rng.normal(0, 0.003, seeds)[:, None]
         scores = 0.85 + seed + (patients + own) @ np.concatenate((np.full((1, 200), 1 / 200), counts)).T
-        low, high = evaluate.interval_of_seeds(scores)
+        low, high = evaluate.interval_of_seeds(scores, 200)
         alone = evaluate.interval(scores[0, 1:])
         held.append((low <= 0.85 <= high, alone[0] <= 0.85 <= alone[1]))
     both, alone = np.mean(held, axis=0)
@@ -443,7 +443,20 @@ def test_intervals_over_seeds_and_patients_cover_the_truth(seeds):
 
 def test_the_interval_of_one_encoder_is_that_of_its_patients():
     scores = np.random.default_rng(0).normal(0.8, 0.01, (1, 1001))
-    assert evaluate.interval_of_seeds(scores) == evaluate.interval(scores[0, 1:])
+    assert evaluate.interval_of_seeds(scores, 50) == evaluate.interval(scores[0, 1:])
+
+
+def test_seeds_that_cannot_be_scored_or_do_not_differ_have_an_interval_too():
+    assert np.isnan(evaluate.interval_of_seeds(np.full((2, 11), np.nan), 5)).all()
+    assert evaluate.interval_of_seeds(np.ones((2, 11)), 5) == [1, 1]
+
+
+@pytest.mark.parametrize("paths", [["a", "a"], ["a", "wide"], ["a", "random:tiny"], ["random:tiny", "random:tiny"]])
+def test_what_cannot_be_averaged_is_refused(tmp_path, paths):
+    for name, width in (("a", WIDTH), ("wide", 2 * WIDTH)):
+        save_encoder(Encoder(width=width, depth=1, heads=1, layer_scale=1.0), tmp_path / name)
+    with pytest.raises(ValueError, match="expected different files of one size.*probe others alone"):
+        evaluate.load_encoders([p if ":" in p else str(tmp_path / p) for p in paths], "cpu")
 
 
 def test_the_mean_of_results_is_that_of_every_number():

@@ -268,8 +268,8 @@ def test_rr_correlation_is_that_of_numpy_and_finds_what_is_there():
     found = probe_mitbih.rr_correlation(noisy, rr, train, ~train, number, counts)[:, 0]
     told = RidgeCV(probe_mitbih.RIDGE_GRID).fit(noisy[train], log[train, 0]).predict(noisy[~train])  # not standardized
     for r, weights in zip(found, counts):
-        rows, means = np.repeat(np.arange(300), weights[number]), lambda v: np.array([v[number == k].mean() for k in (0, 1)])
-        a, b = (v - means(v)[number] for v in (told, log[~train, 0]))  # within records
+        rows = np.repeat(np.arange(300), weights[number])              # within records
+        a, b = (v - np.array([v[number == k].mean() for k in (0, 1)])[number] for v in (told, log[~train, 0]))
         assert r == pytest.approx(np.corrcoef(a[rows], b[rows])[0, 1], abs=0.01)
 
 
