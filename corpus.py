@@ -50,9 +50,9 @@ MAX_SHIFT, EDGE = 4, 300         # samples by which noise moves a landmark, and 
 MIN_AGREEMENT = 3                # mean per fingerprint: signals are then compared
 ENOUGH, ENOUGH_ALONE = (12, 6), (10, 2)  # mean and count that decide: if there are signals, if there are none
 MIN_CORRELATION, MIN_OVERLAP_S, CHECK_S = (0.96, 0.9), 4.5, 60           # of one lead, of several
-# Of a recording, that find_duplicates compares. It found 96 of 100 copies of PTB-XL at 100 Hz at 500 Hz, and 0.2 % of
-# 10,000 strangers; with 8 it found 92 and 0.1 %.
-FIRST_FINGERPRINTS = 12
+# Of a recording, that find_duplicates compares, and the share of them that two copies have in common. Copies of PTB-XL
+# at 100 and at 500 Hz have at least 0.42, strangers at most 0.25.
+FIRST_FINGERPRINTS, SHARE_OF_FIRST = 12, 0.4
 SEARCH_BLOCK, SEARCH_PAIRS, SEARCH_LEAST, SEARCH_MOST = 2**20, 2**21, 2**13, 2**19
 SHORT_WORDS_UP_TO = 3e12         # pairs of fingerprints
 HELD_OUT_FILE = Path(__file__).parent / "pretrained" / "held_out.npz"    # PTB-XL's folds 9 and 10, MIT-BIH's DS2, 201
@@ -413,8 +413,9 @@ class HeldOut:
         named = np.where(lead[near] > 0, self.channel_of[recording, lead[near]], -1)
         channel = np.where(part["channel"][near] == part["channel"][i][:, None], channel, named)
         wanted = place(recording, channel, time)
-        after = np.searchsorted(self.places, wanted).clip(1, max(1, len(self.places) - 1))
-        other = after - (wanted - self.places[after - 1] < self.places[after] - wanted)
+        after = np.searchsorted(self.places, wanted).clip(0, len(self.places) - 1)
+        before = (after - 1).clip(0)
+        other = np.where(wanted - self.places[before] < self.places[after] - wanted, before, after)
         found = np.abs(self.places[other] - wanted) <= MAX_SHIFT
         inside = (np.minimum(time, part["sample"][near]) >= EDGE) & (
             time + FINGERPRINT_SAMPLES + LANDMARK_SUM + MAX_SHIFT <= self.index["length"][recording])
@@ -460,9 +461,9 @@ def find_duplicates(corpora, chosen):
         parts[-1]["row"] += np.uint32(first[c])
     prints, pairs = np.concatenate(parts), []
     row, sample = prints["row"].astype(np.int64), prints["sample"].astype(np.uint64)
-    halves = np.ascontiguousarray(prints["bits"]).view("<u2").astype(np.uint64)
+    halves = np.ascontiguousarray(prints["bits"]).view("<u2")
     for k in range(6):                           # words of 32 bits that overlap
-        word = halves[:, k] << np.uint64(16) | halves[:, k - 1]
+        word = halves[:, k].astype(np.uint64) << np.uint64(16) | halves[:, k - 1]
         key = word << np.uint64(32) | sample
         order = np.argsort(key, kind="stable")
         for apart in (1, 2, 3):                  # few strangers have both the same word and the same time
@@ -471,7 +472,8 @@ def find_duplicates(corpora, chosen):
             same = (row[a] < row[b]) & (differing(prints["bits"][a], prints["bits"][b]) <= AGREEMENT)
             pairs.append(np.stack((row[a], row[b], a), axis=1)[same])
     pairs, times = np.unique(np.unique(np.concatenate(pairs), axis=0)[:, :2], axis=0, return_counts=True)
-    return pairs[times >= 2]
+    n = np.bincount(row, minlength=first[-1])[pairs].min(axis=1)
+    return pairs[times >= np.maximum(2, SHARE_OF_FIRST * n)]
 
 
 @functools.lru_cache(4)
@@ -492,7 +494,7 @@ def write_held_out(corpora, path):
     """Write the fingerprints of all that the corpora hold out, as open_held_out reads them."""
     chosen = [c.index["split"] != SPLITS.index("train") for c in corpora]
     held = HeldOut(corpora, chosen)
-    about = {c.manifest["source"]: {"recordings": int(rows.sum()), "made by": c.manifest["command"]}
+    about = {str(c.dir): {"recordings": int(rows.sum()), "made by": c.manifest["command"]}
              for c, rows in zip(corpora, chosen)}
     about = np.frombuffer(json.dumps(about).encode(), np.uint8)
     atomic_write(path, lambda file: np.savez_compressed(

@@ -65,16 +65,17 @@ for _i, _lead in zip((1, 2, 61, 62, 63, 64, *range(3, 9), 9, 66, 67, 11, 12, 16,
 LEAD_NAME = re.compile(r"(?:(?:MDC(?:_ECG_(?:LEAD|ELEC_POTL))?|ECG|EKG|LEAD)(?:[\s_.:]+|-(?!AVR)|(?=[^\s_.:-])|$))*"
                        r"(.*?)(?:-REF|\s*\((?:EINTHOVEN|GOLDBERGER|WILSON|FRANK)\))?[\s,;.]*")
 UNIT_IN_NAME = re.compile(r"(.*?\S)(?:\s*[\[(]([mu\u00b5\u03bc]?V)[\])]|[\s_]+([mu\u00b5\u03bc]V))\s*", re.IGNORECASE)
-TIME_NAME = re.compile(r"'?(?:ELAPSED[ _])?(?:TIME(?:STAMP)?S?|T|SAMPLES?|INDEX|SECONDS?)"
+TIME_NAME = re.compile(r"'?(?:ELAPSED[ _])?(?:(?:DATE[ _]?)?TIME(?:STAMP)?S?|DATE|T|SAMPLES?|INDEX|MS|M?SEC(?:OND)?S?)"
                        r"(?:[ _]?(?:#|NO|NUMBER|INTERVAL|M?S|[\[(].*[\])]))?'?")
 # Names of what is no ECG, whatever its unit: the signals of MIMIC and of other bedside monitors (physionet.org/content/
 # mimic3wdb), the types of EDF+, and those of sleep studies (sleepdata.org) and of wearables.
 NO_ECG = re.compile("(?:" + "|".join(r"""
     RESP(?:IRATION|IRATORY)? PLETH\w* PPG ABP I?BP NIBP ART(?:ERIAL)? AO CVP PAP ICP [LRU]AP UVP P\d PRES(?:S(?:URE)?)?
     SP?O2 SAO2 OSAT OX\w* O2 (?:ET)?CO2 CAPNO\w* [EM]EG E[MO]G ERG I?EGM GSR EDA UC TOCO [DFM]?HR H\.R PULSE PR TEMP\w*
-    THERM\w* THOR\w* ABDO?\w* NASAL CANNULA (?:AIR)?FLOW NEW\s?AIR CPAP SNOR\w* CHIN R?LEG TIB\w* POS(?:ITION)? LIGHT
-    SOUND EVENTS? MARKERS? STAT(?:US)? STIM\w* TRIG\w* EDF\sANNOTATIONS BATT\w* ACC\w* GYRO\w* [SPB]CG PHONO\w*
-    IMP(?:EDANCE)? LOC ROC""".split()) + r")(?![A-Z])|(?:FP|F|C|P|O|T|E)[\dZ]-(?:REF|AVG|[A-Z]{1,2}[\dZ])")
+    THERM\w* THOR[A-Z]*(?!_\d|.*ECG) ABDO?[A-Z]*(?!_\d|.*ECG) NASAL CANNULA (?:AIR)?FLOW NEW\s?AIR CPAP SNOR\w*
+    CHIN R?LEG TIB\w* POS(?:ITION)? LIGHT SOUND EVENTS? MARKERS? STAT(?:US)? STIM\w* TRIG\w* EDF\sANNOTATIONS BATT\w*
+    ACC\w* GYRO\w* [SPB]CG PHONO\w* IMP(?:EDANCE)? LOC ROC""".split())
+                    + r")(?![A-Z])|(?:FP|F|C|P|O|T|E)[\dZ]-(?:REF|AVG|[A-Z]{1,2}[\dZ])")
 MV_PER_UNIT = {"mv": 1.0, "millivolt": 1.0, "millivolts": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3,
                "microvolt": 1e-3, "microvolts": 1e-3, "v": 1e3, "volt": 1e3, "volts": 1e3}
 
@@ -114,7 +115,8 @@ def lead_id(name):
 @functools.lru_cache(10_000)
 def is_no_ecg(name):
     """Whether a channel of this name is known to be something else than an ECG."""
-    return not lead_id(name) and bool(NO_ECG.match(name_and_unit(name)[0].upper()))
+    text = name_and_unit(name)[0].upper()
+    return not lead_id(name) and bool(NO_ECG.match(text) or TIME_NAME.fullmatch(text))
 
 
 def preprocess(signal, fs, leads, units="mV", notes=None):
@@ -164,6 +166,8 @@ def as_lead_rows(signal, fs, leads, units):
         names = [leads] if isinstance(leads, (str, bytes)) else list(leads)
         own = [name_and_unit(name)[1] for name in names]
         signal = signal.to_numpy() if hasattr(signal, "columns") else signal         # a pandas table
+        if (dtype := np.dtype(getattr(signal, "dtype", float))).kind in "cmM":
+            raise TypeError(f"it holds {dtype}")
         masked = not isinstance(signal, np.ndarray) or isinstance(signal, np.ma.MaskedArray)
         x = np.array(np.ma.array(signal, dtype=np.float64).filled(np.nan) if masked else signal, dtype=np.float64)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -199,16 +203,11 @@ def leave_out_channels(x, names, ids, notes):
             notes[f"channels left out: {name:.40}"] += 1
         elif name != LEADS[0]:
             notes[f"leads stored as unknown: the name {name!r:.40}"] += 1
-        if x.shape[1] > 2 and is_even(x[k, :3]) and is_even(x[k]):
-            notes["leads that rise evenly, like a time column"] += 1
+        if (np.diff(x[k, :9]) > 0).all() and x.shape[1] > 50 and (np.diff(x[k]) > 0).all():
+            x[k] = np.nan
+            notes["channels left out: one that only rises, like time"] += 1
     if all(map(is_no_ecg, names)):
         raise Refused("no ECG channel", f"the channels {', '.join(map(str, names)):.80} are no ECG by their names")
-
-
-def is_even(x):
-    """Whether x (T,) rises by the same step from sample to sample."""
-    steps = np.diff(x)
-    return steps[0] > 0 and (np.abs(steps - steps[0]) < 1e-3 * steps[0]).all()
 
 
 def check_values(x, fs, units, notes, integers):
@@ -500,22 +499,26 @@ read_edf = read_wfdb             # the suffix .edf decides
 
 def open_record(path):
     """An OpenRecord of an EDF file (*.edf) or of a WFDB record (without suffix)."""
-    return (open_edf if path.lower().endswith(".edf") else open_wfdb)(path)
+    return open_edf(path) if path.lower().endswith(".edf") else open_wfdb(path.removesuffix(".hea"))
 
 
 def read_pieces(path):
-    """Yield (start in s, Recording) of a WFDB record in pieces of at most PIECE_S and PIECE_SAMPLES, one after another,
-    all but the last of whole seconds. To prepare one takes at most 0.5 GB (measured: 0.24 GB for 24 h of 3 leads at
-    250 Hz), below 100 Hz up to 0.9 GB, whatever the record's length; only format 8 is read from its start each time."""
+    """Yield (start in s, Recording or Refused) of a record in pieces of at most PIECE_S and PIECE_SAMPLES, one after
+    another, all but the last of whole seconds. To prepare one takes at most 0.5 GB (measured: 0.24 GB for 24 h of 3
+    leads at 250 Hz), below 100 Hz up to 0.9 GB, whatever the record's length; only format 8 is read from its start each
+    time."""
     with as_refused(path):
         record = open_record(str(path))
     samples = record.frames * record.per_frame * len(record.keys)
     n = max(math.ceil(record.frames / record.fs / PIECE_S), math.ceil(samples / PIECE_SAMPLES))
     edges = [round(i * record.frames // n // record.fs * record.fs) for i in range(n)] + [record.frames]
     for start, stop in zip(edges, edges[1:]):
-        with as_refused(path):
-            recording = read_stretch(record, start, stop)
-        yield start / record.fs, recording if start == 0 else recording._replace(notes=None)
+        try:
+            with as_refused(path):
+                recording = read_stretch(record, start, stop)._replace(notes=None if start else record.notes)
+        except Refused as error:
+            recording = error                    # the other pieces may be whole
+        yield start / record.fs, recording
 
 
 @contextlib.contextmanager
@@ -523,7 +526,7 @@ def as_refused(path):
     """Turns what reading the files of a record may raise into Refused."""
     try:
         yield
-    except Refused:
+    except (Refused, MemoryError):               # a lack of memory is no fault of the file
         raise
     except FileNotFoundError as error:
         raise Refused("absent file", f"{Path(error.filename or path).name} is not there") from None
@@ -619,14 +622,18 @@ def read_header(path, record_fs=None):
 
 
 def header_lines(path):
-    """The lines of a WFDB header that are no comments. Text is UTF-8 or, if that fails, Latin-1 (the micro sign)."""
+    """The lines of a WFDB header that are no comments."""
     with open(find_file(path)[0], "rb") as file:
         data = file.read()
+    return [line for line in map(str.strip, as_text(data).split("\n")) if line and not line.startswith("#")]
+
+
+def as_text(data):
+    """Bytes as UTF-8 or, if that fails, as Latin-1 (the micro sign)."""
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = data.decode("latin-1")
-    return [line for line in map(str.strip, text.split("\n")) if line and not line.startswith("#")]
+        return data.decode("latin-1")
 
 
 def find_file(path):
@@ -813,10 +820,13 @@ def read_array(path, fs, units, leads):
     names = re.split(r"\s*[;,]\s*" if re.search("[;,]", leads) else r"\s+", leads.strip()) if leads.strip() else []
     with as_refused(path):
         signal, header = ARRAY_READERS[Path(path).suffix.lower()](path)
-        known = [name_and_unit(name)[0].upper() for name in header]
-        columns = [i for i, name in enumerate(known) if name and not TIME_NAME.fullmatch(name)]
-        if names and {name.upper() for name in names} <= {*known}:
-            columns = [known.index(name.upper()) for name in names]
+        if not header and Path(path).suffix.lower() == ".csv" and signal.shape[1] == len(names):
+            header = names                       # they may name a column of time
+        known, wanted = list(map(column_key, header)), [key for key in map(column_key, names) if key]
+        columns = [i for i, key in enumerate(known) if key]
+        if wanted and {*wanted} <= {*known} and len({*wanted}) == len(wanted):
+            columns, own = list(map(known.index, wanted)), {column_key(name): name for name in names}
+            names = [own[known[i]] if name_and_unit(own[known[i]])[1] else header[i] for i in columns]
         if header:
             signal, names = signal[:, columns].astype(float), names or [header[i] for i in columns]
         fs = float(fs or "nan")
@@ -825,18 +835,25 @@ def read_array(path, fs, units, leads):
     return Recording(signal, fs, names, units)
 
 
+def column_key(name):
+    """What a column holds: the id of a lead, otherwise its name in capitals; "" for time, or without a name."""
+    text = name_and_unit(name)[0].upper()
+    return lead_id(name) or ("" if TIME_NAME.fullmatch(text) else text)
+
+
 def read_csv(path):
     """(T, L) values of a CSV file, and the names in its header: [] without a header."""
     import pandas as pd
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        first, second = file.readline(), file.readline()
+    with open(path, "rb") as file:
+        first, second = as_text(file.readline()), as_text(file.readline())
     separator = max(",;\t", key=first.count)
     point = "," if separator == ";" and "," in first + second else "."
-    cells = [cell.strip().strip('"') for cell in first.strip("\n").split(separator)]
-    try:
-        header = [float(cell.replace(point, ".")) for cell in cells if cell] and []
-    except ValueError:                           # not all are numbers
-        header = cells
+    cells = [cell.strip().strip('"') for cell in first.strip("\r\n").split(separator)]
+    named, header = [cell for cell in cells if cell], cells
+    with contextlib.suppress(ValueError):        # not all are numbers
+        numbers = [float(cell.replace(point, ".")) for cell in named]
+        if len(named) < 2 or numbers != list(range(len(named))):         # 0, 1, 2: pandas numbers columns like this
+            header = []
     return pd.read_csv(path, sep=separator, decimal=point, header=None, skiprows=int(bool(header))).to_numpy(), header
 
 

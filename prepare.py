@@ -98,7 +98,7 @@ LEAK_NOTES = {
              "(DS2); the paced records 102 104 107 217 are in the train split",
     "nstdb": "of each noise record minutes 0-20 are train and minutes 20-30 test",
     **dict.fromkeys(("wfdb", "arrays"),
-                    "all train unless --table says otherwise, one patient per record unless a table names them, but "
+                    "all train unless a table says otherwise, one patient per record unless a table names them, but "
                     "copies of evaluation data, told by their names, are test: HRnnnnn (Challenge 2021's PTB-XL), "
                     "nnnnn_lr and nnnnn_hr (PTB-XL), MIT-BIH's DS2 and 201")}
 
@@ -235,8 +235,10 @@ def list_wfdb(raw, args, notes):
     for folder, group in itertools.groupby(find_files(raw, notes, {".hea", ".edf"}), key=lambda path: path.parent):
         paths, segments = list(group), set()
         for path in paths:
-            if path.suffix.lower() != ".edf" and (lines := header_lines(f"{path}.hea")) and "/" in lines[0].split()[0]:
-                segments |= {line.split()[0].lower() for line in lines[1:]}        # NAME/SEGMENTS, then their lines
+            with contextlib.suppress(OSError):   # it is rejected later
+                lines = [] if path.suffix.lower() == ".edf" else header_lines(f"{path}.hea")
+                if lines and "/" in lines[0].split()[0]:           # NAME/SEGMENTS, then their lines
+                    segments |= {line.split()[0].lower() for line in lines[1:]}
         for path in (path for path in paths if path.name.lower() not in segments):  # they are read with their record
             record = path.relative_to(raw).as_posix()
             patient = patient_of.find(record, path.name) if args.patients else None
@@ -267,12 +269,16 @@ def list_arrays(raw, args, notes):
         raise ValueError(f"{text} in {raw}: it says {table.file[0]!r}, and there is {min(found, default='none')!r}")
     is_copy = table.file.map(lambda name: bool(HELD_OUT_COPY.fullmatch(Path(name).stem)))
     is_copy |= table.patient.isin({*table.patient[is_copy]} - {""})        # with a copy, all of its patient is held out
-    for row, again, copy in zip(table.itertuples(index=False), table.file.duplicated(), is_copy):
+    table["split"] = table.split.where(table.split != "", "train").mask(is_copy, "test")
+    sides = table[table.patient != ""].groupby("patient").split.nunique()
+    if (sides > 1).any():
+        raise ValueError(f"{path} has the patient {sides.idxmax()!r} in more than one split: expected one")
+    for row, again in zip(table.itertuples(index=False), table.file.duplicated()):
         reject = None if row.file in found else ("absent file", f"{path} names it, and it is not in {raw}")
         reject = ("file named twice", f"in {path}; the first row counts") if again else reject
         patient = f"arrays-patient/{row.patient}" if row.patient else f"arrays/{row.file}"
         yield Job(str(raw / row.file), shorten(row.file, 64), shorten(patient, 32),
-                  "test" if copy else row.split or "train", reject=reject, about=(row.rate, row.unit, row.leads))
+                  row.split, reject=reject, about=(row.rate, row.unit, row.leads))
     for name in sorted(found - {*table.file}):
         yield Job(name, shorten(name, 64), "", "train", reject=("not in the table", f"{path} has no row for it"))
 
@@ -322,11 +328,12 @@ def hashed_split(patient):
 
 
 def hash64(text):
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little")
 
 
 def shorten(name, n_bytes):
     """A name that fits the index. A name that is too long becomes a part of its hash, to stay unique, and its end."""
+    name = os.fsencode(name).decode(errors="backslashreplace")       # a name of a file need not be UTF-8
     if len(name.encode()) <= n_bytes:
         return name
     end = name.encode("ascii", "replace").decode()[13 - n_bytes:]
@@ -455,6 +462,7 @@ def prepare_recording(job, annotator=None):
             piece = prepare_piece(job, start_s, recording, annotator)
         except Refused as error:
             refused = refused or error
+            lost.update(getattr(recording, "notes", None))
             lost[f"pieces of long records left out: {error.reason}"] += 1
             continue
         if ready:
@@ -468,6 +476,8 @@ def prepare_recording(job, annotator=None):
 
 def prepare_piece(job, start_s, recording, annotator):
     """Prepare a Recording that begins `start_s` after its record, or raise Refused."""
+    if isinstance(recording, Refused):
+        raise recording
     if job.n_channels and len(recording.leads) != job.n_channels:
         raise Refused("channel count", f"{len(recording.leads)} channels, expected {job.n_channels}")
     changes = Counter(recording.notes)
@@ -765,7 +775,7 @@ def assemble(source, part, plan, command):
     abouts = [json.loads(np.load(path)["about"].tobytes()) for path in shards]
     rejects = [row for about in abouts for row in about["rejects"]]
     rejects = pd.DataFrame(rejects, columns=["record", "reason", "detail"])
-    rejects.to_csv(part / "rejects.csv", index=False, lineterminator="\r\n")
+    rejects.to_csv(part / "rejects.csv", index=False, lineterminator="\r\n", errors="backslashreplace")
     rejected, changes = Counter(rejects.reason), sum((Counter(about["changes"]) for about in abouts), Counter())
     changes = most_frequent(changes, NAMES_LISTED)
     try:

@@ -629,8 +629,33 @@ def test_time_is_no_lead():
     for name in ("time", "Time (s)", "t", "sample", "'Elapsed time'", "timestamp", "sample #"):
         with pytest.raises(Refused, match="time is no lead; leave it out of signal and leads"):
             preprocess(np.vstack([t, PAIR]), FS, (name, "II", "V2"))
-    notes = notes_of(np.vstack([t, PAIR]), FS, ("unknown", "II", "V2"))
-    assert notes == {"leads that rise evenly, like a time column": 1}
+    for column in (t, np.round(t, 2) + np.arange(2500) * 1e-6):     # rounded, it does not rise evenly
+        notes = notes_of(np.vstack([column, PAIR]), FS, ("unknown", "II", "V2"))
+        assert notes == {"channels left out: one that only rises, like time": 1}
+
+
+@pytest.mark.parametrize("header, leads, units", [
+    ("time,II,I", "DI;DII", "mV"), ("time,II,I", "lead I;lead II", "mV"), ("II,I", "I (mV);II (mV)", "uV"),
+    ("I (uV),II (uV)", "I II", "mV"), ("0,1", "II I", "mV"), ("time,II,I", "I II", "mV"), ("", "time II I", "mV")])
+def test_columns_of_a_csv_are_found_by_their_leads(tmp_path, header, leads, units):
+    """I is half of II, whatever the names of the header and of the table look like."""
+    ii, columns = np.round(PAIR[0], 4), {"time": np.arange(2500) / FS}
+    names = [name for name in (header or leads.replace(" ", ",")).split(",")]
+    columns |= {"II": ii, "I": ii / 2, "0": ii, "1": ii / 2, "II (uV)": 1000 * ii, "I (uV)": 500 * ii}
+    text = [header] if header else []
+    text += [",".join(f"{columns[name][k]:.7f}" for name in names) for k in range(2500)]
+    (tmp_path / "x.csv").write_text("\n".join(text) + "\n")
+    x, ids = preprocess(*ecg.read_array(str(tmp_path / "x.csv"), "250", units, leads)[:4])
+    assert x.shape == (2, 2500) and {*ids} == {LEADS.index("I"), LEADS.index("II")}
+    for row, lead in zip(x, ids):
+        np.testing.assert_allclose(row, ii / (2 if LEADS[lead] == "I" else 1), atol=2e-4)
+
+
+def test_a_header_in_latin_1_keeps_its_unit(tmp_path):
+    rows = "\n".join(f"{v:.1f}" for v in 1000 * PAIR[0])
+    (tmp_path / "x.csv").write_bytes(f"I (\u00b5V)\n{rows}\n".encode("latin-1"))
+    x, _ = preprocess(*ecg.read_array(str(tmp_path / "x.csv"), "250", "mV", "")[:4])
+    np.testing.assert_allclose(x[0], PAIR[0], atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
