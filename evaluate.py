@@ -477,7 +477,7 @@ def load_encoders(paths, device, precision="auto"):
     kinds = {(network.width, network.patch_samples, str(path).startswith("random:"))
              for path, network in zip(paths, networks)}
     if len(kinds) > 1 or len({*map(str, paths)}) < len(paths):
-        raise ValueError(f"--encoder {' '.join(map(str, paths))}: expected different files of one size, or "
+        raise ValueError(f"encoders {' '.join(map(str, paths))}: expected different files of one size, or "
                          "random:SIZE:SEED with different seeds, as scores are means over them; probe others alone")
     for number, path in enumerate(paths):
         networks[number].precision = precision
