@@ -248,7 +248,7 @@ def add_noise_levels(recordings, noise, patch_samples, seed):
     snr_db = torch.tensor(NOISE_DB, dtype=torch.float32)
     for number, recording in enumerate(recordings):
         try:
-            signal_mv, lead_ids = preprocess(*recording[:4])
+            signal_mv, lead_ids = preprocess(*recording[:4], {})
         except Refused:                          # embed refuses it too
             yield from [recording] * len(NOISE_DB)
             continue

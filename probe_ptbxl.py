@@ -113,7 +113,8 @@ def extract_features(encoders, paths, leads=None):
     usable = np.isfinite(features[0]).all(axis=1)
     if not usable.any():
         raise ValueError(f"none of the {len(paths)} recordings is usable, for example {paths[0]}: check their signals")
-    gaps = [np.isnan(preprocess(*r[:4])[0]).any() for r, ok in zip(read_recordings(paths, leads), usable) if ok]
+    # {}: embed has warned of what looks odd.
+    gaps = [np.isnan(preprocess(*r[:4], {})[0]).any() for r, ok in zip(read_recordings(paths, leads), usable) if ok]
     return features, dict(with_gaps=sum(gaps), unusable=(~usable).sum())
 
 
