@@ -475,8 +475,10 @@ BITS = {"16": 16, "61": 16, "32": 32, "212": 12, "24": 24, "80": 8, "160": 16, "
         "516": 16, "524": 24, "8": 0}                                # of a sample; its lowest value means "no sample"
 BYTES = {"8": 1, "16": 2, "24": 3, "32": 4, "61": 2, "80": 1, "160": 2, "212": 1.5, "310": 4 / 3, "311": 4 / 3}
 # A signal line of a header. key: its name, and how many channels of this name came before; offset: bytes (FLAC:
-# samples) before the first frame; skew: frames by which it comes too early; mv: of a unit, None for other quantities.
-Channel = namedtuple("Channel", "key file format per_frame skew offset gain zero mv unit initial")
+# samples) before the first frame; skew: frames by which it comes too early; mv: of a unit, None for other quantities;
+# stated: whether the header says the gain.
+Channel = namedtuple("Channel", "key file format per_frame skew offset gain zero mv unit initial stated",
+                     defaults=[True])
 # Frames `start` to `stop` of a record: a segment, or all of it. files: {file: its Channels}, which hold `frames`.
 Part = namedtuple("Part", "start stop frames folder files")
 # A record that is ready to be read. per_frame: samples of its fastest ECG channel; keys: of all its ECG channels.
@@ -576,6 +578,8 @@ def choose_channels(fs, order, parts, notes):
             dropped[channel.key] = f"{channel.key[0]:.40}" + (f" in {channel.unit:.20}" if not channel.mv else "")
         else:
             rates[channel.key] = max(channel.per_frame, rates.get(channel.key, 0))
+            if not channel.stated:
+                notes["leads without a gain in the header, read as 200 steps per mV"] += 1
     fastest = max(rates.values(), default=0)
     if not fastest:
         raise Refused("no voltage channel", f"channels: {', '.join(dropped.values()) or 'none'}; expected an ECG in "
@@ -616,7 +620,7 @@ def read_header(path, record_fs=None):
         channels.append(Channel((name, seen[name]), "~" if format == "0" else file, format, int(per_frame or 1),
                                 int(skew or 0), int(offset or 0), float(gain or 0) or 200.0,
                                 float(zero or adc_zero or 0), MV_PER_UNIT.get(unit.lower()), unit,
-                                int(initial or 0) if format == "8" else 0))
+                                int(initial or 0) if format == "8" else 0, bool(float(gain or 0))))
         seen[name] += 1
     return fs, frames, channels, []
 

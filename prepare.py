@@ -307,9 +307,12 @@ def find_files(raw, notes, suffixes=frozenset({".hea"})):
             else:
                 others["links to nowhere" if is_link else "pipes and devices"] += 1
         for stem, kind, path in reversed(files):
-            if kind in suffixes:
-                stems.add(stem)
-                yield Path(path[:-4] if kind == ".hea" else path)
+            path = path[:-4] if kind == ".hea" else path
+            if kind in suffixes and path in stems:
+                others["headers whose suffix differs from another's only in capitals"] += 1
+            elif kind in suffixes:
+                stems |= {stem, path}
+                yield Path(path)
         for stem, kind, _ in files:
             # The signal files of a record have its name, in some databases with a letter more.
             if kind in OTHER_FORMATS - suffixes and stem not in stems and not (kind == ".dat" and stem[:-1] in stems):

@@ -316,6 +316,14 @@ def test_links_to_folders_are_followed_once(tmp_path):
         assert corpus.manifest["notes"] == {prepare.NOT_READ: "4 links to folders that were listed already"}
 
 
+def test_two_headers_that_differ_in_capitals_are_one_record(tmp_path, capsys):
+    write(tmp_path / "raw", "a", noise(0, 1500))
+    (tmp_path / "raw/a.HEA").write_text((tmp_path / "raw/a.hea").read_text())
+    corpus = run("wfdb", tmp_path / "raw", tmp_path / "out")
+    assert corpus.records.tolist() == [b"a"]
+    assert "1 headers whose suffix differs from another's only in capitals" in capsys.readouterr().out
+
+
 def test_names_in_capitals(tmp_path):
     """A Windows export: the headers name the files in other capitals, in all that read_wfdb can read."""
     raw, kinds = tmp_path / "raw", (("HEA", "DAT"), ("Hea", "Dat"), ("hea", "DAT"), ("HEA", "dat"))
