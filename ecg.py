@@ -787,10 +787,12 @@ def open_edf(path):
     counts, ranges, channels = [int(n) for n in columns[8]], np.array(columns[3:7], float), []
     offset, seen, held = 256 * (n_channels + 1), Counter(), os.path.getsize(path)
     n_records = n_records if n_records >= 0 else (held - offset) // (2 * sum(counts))       # -1: not stated
-    if head[:8].strip() != "0" or not 0 < min(counts) or not 0 < seconds < math.inf or not (
-            0 < 2 * sum(counts) * n_records <= held - offset):
-        raise ValueError(f"version {head[:8]!r}, {n_records} records of {sum(counts)} samples in {seconds:g} s, in "
-                         f"{held - offset} bytes: expected EDF's version 0, and 2 bytes for each sample")
+    if head[:8].strip() != "0" or not 0 < min(counts) or not 0 < seconds < math.inf or not n_records:
+        raise ValueError(f"version {head[:8]!r}, {n_records} records of {sum(counts)} samples in {seconds:g} s: "
+                         "expected EDF's version 0, and samples")
+    if 2 * sum(counts) * n_records > held - offset:
+        raise ValueError(f"it is cut short: {n_records} records of {2 * sum(counts)} bytes should follow the header, "
+                         f"and {held - offset} bytes do")
     for name, unit, per_frame, (low, high, first, last) in zip(columns[0], columns[2], counts, ranges.T):
         gain = (last - first) / (high - low) if high != low else 0.0
         unit = unit if 0 < abs(gain) < math.inf else f"{unit}, of no range"
