@@ -166,8 +166,8 @@ def as_lead_rows(signal, fs, leads, units):
         names = [leads] if isinstance(leads, (str, bytes)) else list(leads)
         own = [name_and_unit(name)[1] for name in names]
         signal = signal.to_numpy() if hasattr(signal, "columns") else signal         # a pandas table
-        if (dtype := np.dtype(getattr(signal, "dtype", float))).kind in "cmM":
-            raise TypeError(f"it holds {dtype}")
+        if getattr(getattr(signal, "dtype", None), "kind", "f") in "cmM":            # complex, or times
+            raise TypeError(f"it holds {signal.dtype}")
         masked = not isinstance(signal, np.ndarray) or isinstance(signal, np.ma.MaskedArray)
         x = np.array(np.ma.array(signal, dtype=np.float64).filled(np.nan) if masked else signal, dtype=np.float64)
     except (ValueError, TypeError, RuntimeError) as error:
