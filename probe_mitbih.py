@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from ecg import FS, LEAD_IDS, Refused, preprocess, read_wfdb
 from evaluate import (CALIBRATION_NOTE, calibration, draw_bars, interval, interval_of_seeds, label_auroc, load_encoders,
-                      macro, mean_of, only_random, parser_of, plain_auroc, resample, show, show_calibration, standardized, to_json,
-                      write_results)
+                      macro, mean_of, only_random, parser_of, plain_auroc, resample, show, show_calibration,
+                      standardized, to_json, write_results)
 from model import low_precision
 from prepare import MITDB_DS1, MITDB_DS2
 
@@ -123,9 +123,9 @@ def raw_features(signal_mv, lead_ids, beats_s):
 
 
 def collect(raw, encoders, most=None):
-    """Beats of every record of DS1 and DS2 in `raw`: record, beat_s, cls and stands_for (how many beats of its class and
-    record it represents, of those that DS2 would use), each (K,), and features (K, F), numbered by encoder; most: see
-    used_beats. ValueError if a set is absent, or if a file cannot be read."""
+    """Beats of every record of DS1 and DS2 in `raw`: record, beat_s, cls and stands_for (how many beats of its class
+    and record it represents, of those that DS2 would use), each (K,), and features (K, F), numbered by encoder; most:
+    see used_beats. ValueError if a set is absent, or if a file cannot be read."""
     names = [n for n in MITDB_DS1 + MITDB_DS2 if (raw / f"{n}.hea").is_file()]
     if not set(names) & set(MITDB_DS1) or not set(names) & set(MITDB_DS2):
         raise ValueError(f"{raw} holds {len(names)} of the 44 records of DS1 and DS2 ({' '.join(names) or 'none'}); "
@@ -351,7 +351,8 @@ def main(args):
                        for key, of in zip(NAMES, gains)}
         pooled, control = differences["macro_nsv"], with_intervals(controls, records)
         result["features"][name] = dict(with_intervals(ours, records), untrained=control["macro_nsv"],
-                                        untrained_scores=control, difference=pooled["difference"], difference_ci95=pooled["ci95"],
+                                        untrained_scores=control, difference=pooled["difference"],
+                                        difference_ci95=pooled["ci95"],
                                         differences=differences)
         p = np.stack([run[1] for run in ours])                         # one encoder: (K', C), several: (E, K', C)
         stored |= {f"p_{name}": p[0] if len(p) == 1 else p, f"p_untrained_{name}": controls[0][1],

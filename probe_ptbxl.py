@@ -154,16 +154,19 @@ def choose_c(logits, y):
 
 def score_task(logits, y, fold, scored, patient, counts):
     """One encoder on one task: its C; AUROC (S, C') of the labels with indices `scored`; probabilities (R', C') of
-    fold 10, raw and calibrated; macro AUROC (S,) at each level of noise. Arguments as in compare."""
-    _, val, test = split_rows(fold)
+    fold 10, raw and calibrated, and their calibration; macro AUROC (S,) at each level of noise. Arguments as in
+    compare."""
+    train, val, test = split_rows(fold)
     is_val = fold[val | test] == VAL_FOLD
     best = choose_c(logits[:, :len(is_val)][:, is_val], y[val])
     z, noisy = np.split(logits[best][:, scored], [len(is_val)])
     z_val, z, y_test = z[is_val], z[~is_val], y[test][:, scored]
     calibrated = [platt(z_val[:, k], y[val, label], z[:, k]) for k, label in enumerate(scored)]
     levels = noisy.reshape(len(noisy) // len(z), *z.shape)
-    return dict(c=C_GRID[best], auroc=label_auroc(y_test, z, patient, counts), raw=expit(z),
-                platt=np.reshape(calibrated, z.T.shape).T,
+    p = dict(raw=expit(z), platt=np.reshape(calibrated, z.T.shape).T)
+    prevalence = y[train][:, scored].mean(axis=0)
+    return dict(c=C_GRID[best], auroc=label_auroc(y_test, z, patient, counts), **p,
+                calibration={kind: calibration(p[kind], y_test, prevalence, patient) for kind in p},
                 noisy=np.array([macro(label_auroc(y_test, level, patient, counts)) for level in levels]))
 
 
@@ -186,10 +189,8 @@ def compare(names, y, fold, logits, control_of, patient, counts):
             entry |= {f"{key}{suffix}": x[:, 0].mean(), f"{ci}{suffix}": interval_of_seeds(x, counts.shape[1])}
             entry.setdefault("each", {}).setdefault(f"{key}{suffix}", x[:, 0].tolist())
             entry["each"][f"{ci}{suffix}"] = [interval(one[1:]) for one in x]
-    prevalence = y[train][:, scored].mean(axis=0)
     for key, of in zip(("calibration", "untrained_calibration"), runs.values()):
-        entry[key] = {kind: mean_of([calibration(run[kind], y_test, prevalence, patient) for run in of])
-                      for kind in ("raw", "platt")}
+        entry[key] = mean_of([run["calibration"] for run in of])
     if len(networks[0]["noisy"]):
         entry["robustness"] = noise = dict(snr_db=NOISE_DB)
         levels = {key: np.stack([run["noisy"] for run in of], axis=1) for key, of in runs.items()}   # (H, E, S)
