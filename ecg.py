@@ -860,7 +860,9 @@ def read_csv(path):
         numbers = [float(cell.replace(point, ".")) for cell in named]
         if len(named) < 2 or numbers != list(range(len(named))):         # 0, 1, 2: pandas numbers columns like this
             header = []
-    return pd.read_csv(path, sep=separator, decimal=point, header=None, skiprows=int(bool(header))).to_numpy(), header
+    table = pd.read_csv(path, sep=separator, decimal=point, header=None, skiprows=int(bool(header)),
+                        encoding_errors="replace")         # of the header, which is not read here
+    return table.to_numpy(), header
 
 
 def only_array(arrays):
