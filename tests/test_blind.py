@@ -9,6 +9,7 @@ import math
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,8 @@ from augment import NEAR_OFFSETS, cut_views, host_batch, lead_groups, load_noise
 from conftest import TWELVE, run, write
 from corpus import Sampler, open_corpus
 from dino import build_networks, objective, update_teacher
-from ecg import FS, LEADS
-from model import Encoder
+from ecg import FS, LEADS, preprocess, read_wfdb
+from model import Encoder, load_encoder
 
 K, BATCH, STEPS, CPU = 64, 32, 30, torch.device("cpu")
 TEMPERATURE, MOMENTUM = 0.02, 0.9
@@ -247,3 +248,45 @@ def test_the_signal_counts_and_not_the_name(corpora, tmp_path):
     ours, named = found             # measured: 0.92, 0.38, 0.85 (0.5, 0.01, 0.01 at random) and 0.52, 0.01, 0.74
     assert ours[0] > 0.8 and ours[1] > 0.2 and ours[2] > 0.6
     assert named[0] < 0.65 and named[1] < 0.05 and named[2] > 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the encoder that comes with the program, on people that it never saw
+
+@pytest.fixture(scope="module")
+def strangers(shared_data):
+    """(100, 8, T) mV: I, II, V1 to V6 of ten seconds of people of PTB-XL's fold 9."""
+    table = pd.read_csv(shared_data / "ptbxl/ptbxl_database.csv").query("strat_fold == 9").drop_duplicates("patient_id")
+    signals = []
+    for path in table.filename_lr[:100]:
+        signal, leads = preprocess(*read_wfdb(shared_data / "ptbxl" / path)[:4])
+        signals.append(signal[[list(leads).index(LEADS.index(name)) for name in TWELVE[:2] + TWELVE[6:]]])
+    return torch.from_numpy(np.nan_to_num(signals))
+
+
+@torch.inference_mode()
+def found_again(encoder, views):
+    """Shares of people whose nearest feature is right: of lead I without its name, among leads I; of lead I under the
+    name of II, among all leads I and II, each under its own; of the later half of ten seconds, among earlier halves; of
+    I and II, among all eight leads of the same stretch."""
+    def features(columns, stretch, names):
+        ids = torch.tensor([LEADS.index(name) for name in names]).expand(len(views), -1)
+        return encoder(views[:, columns, stretch], ids).global_feature()
+
+    def right(found, *among):
+        among = torch.cat(among)
+        found, among = ((x - among.mean(0)) / among.std(0) for x in (found, among))
+        return (torch.cdist(found, among).argmin(1) == torch.arange(len(found))).float().mean().item()
+    eight, long, early, late = TWELVE[:2] + TWELVE[6:], slice(0, 2000), slice(0, 1250), slice(1250, 2500)
+    lead_i, lead_ii = (features([k], long, [name]) for k, name in enumerate(("I", "II")))
+    whole = features(slice(8), early, eight)
+    return (right(features([0], long, ["unknown"]), lead_i), right(features([0], long, ["II"]), lead_i, lead_ii),
+            right(features(slice(8), late, eight), whole), right(features(slice(2), early, ["I", "II"]), whole))
+
+
+def test_the_finished_encoder_goes_by_the_signal_and_not_by_the_names(strangers):
+    finished, untrained = (found_again(load_encoder(name), strangers) for name in ("tiny", "random:tiny"))
+    # Measured: 1.00, 0.86, 0.74, 0.87; untrained 0.05, 0.00, 0.41, 0.16.
+    assert untrained[0] < 0.2 and untrained[1] < 0.1
+    assert finished[0] > 0.95 and finished[1] > 0.7 and finished[2] > 0.6 and finished[3] > 0.75
+    assert all(a > b + 0.2 for a, b in zip(finished, untrained))
