@@ -138,15 +138,15 @@ def test_attention_is_that_of_nested_loops():
 
 
 def test_attention_finds_the_token_that_tells():
-    """One token of twenty tells the class: its mean over tokens says little, attention finds it. Test rows are not
+    """One token of sixteen tells the class: its mean over tokens says little, attention finds it. Test rows are not
     fitted."""
     rng = np.random.default_rng(6)
-    tokens, y = rng.normal(size=(500, 20, 8)), rng.random((500, 2)) < 0.5
-    which = rng.integers(0, 20, 500)
-    tokens[np.arange(500), which, 0] += 8                            # where to look
-    tokens[np.arange(500), which, 1:3] = np.where(y, 1, -1)
+    tokens, y = rng.normal(size=(800, 16, 8)), rng.random((800, 2)) < 0.5
+    which = rng.integers(0, 16, 800)
+    tokens[np.arange(800), which, 0] += 8                            # where to look
+    tokens[np.arange(800), which, 1:3] = np.where(y, 1, -1)
     tokens[6, which[6] + 1:] = np.nan
-    parts = np.split(rng.permutation(500), [300, 400])
+    parts = np.split(rng.permutation(800), [600, 700])
     z = evaluate.fit_attention(tokens.astype(np.float16), y, *parts, seed=0)
     mean = LogisticRegression().fit(np.nanmean(tokens[parts[0]], axis=1), y[parts[0], 0])
     said = mean.decision_function(np.nanmean(tokens[parts[2]], axis=1))

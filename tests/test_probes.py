@@ -109,16 +109,19 @@ def test_labels_without_both_classes_are_not_fitted_and_equal_ones_once(monkeypa
 FOLDS = np.repeat(np.arange(1, 11), (*[150] * 8, 300, 600))
 
 
-def simulated(seed=0):
+def simulated(seed=0, shuffled=False):
     """Data of five superclasses and eight statements of rising rarity, one of them without a test positive, and
-    features (R, 12) that tell some of it; 1.5 recordings a patient."""
+    features (R, 12) that tell some of it; 1.5 recordings a patient. shuffled: each patient gets labels of another."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(len(FOLDS), 12))
     z = 2 * x @ rng.normal(size=(12, 13)) / 12 ** 0.5 + rng.logistic(size=(len(FOLDS), 13))
     y = z > np.diag(np.quantile(z, 1 - np.append(np.linspace(0.4, 0.1, 5), np.geomspace(0.3, 0.004, 8)), axis=0))
+    patients = FOLDS * 1000 + rng.integers(0, 100 * (1 + (FOLDS > 8)), len(FOLDS))
+    if shuffled:
+        people, first = np.unique(patients, return_index=True)
+        y = y[rng.permutation(first)[np.searchsorted(people, patients)]]
     y[FOLDS == 10, -1] = False
     sets = {"superdiagnostic": (list("ABCDE"), y[:, :5]), "all": (list("fghijklm"), y[:, 5:])}
-    patients = FOLDS * 1000 + rng.integers(0, 100 * (1 + (FOLDS > 8)), len(FOLDS))
     return probe_ptbxl.Data(sets, FOLDS, patients, [1]), x
 
 
@@ -129,39 +132,30 @@ def network_logits(data, x):
 @pytest.mark.parametrize("who", ["constant", "coin", "shuffled", "untrained"])
 def test_what_knows_nothing_gets_no_score_in_any_column(who):
     """A constant, a coin, an encoder whose labels are shuffled by patient, and an untrained one next to itself."""
-    data, x = simulated()
+    data, x = simulated(shuffled=who == "shuffled")
     control, rng = network_logits(data, x), np.random.default_rng(1)
-    if who == "constant":
-        logits = network_logits(data, np.zeros_like(x))
-    elif who == "coin":
-        logits = network_logits(data, rng.normal(size=x.shape))
-    elif who == "shuffled":
-        people, first = np.unique(data.patients, return_index=True)
-        of = dict(zip(people, rng.permutation(first)))               # each patient gets the labels of another
-        shuffled = data.y[[of[p] for p in data.patients]]
-        logits = probe_ptbxl.fit_labels(x[data.train], shuffled[data.train])(x[data.scored])
-    else:
-        logits = control
-    short = probe_ptbxl.as_entries(data, probe_ptbxl.macro_scores([logits, control], data))
+    logits = dict(constant=lambda: network_logits(data, np.zeros_like(x)), shuffled=lambda: control,
+                  coin=lambda: network_logits(data, rng.normal(size=x.shape)), untrained=lambda: control)[who]()
+    scores = probe_ptbxl.macro_scores([logits, control], data)
+    short, area = (probe_ptbxl.as_entries(data, x) for x in (scores, scores - 0.5))
     for task in data.sets:
         entry, arrays = probe_ptbxl.compare([logits, control], task, data)
-        assert entry["untrained"] > 0.8 and entry["untrained_calibration"]["raw"]["brier_skill"] > 0.1
         assert entry["n_labels"] == len(data.sets[task][0]) - (task == "all")
+        assert short[task]["macro_auroc"] == pytest.approx(entry["macro_auroc_min10"])
+        assert area[task]["ci95"] == pytest.approx(np.array(short[task]["ci95"]) - 0.5)
         for suffix in ("", "_min10"):
             low, high = entry[f"difference_ci95{suffix}"]
-            if who == "untrained":
+            if logits is control:
                 assert entry[f"difference{suffix}"] == low == high == 0
             else:
-                assert entry[f"macro_auroc{suffix}"] == pytest.approx(0.5, abs=1e-12 if who == "constant" else 0.06)
-                assert entry[f"difference{suffix}"] < -0.2 and high < 0
-        assert short[task]["macro_auroc"] == pytest.approx(entry["macro_auroc_min10"])
-        if who != "untrained":
-            for found in entry["calibration"].values():
-                assert found["brier_skill"] < 0.005 and found["nll_skill"] < 0.005 and abs(found["resolution"]) < 2e-3
-                assert who != "constant" or abs(found["brier_skill"]) < 0.01 and found["ece"] < 0.03
-            assert all(abs(of["auroc"] - 0.5) < 0.2 for of in entry["labels"].values())
-    kept = probe_ptbxl.as_entries(data, probe_ptbxl.macro_scores([logits, control], data) - 0.5)["all"]
-    assert who == "untrained" or abs(kept["macro_auroc"]) < 0.06     # the area above chance of a coin is 0
+                assert entry[f"difference{suffix}"] < -0.2 and high < 0 and entry[f"untrained{suffix}"] > 0.8
+            if who != "untrained":
+                assert entry[f"macro_auroc{suffix}"] == pytest.approx(0.5, abs=1e-12 if who == "constant" else 0.05)
+                assert entry[f"ci95{suffix}"][0] <= 0.5 <= entry[f"ci95{suffix}"][1]
+        for found in entry["calibration"].values() if who != "untrained" else ():
+            assert -0.05 < found["brier_skill"] < 0.005 and -0.05 < found["nll_skill"] < 0.005
+            assert abs(found["resolution"]) < 2e-3 and abs(found["ece"] - found["ece_perfect"]) < 0.05
+        assert who == "shuffled" or entry["untrained_calibration"]["raw"]["brier_skill"] > 0.1
 
 
 def test_scores_are_those_of_sklearn_at_the_c_that_fold_9_chooses():
