@@ -552,8 +552,8 @@ def simulated_ptbxl(recordings, width, seed=0):
 
 
 def bench_probe(args):
-    """Time and memory of probe_ptbxl.probe_features (fits, calibration, bootstrap, shares of the labels); and the time of
-    fit_logistic next to scikit-learn's solver, which is as close to the optimum only with a small tolerance."""
+    """Time and memory of probe_ptbxl.probe_features (fits, calibration, bootstrap, shares of the labels), and the time
+    of fit_logistic next to scikit-learn's solver, which is as close to the optimum only with a small tolerance."""
     data, features = simulated_ptbxl(args.probe, SIZES[args.size]["width"])
     spent, found = [], []
 

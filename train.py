@@ -48,6 +48,7 @@ from tqdm import tqdm
 import augment
 import corpus
 import dino
+import ecg
 import model
 import prepare
 import probe_mitbih
@@ -56,7 +57,7 @@ from augment import NEAR_OFFSETS, Batches, lead_groups, load_noise
 from corpus import SPLITS, Sampler, lock_folder, open_corpus
 from dino import (STUDENT_TEMPERATURE, build_networks, diagnose, distributed, gather_rows, health, num_ranks, objective,
                   reduce_, update_teacher)
-from ecg import LEADS, MISSING, UV_PER_MV, atomic_write, sha256
+from ecg import LEADS, atomic_write, sha256
 from evaluate import draw_curves, draw_features, plain_auroc, standardized
 from model import PATCH_S, SIZES, Encoder, build_encoder, load_encoder, low_precision, precision_of, save_encoder
 
@@ -593,7 +594,7 @@ class OnlineProbe:
         for split in ("train", "val"):
             found = [(c.read(i, 0, window), c.lead_ids(i), c.index["label"][i])
                      for c in corpora for i in labelled_rows(c.index, split, window)]
-            found = [row for row in found if not (row[0] == MISSING).any()]
+            found = [row for row in found if not (row[0] == ecg.MISSING).any()]
             if len(found) >= PROBE_AT_LEAST:
                 windows, leads, labels = (np.stack(x) for x in zip(*found))
                 labels = np.unpackbits(labels[:, None], axis=1, bitorder="little").astype(bool)
@@ -609,7 +610,7 @@ class OnlineProbe:
         features, scores = [], []
         for windows, leads, _ in self.sets:
             parts = zip(windows.split(PROBE_BATCH), leads.split(PROBE_BATCH))
-            found = [encoder(w.to(device).float() / UV_PER_MV, ids.to(device)).global_feature() for w, ids in parts]
+            found = [encoder(w.to(device).float() / ecg.UV_PER_MV, ids.to(device)).global_feature() for w, ids in parts]
             features.append(torch.cat(found).cpu().numpy())
         x, x_new = standardized(*features)
         y, y_new = (labels[:, self.scored] for _, _, labels in self.sets)
