@@ -14,15 +14,18 @@ T samples of a view, E = 3 + L electrodes (of three limbs, and each lead's own),
 """
 import functools
 import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.signal import butter, sosfiltfilt
+from scipy.ndimage import uniform_filter1d
+from scipy.signal import butter, find_peaks, sosfiltfilt
+from scipy.stats import trim_mean
 
 from corpus import SPLITS
-from ecg import FS, LEADS, MISSING
+from ecg import FS, LEADS, MISSING, Recording, Refused, preprocess
 
 # {leads of a recording: (leads that a batch carries, s of a global view, s of a local view, share of the batch)}. The
 # first group takes every recording with I, II and V1 to V6, whatever else it shows.
@@ -260,6 +263,57 @@ def add_noise(signal, leads, noise, snr_db, amplitude, sign, channel, offset):
     # The factor is NaN if all leads are flat: such a recording gets no noise. At +inf dB it is 0 already.
     factor = torch.where(factor.isfinite(), factor, 0.0)
     return lead_noise.mul_(factor[:, None, None]).add_(signal)
+
+
+def add_noise_levels(recordings, noise, patch_samples, seed, levels_db):
+    """Yield each ecg.Recording under the mixture of draw_views and then each of NOISE_TYPES alone, at every level, at
+    FS, in whole patches; what is missing stays missing. A recording has the same noise of a kind at every level.
+    """
+    K, H = 1 + len(NOISE_TYPES), len(levels_db)
+    snr_db = torch.tensor(levels_db, dtype=torch.float32).repeat(K)
+    for number, recording in enumerate(recordings):
+        try:
+            signal_mv, lead_ids = preprocess(*recording[:4], {})
+        except Refused:                          # embed refuses it too
+            yield from [recording] * (K * H)
+            continue
+        L, N = len(signal_mv), signal_mv.shape[1] // patch_samples
+        T = N * patch_samples
+        clean = np.ma.masked_invalid(signal_mv[:, :T])
+        filled = np.where(clean.mask, clean.mean(axis=1, keepdims=True).filled(0), clean.data).astype(np.float32)
+        draws = draw_views([seed, number], range(1), ViewSpec(1, L, N, True), lead_ids[None], np.array([L]), T,
+                           noise.shape[-1], patch_samples)
+        amplitude = np.append(draws["amplitude"][0], np.eye(K - 1, dtype=np.float32), axis=0).repeat(H, axis=0)
+        arrays = filled, lead_ids, *(draws[name][0, 0] for name in ("sign", "channel", "offset"))
+        x, leads, *same = (torch.from_numpy(a).expand(K * H, *a.shape) for a in arrays)
+        for noisy in add_noise(x, leads, noise, snr_db, torch.from_numpy(amplitude), *same).numpy():
+            yield Recording(np.where(clean.mask, np.nan, noisy), FS, [LEADS[i] for i in lead_ids])
+
+
+def snr_of_leads(recordings, noise, patch_samples, seed):
+    """What single leads have where add_noise says 0 dB: {kind: {lead: (dB by add_noise's definition, dB by nst_db)}},
+    medians over recordings; kind: mixture, or one of NOISE_TYPES."""
+    kinds, found = ("mixture", *NOISE_TYPES), {}
+    noisy = add_noise_levels(recordings, noise, patch_samples, seed, (math.inf, 0.0))
+    for clean, *others in zip(*[noisy] * (2 * len(kinds))):              # one recording
+        for kind, other in zip(kinds, others[::2]):
+            for lead, x, n in zip(clean.leads, clean.signal, other.signal - clean.signal):
+                if np.isfinite(x).any() and np.nanstd(x) > 0 and np.nanstd(n) > 0:
+                    db = 20 * np.log10(np.nanstd(x) / np.nanstd(n)), nst_db(x, n)
+                    found.setdefault(kind, {}).setdefault(lead, []).append(db)
+    return {kind: {lead: np.median(db, axis=0).tolist() for lead, db in of.items()} for kind, of in found.items()}
+
+
+def nst_db(x, noise):
+    """The SNR in dB of one lead x (T,) and its noise (T,), at FS, as WFDB's program nst defines it: A^2 / 8 to N^2. A:
+    mean peak-to-peak voltage within 50 ms of the R waves, here where the slope is largest, as there is no list of
+    them; N: mean RMS of the noise in a second without its mean; both without the highest and the lowest 5 %."""
+    x, noise = np.nan_to_num(x - np.nanmean(x)), np.nan_to_num(noise)
+    slope = uniform_filter1d(np.abs(np.gradient(x)), FS // 10)
+    peaks, _ = find_peaks(slope, 0.3 * np.percentile(slope, 98), distance=FS // 4)
+    near = x[(peaks[:, None] + np.arange(-FS // 20, FS // 20 + 1)).clip(0, len(x) - 1)]
+    volts, rms = np.ptp(near, axis=1), noise[:len(noise) // FS * FS].reshape(-1, FS).std(axis=1)
+    return 20 * np.log10(trim_mean(volts, 0.05) / 8 ** 0.5 / trim_mean(rms, 0.05))
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     python bench.py [--data DIR [DIR ...]] [--noise DIR] [--size tiny] [--batch 64] [--device auto] [--precision auto]
     python bench.py --peers [--size tiny] [--batch 32] | --loader [--data ... --noise ...] [--batch 256]
     python bench.py --sizes | --ranks 2 [--size small] | --index 12000000 | --duplicates [--data ... --noise ...]
+    python bench.py --probe 21799 [--size base]
 
 Without --data, synthetic recordings are prepared in a temporary folder. One line per path, medians after a warm-up:
     matmul    matrix multiplication in the precision of the step; `step` and `embed` are compared with it
@@ -15,6 +16,7 @@ Without --data, synthetic recordings are prepared in a temporary folder. One lin
 --sizes: parameters, state, start, FLOPs and activations of every size, computed with tensors that have no memory
 --ranks: state of a rank, step and checkpoint, sharded and replicated; `alone`: ranks that do not communicate
 --index: a simulated index of N recordings: seconds to open it and to build the sampler, memory, choice of a batch
+--probe: the linear probes of probe_ptbxl.py on N recordings as in PTB-XL, with simulated features
 --duplicates: how many pieces of held-out recordings are found, false alarms, and the search at 12 million recordings
 """
 import argparse
@@ -35,6 +37,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.signal import resample_poly
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader, IterableDataset
@@ -42,12 +46,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dino
 import prepare
+import probe_ptbxl
 import train
 from augment import (ASKED_PATCHES, GAIN, NEAR_OFFSETS, NEAR_PAIRS, NOISY_SHARE, SNR_DB, Batches, cut_views, host_batch,
                      lead_groups, load_noise, mask_counts, view_specs)
 from corpus import (FINGERPRINT_DTYPE, FORMAT_VERSION, INDEPENDENT, INDEX_DTYPE, MAGIC, PATIENT_DTYPE, RECORD_DTYPE,
                     SEARCH_MOST, Corpus, HeldOut, Sampler, fingerprints_of, near_starts, open_corpus)
 from ecg import FS, LEADS, MISSING
+from evaluate import fit_logistic
 from model import PATCH_S, REGISTERS, ROPE_PERIODS_S, SIZES, build_encoder, low_precision, precision_of
 
 REPEATS, ROUNDS = 5, 9
@@ -526,6 +532,53 @@ def simulate_search(corpora, rng, recordings=12_000_000, held=240_000, share=100
           f"{share * len(found):,}", flush=True)
 
 
+# ---- the probe of PTB-XL --------------------------------------------------------------------------------------------
+def simulated_ptbxl(recordings, width, seed=0):
+    """probe_ptbxl.Data and features (2, R, 3 * width) of an encoder and its control. The k-th principal component of
+    the features has a variance of 1 / k; 71 statements, present in 44 % to .05 % of the recordings, depend on all."""
+    rng, sizes = np.random.default_rng(seed), dict(zip(probe_ptbxl.TASKS, (71, 44, 23, 5, 19, 12)))
+    fold = rng.integers(1, 11, recordings)
+    patients = fold * recordings + rng.integers(0, recordings // 12, recordings)
+    x = rng.standard_normal((recordings, 3 * width), np.float32) * np.arange(1, 3 * width + 1, dtype=np.float32) ** -0.5
+    z = x @ rng.standard_normal((3 * width, 71), np.float32)
+    z = 2.5 * z / z.std(axis=0) + rng.logistic(size=z.shape)
+    all_71 = z > np.diag(np.quantile(z, 1 - np.geomspace(0.44, 0.0005, 71), axis=0))
+    groups = (np.stack([all_71[:, k:44:n].any(axis=1) for k in range(n)], axis=1) for n in (23, 5))
+    ys = all_71, all_71[:, :44], *groups, all_71[:, 44:63], all_71[:, 59:]
+    sets = {task: (list(map(str, range(n))), y) for (task, n), y in zip(sizes.items(), ys)}
+    mixed = [x @ np.linalg.qr(rng.standard_normal((x.shape[1],) * 2, np.float32))[0] for _ in range(2)]
+    mixed[1] += rng.standard_normal(x.shape, np.float32) * 0.05          # the control knows less
+    return probe_ptbxl.Data(sets, fold, patients, [1], seed), np.stack(mixed)
+
+
+def bench_probe(args):
+    """Time and memory of probe_ptbxl.probe_features (fits, calibration, bootstrap, shares of the labels), and the time
+    of fit_logistic next to scikit-learn's solver, which is as close to the optimum only with a small tolerance."""
+    data, features = simulated_ptbxl(args.probe, SIZES[args.size]["width"])
+    spent, found = [], []
+
+    def timed(*arguments):
+        spent.append(clock(lambda: found.append(fit_logistic(*arguments)), now=time.process_time))
+        return found.pop()
+
+    def whole():
+        with patch("probe_ptbxl.fit_logistic", timed):
+            return probe_ptbxl.probe_features(features, data)
+    wall, cpu = time.perf_counter(), clock(whole, now=time.process_time)
+    labels = np.unique(data.y[data.train], axis=1)
+    print(f"{args.probe:,} recordings, {features.shape[2]:,} features, {labels.shape[1]} labels, "
+          f"{len(probe_ptbxl.C_GRID)} strengths, 2 networks, {data.counts.shape[0] - 1:,} resamples: "
+          f"{time.perf_counter() - wall:.0f} s, {cpu:.0f} s of CPU, "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB of memory", flush=True)
+    x, few = StandardScaler().fit_transform(features[0, data.train].astype(float)), labels.T[::labels.shape[1] // 3][:3]
+    for name, tolerance in (("as it is", 1e-4), ("to 1e-7", 1e-7)):
+        model = LogisticRegression(warm_start=True, max_iter=5000, tol=tolerance)
+        theirs = clock(lambda: [model.set_params(C=c).fit(x, y) for y in few for c in probe_ptbxl.C_GRID],
+                       now=time.process_time) / len(few) * labels.shape[1]
+        print(f"the labels of a network, scikit-learn {name} / ours, s of CPU: {theirs:.0f} / {spent[0]:.0f} = "
+              f"{theirs / spent[0]:.1f}", flush=True)
+
+
 # ---- command line ---------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -541,6 +594,7 @@ def parse_args(argv=None):
     p.add_argument("--sizes", action="store_true", help="print only what every size needs")
     p.add_argument("--ranks", type=int, metavar="N", help="measure only sharding, over 1 to N processes")
     p.add_argument("--index", type=int, metavar="N", help="measure only an index of N recordings")
+    p.add_argument("--probe", type=int, metavar="N", help="measure only the probe of N recordings as in PTB-XL")
     p.add_argument("--duplicates", action="store_true", help="measure only the search for copies")
     return p.parse_args(argv)
 
@@ -552,7 +606,7 @@ def main(args):
     args.device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     args.precision = precision_of(args.device, args.precision)
     for wanted, function in ((args.sizes, bench_sizes), (args.ranks, bench_ranks), (args.index, bench_index),
-                             (args.peers, bench_peers)):
+                             (args.peers, bench_peers), (args.probe, bench_probe)):
         if wanted:
             return function(args)
     with tempfile.TemporaryDirectory() as folder:

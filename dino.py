@@ -19,6 +19,7 @@ Shapes: S student views, T teacher views, B recordings, K prototypes, M patches,
 """
 import copy
 import itertools
+import math
 from collections import defaultdict
 
 import torch
@@ -37,6 +38,13 @@ OFFSET_STD = 0.5                 # standard deviation of the vectors of WaveHead
 KOLEO_EPS = 1e-8
 CONTRAST_TEMPERATURE = 0.15      # of InfoNCE; no other value was tried
 LOWEST = -1e30                   # a logit this far below the best has no effect; keeps -inf out of sums and products
+
+COLLAPSED_RANK = 2.0             # effective rank of a batch's global features within equal lead sets
+SHARED_AT_LEAST = 4              # recordings beyond one per lead set; the rank within lead sets cannot exceed this
+SAME_FEATURES = 1e-3             # of the features' root mean square: with a smaller difference they count as equal
+COLLAPSED_ENTROPY = 0.3          # of the mean prediction, as a share of ln K; 0.95 in a good run
+UNIFORM_ENTROPY = 0.98           # of the targets after the warm-up, as a share of ln K; 0.45 in a good run
+ONE_HOT_ENTROPY = 0.1            # of the patch targets after the warm-up, as a share of ln K
 
 
 # ---- heads and teacher ----------------------------------------------------------------------------------------------
@@ -396,3 +404,60 @@ def objective(student, teacher, gram_teacher, groups, temperature, patch_tempera
     of_patches = torch.special.entr(torch.cat(patch_probs)).sum(-1)
     parts["patch_target_entropy"] = of_patches.sum() / (reduce_(of_patches.new_full((), len(of_patches))) / num_ranks())
     return loss, dict(parts), torch.cat([f["target_cls"] for f in features], dim=1), logits
+
+
+# ---- is a run learning? ---------------------------------------------------------------------------------------------
+@torch.no_grad()
+def health(features, lead_sets, mean_prediction):
+    """Signs of collapse that the loss does not show: dict of 0-d tensors cls_std, cls_rank, prediction_entropy.
+
+    features (R, 2D): the teacher's, of the recordings of all ranks. lead_sets (R, len(LEADS)) int: how often a
+    recording shows each lead. mean_prediction (K,): the student's mean probability of each prototype.
+
+    cls_rank is the effective rank of the features among recordings with the same leads (among all, if too few have the
+    same): the features of an encoder that reads lead names and ignores the ECG differ only between lead sets.
+    """
+    x = torch.nan_to_num(features).double()
+    _, which, size = torch.unique(lead_sets, dim=0, return_inverse=True, return_counts=True)
+    if len(x) - len(size) < SHARED_AT_LEAST:
+        which, size = torch.zeros_like(which), torch.full_like(size[:1], len(x))
+    mean = x.new_zeros(len(size), x.shape[1]).index_add_(0, which, x) / size[:, None]
+    within = x - mean[which]
+    alike = within.square().mean() <= SAME_FEATURES ** 2 * x.square().mean()       # rounding noise has a high rank
+    return dict(cls_std=x.std(0).mean().float(),
+                cls_rank=torch.where(alike, 1.0, effective_rank(within)).float(),
+                prediction_entropy=-(mean_prediction * mean_prediction.clamp(min=1e-12).log()).sum())
+
+
+def effective_rank(x):
+    """exp of the entropy of the singular values of x (R, F), fp64, as shares of their sum (Roy and Vetterli 2007).
+
+    Roots of the eigenvalues of x x' or x' x (the smaller), in fp64, because the root of a rounding error is not small.
+    """
+    square = x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
+    values = torch.linalg.eigvalsh(square).clamp(min=0).sqrt()
+    share = values / values.sum().clamp(min=1e-12)
+    return (-(share * share.clamp(min=1e-12).log()).sum()).exp()
+
+
+def diagnose(row, warm):
+    """Warnings about the numbers of a logged step (dict): {kind: sentence}, empty in a run that learns. A value that is
+    absent, None or NaN gives no warning. warm: whether the warm-up is over."""
+    names = ("cls_rank", "prediction_entropy", "target_entropy", "ln_k", "patch_target_entropy", "ln_patch_k")
+    rank, prediction, target, ln_k, patch_target, ln_patch_k = (
+        math.nan if row.get(n) is None else row[n] for n in names)
+    signs = {
+        "collapse of features": (rank < COLLAPSED_RANK, (
+            f"the global features differ along only {rank:.1f} directions among recordings with the same leads: the "
+            "encoder ignores the ECG. Try a smaller --lr, a larger KOLEO_WEIGHT, or more patients")),
+        "collapse of predictions": (prediction < COLLAPSED_ENTROPY * ln_k, (
+            f"the student uses only a few of the prototypes (entropy {prediction:.2f} of {ln_k:.2f}). "
+            "Try a smaller --lr, or fewer --prototypes")),
+        "uniform targets": (warm and target > UNIFORM_ENTROPY * ln_k, (
+            f"the teacher finds all prototypes equally likely (entropy {target:.2f} of {ln_k:.2f}), which teaches "
+            "nothing. Try a lower temperature in RECIPES, or fewer --prototypes")),
+        "one-hot patch targets": (warm and patch_target < ONE_HOT_ENTROPY * ln_patch_k, (
+            f"the teacher gives each patch only one prototype (entropy {patch_target:.2f} of {ln_patch_k:.2f}), so the "
+            "targets do not say which patches are alike. Try a higher patch_temperature in RECIPES, or fewer "
+            "--prototypes"))}
+    return {kind: sentence for kind, (found, sentence) in signs.items() if found}

@@ -1,16 +1,17 @@
-"""How good features are: scores with intervals, calibration, noise and pictures for both probes; and for train.py signs
-of collapse, an online probe and pictures of its run.
+"""How good features are: scores with intervals, fits, calibration, noise and pictures for both probes; and pictures of
+a run for train.py.
 
     number, counts = resample(patients, seed=0)                       # which patients each resample holds
     interval(resampled_auroc(y, score, number, counts))               # AUROC of each resample; their 95 % interval
     features = global_features(encoders, recordings)                  # (E, R, 3D) by encoder.embed
 
 Shapes: E encoders, R recordings or rows, D width of an encoder, C labels, G groups (patients, records), S resamples,
-H levels of noise, L leads, T samples (at FS), K prototypes.
+H levels of noise, L leads, T samples (at FS).
 """
 import argparse
 import json
-import math
+import tempfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,37 +20,27 @@ import scipy.stats
 import torch
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure             # no pyplot: it draws without a display
+from scipy.special import expit
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from augment import ViewSpec, add_noise, draw_views
-from corpus import SPLITS
-from ecg import FS, LEADS, MISSING, UV_PER_MV, Recording, Refused, atomic_write, preprocess
+from augment import NOISE_TYPES, add_noise_levels
+from ecg import FS, LEADS, MISSING, UV_PER_MV, Recording, atomic_write
 from model import load_encoder, untrained_like
 
 BOOTSTRAPS = 1000                # resamples of patients or records
 CALIBRATION_BINS = 15            # of equal size, of each label
 PERFECT_DRAWS = 200              # of labels from the probabilities themselves: what a perfect model would score
+SOLVED = 1e-5                    # largest change of a logit in the last Newton step, of which about 1 % is still wrong
+SCORES = {"macro_auroc": "ci95", "untrained": "untrained_ci95", "difference": "difference_ci95"}  # and their intervals
+EPOCHS, PATIENCE, BATCH, LR, WEIGHT_DECAY = 40, 5, 64, 1e-2, 1e-2  # of fit_attention
+CHUNK = 256                      # recordings whose local features are in memory at once
 NOISE_DB = (24, 18, 12, 6, 0, -6)  # dB, signal-to-noise ratios of augment.add_noise
+NOISE_KINDS = ("mixture", *NOISE_TYPES)  # of augment.add_noise_levels
 COLORS = {"untrained": "#c4c4c4", "pre-trained": "#7fb2e5", "RR intervals alone": "#d9c8a9", "raw waveform": "#e3b9b0"}
-
-COLLAPSED_RANK = 2.0             # effective rank of a batch's global features within equal lead sets
-SHARED_AT_LEAST = 4              # recordings beyond one per lead set; the rank within lead sets cannot exceed this
-SAME_FEATURES = 1e-3             # of the features' root mean square: with a smaller difference they count as equal
-COLLAPSED_ENTROPY = 0.3          # of the mean prediction, as a share of ln K; 0.95 in a good run
-UNIFORM_ENTROPY = 0.98           # of the targets after the warm-up, as a share of ln K; 0.45 in a good run
-ONE_HOT_ENTROPY = 0.1            # of the patch targets after the warm-up, as a share of ln K
-
-PROBE_RECORDINGS = 256           # of the online probe, per split
-PROBE_AT_LEAST = 20              # recordings per split that the online probe needs
-PROBE_LEADS = 12                 # leads of its recordings
-PROBE_POSITIVES = 5              # positives and negatives per split that a label needs
-PROBE_BATCH = 64                 # windows in a forward pass
-# The best one is taken: what training teaches lies along directions of little variance, which a small C hides.
-PROBE_C = (0.01, 0.1, 1.0)
 
 SHOWN_LEADS = ("I", "II", "V1", "V3", "V5")  # of features.png
 SHOWN_S = 5.0                    # s of the recording in features.png
@@ -119,13 +110,23 @@ def interval_of_seeds(scores, groups):
     Satterthwaite, because few seeds say little about their own spread.
     """
     E, mean = len(scores), scores.mean(axis=0)
-    if E == 1 or not np.isfinite(mean[1:]).any() or not scores.std():            # nothing scored, or all equal
+    if E == 1 or not np.isfinite(mean[1:]).any() or not np.nanstd(scores):       # nothing scored, or all equal
         return interval(mean[1:])
     of_patients, of_seeds = np.nanvar(mean[1:], ddof=1) * groups / (groups - 1), scores[:, 0].var(ddof=1) / E
     variance = of_patients + of_seeds
     freedom = variance ** 2 / (of_seeds ** 2 / (E - 1) + of_patients ** 2 / (groups - 1))
     half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance)
     return [mean[0] - half, mean[0] + half]
+
+
+def paired(a, b, groups, suffix=""):
+    """Entry of a result: the means of the scores a (E, S) of encoders and b (E, S) of their controls and of their
+    difference, the intervals (see interval_of_seeds), and those of `each` encoder; the keys of SCORES with suffix."""
+    entry, each = {}, {}
+    for (key, ci), x in zip(SCORES.items(), (a, b, a - b)):
+        entry |= {f"{key}{suffix}": x[:, 0].mean(), f"{ci}{suffix}": interval_of_seeds(x, groups)}
+        each |= {f"{key}{suffix}": x[:, 0].tolist(), f"{ci}{suffix}": [interval(one[1:]) for one in x]}
+    return entry | dict(each=each)
 
 
 def mean_of(found):
@@ -147,6 +148,122 @@ def standardized(x, x_new):
     """
     scaler = StandardScaler(copy=False).fit(x)
     return tuple(np.nan_to_num(scaler.transform(rows.astype(np.float64)), copy=False) for rows in (x, x_new))
+
+
+def fit_logistic(x, y, strengths):
+    """Logistic regressions with an L2 penalty: weights (G, F + 1, C), the intercept last, of all labels y (R, C) bool,
+    each with both classes, on x (R, F) at all strengths (G,), which are scikit-learn's C.
+
+    They minimise C * the sum of log losses + |w|^2 / 2, as scikit-learn's do. Newton's method, each step by conjugate
+    gradients (Lin, Weng and Keerthi 2008) of all labels and strengths together: a product of matrices takes a fraction
+    of the time of one product each. Among the singular vectors of x the second derivatives are nearly diagonal, so few
+    products are needed; these are in float32, gradients and losses in float64.
+    """
+    (R, F), C = x.shape, y.shape[1]
+    basis = np.linalg.eigh(x.T @ x)[1] if R > F else np.linalg.svd(x, full_matrices=False)[2].T
+    x = np.append(x @ basis, np.ones((R, 1)), axis=1)
+    c, y, low = np.repeat(strengths, C), np.tile(y.astype(float), len(strengths)), x.astype(np.float32)
+    penalty, square = np.append(np.ones((basis.shape[1], 1)), [[0]], axis=0), (x * x).mean(axis=0)[:, None]
+    w = np.zeros((len(penalty), len(c)))
+    w[-1] = np.log(y.sum(axis=0) / (1 - y).sum(axis=0))
+
+    def loss(z, w, k):
+        return c[k] * (np.logaddexp(0, z) - y[:, k] * z).sum(axis=0) + (penalty * w * w).sum(axis=0) / 2
+
+    z, k = x @ w, np.arange(len(c))              # k: what is not solved yet
+    while len(k):
+        p = expit(z[:, k])
+        gradient, curvature = penalty * w[:, k] + c[k] * (x.T @ (p - y[:, k])), c[k] * p * (1 - p)
+        step = newton_step(low, gradient, curvature, penalty, penalty + curvature.sum(axis=0) * square)
+        z_step, size, before = x @ step, np.ones(len(k)), loss(z[:, k], w[:, k], k)
+        while (worse := loss(z[:, k] + size * z_step, w[:, k] + size * step, k) > before * (1 + 1e-12)).any():
+            size[worse] /= 2
+        w[:, k] += size * step
+        z[:, k] += size * z_step
+        k = k[np.abs(z_step).max(axis=0) > SOLVED]
+    w = w.reshape(len(w), len(strengths), C).swapaxes(0, 1)
+    return np.append(basis @ w[:, :-1], w[:, -1:], axis=1)
+
+
+def newton_step(x, gradient, curvature, penalty, diagonal):
+    """Solve (penalty + x' curvature x) step = -gradient for every label by conjugate gradients, the closer the smaller
+    the step; diagonal (F, C): about that of the matrix."""
+    first = (gradient * gradient / diagonal).sum(axis=0)
+    enough, step, k = first * np.clip(np.sqrt(first), 1e-4, 0.1), np.zeros_like(gradient), np.flatnonzero(first)
+    residual, left, curvature, diagonal = -gradient[:, k], first[k], curvature[:, k].astype(x.dtype), diagonal[:, k]
+    direction = residual / diagonal
+    while len(k):
+        product = x @ direction.astype(x.dtype)
+        product *= curvature
+        product = x.T @ product + penalty * direction
+        size = left / (direction * product).sum(axis=0)
+        step[:, k] += size * direction
+        residual -= size * product
+        scaled = residual / diagonal
+        left, before = (residual * scaled).sum(axis=0), left
+        direction = scaled + left / before * direction
+        go_on = left > enough[k]
+        if not go_on.all():
+            k, left, direction, residual, diagonal, curvature = (
+                a[..., go_on] for a in (k, left, direction, residual, diagonal, curvature))
+    return step
+
+
+# ---- attention over local features ----------------------------------------------------------------------------------
+class AttentionPool(torch.nn.Module):
+    """Logits (B, C) of tokens (B, M, D): a linear map of their mean, weighted by softmax(query . token / sqrt(D)); one
+    learned query for all labels. A token with NaN is left out."""
+
+    def __init__(self, width, labels):
+        super().__init__()
+        self.query, self.linear = torch.nn.Parameter(torch.zeros(width)), torch.nn.Linear(width, labels)
+
+    def forward(self, tokens):
+        known, tokens = tokens.isfinite().all(dim=-1), tokens.nan_to_num()
+        match = tokens @ self.query / len(self.query) ** 0.5
+        weight = match.masked_fill(~known, torch.finfo(match.dtype).min).softmax(dim=1)
+        return self.linear((weight[..., None] * tokens).sum(dim=1))
+
+
+def local_features(encoder, recordings, n, leads, seconds):
+    """Local features float16 (n, M, D) of n recordings, in a temporary file; NaN where there is none. leads, seconds:
+    the most that is in a recording."""
+    M = leads * round(seconds * FS / encoder.patch_samples)
+    tokens = np.memmap(tempfile.TemporaryFile(), np.float16, "w+", shape=(n, M, encoder.width))
+    for first in range(0, n, CHUNK):
+        for row, out in enumerate(encoder.embed(list(islice(recordings, CHUNK)), on_error="nan"), first):
+            found = np.zeros((0, encoder.width)) if out.local_features is None else np.concatenate(out.local_features)
+            tokens[row] = np.pad(found[:M], ((0, M - len(found[:M])), (0, 0)), constant_values=np.nan)
+    return tokens
+
+
+def fit_attention(tokens, y, train, val, test, seed):
+    """Logits (R', C) of the rows `test` by AttentionPool on tokens (R, M, D) and y (R, C) bool, fitted on the rows
+    `train`, after the epoch with the best macro AUROC in `val`."""
+    torch.manual_seed(seed)
+    some = tokens[train[:CHUNK]].astype(np.float32)
+    mean, std = np.nanmean(some, axis=(0, 1)), np.nanstd(some, axis=(0, 1)).clip(1e-6)
+    head, best, since = AttentionPool(tokens.shape[2], y.shape[1]), -np.inf, 0
+    optimizer = torch.optim.AdamW(head.parameters(), LR, weight_decay=WEIGHT_DECAY)
+
+    def batches(rows):
+        for part in np.array_split(rows, -(-len(rows) // BATCH)):
+            yield part, head(torch.from_numpy((tokens[part].astype(np.float32) - mean) / std))
+
+    for epoch in range(EPOCHS):
+        for part, z in batches(np.random.default_rng([seed, epoch]).permutation(train)):
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(z, torch.from_numpy(y[part]).float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            z_val, z_test = (np.concatenate([z.numpy() for _, z in batches(rows)]) for rows in (val, test))
+        score, since = macro(plain_auroc(y[val], z_val)[None])[0], since + 1
+        if not score <= best:
+            best, found, since = score, z_test, 0
+        if since == PATIENCE:
+            break
+    return found
 
 
 # ---- calibration ----------------------------------------------------------------------------------------------------
@@ -222,6 +339,11 @@ CALIBRATION_NOTE = ("Brier skill: 1 - Brier score / that of the constant prevale
                     "perfect model]; z: of a perfect model between -2 and 2, larger if overconfident")
 
 
+NOISE_NOTE = ("SNR: mean square of the ECG to that of the noise, each without its mean, over 10 s; the median over the "
+              "leads of a recording. The program nst has another: A^2 / 8, A the peak-to-peak voltage of a QRS, to the "
+              "square of the mean RMS of the noise in a second")
+
+
 def show_calibration(found):
     """Columns of a table from a result of calibration, for people."""
     return {"Brier skill": found["brier_skill"], "ECE": show(found["ece"], found["ece_perfect_ci95"]), "z": found["z"]}
@@ -236,134 +358,11 @@ def global_features(encoders, recordings):
 
 
 def noisy_features(encoders, recordings, noise, seed):
-    """Global features (E, H, R, 3D), as above, at every level of NOISE_DB; noise of augment.load_noise. A recording has
-    the same noise at every level, only its strength differs."""
-    P = encoders[0].patch_samples
-    features = global_features(encoders, lambda: add_noise_levels(recordings(), noise, P, seed))
-    return features.reshape(len(encoders), -1, len(NOISE_DB), features.shape[2]).swapaxes(1, 2)
-
-
-def add_noise_levels(recordings, noise, patch_samples, seed):
-    """Yield each recording once for every level of NOISE_DB, at FS, in whole patches; what is missing stays missing."""
-    snr_db = torch.tensor(NOISE_DB, dtype=torch.float32)
-    for number, recording in enumerate(recordings):
-        try:
-            signal_mv, lead_ids = preprocess(*recording[:4], {})
-        except Refused:                          # embed refuses it too
-            yield from [recording] * len(NOISE_DB)
-            continue
-        L, N = len(signal_mv), signal_mv.shape[1] // patch_samples
-        T = N * patch_samples
-        clean = np.ma.masked_invalid(signal_mv[:, :T])
-        filled = np.where(clean.mask, clean.mean(axis=1, keepdims=True).filled(0), clean.data).astype(np.float32)
-        draws = draw_views([seed, number], range(1), ViewSpec(1, L, N, True), lead_ids[None], np.array([L]), T,
-                           noise.shape[-1], patch_samples)
-        arrays = filled, lead_ids, *(draws[name][0, 0] for name in ("amplitude", "sign", "channel", "offset"))
-        x, leads, *same = (torch.from_numpy(a).expand(len(NOISE_DB), *a.shape) for a in arrays)
-        for noisy in add_noise(x, leads, noise, snr_db, *same).numpy():
-            yield Recording(np.where(clean.mask, np.nan, noisy), FS, [LEADS[i] for i in lead_ids])
-
-
-# ---- is a run learning? ---------------------------------------------------------------------------------------------
-@torch.no_grad()
-def health(features, lead_sets, mean_prediction):
-    """Signs of collapse that the loss does not show: dict of 0-d tensors cls_std, cls_rank, prediction_entropy.
-
-    features (R, 2D): the teacher's, of the recordings of all ranks. lead_sets (R, len(LEADS)) int: how often a
-    recording shows each lead. mean_prediction (K,): the student's mean probability of each prototype.
-
-    cls_rank is the effective rank of the features among recordings with the same leads (among all, if too few have the
-    same): the features of an encoder that reads lead names and ignores the ECG differ only between lead sets.
-    """
-    x = torch.nan_to_num(features).double()
-    _, which, size = torch.unique(lead_sets, dim=0, return_inverse=True, return_counts=True)
-    if len(x) - len(size) < SHARED_AT_LEAST:
-        which, size = torch.zeros_like(which), torch.full_like(size[:1], len(x))
-    mean = x.new_zeros(len(size), x.shape[1]).index_add_(0, which, x) / size[:, None]
-    within = x - mean[which]
-    alike = within.square().mean() <= SAME_FEATURES ** 2 * x.square().mean()       # rounding noise has a high rank
-    return dict(cls_std=x.std(0).mean().float(),
-                cls_rank=torch.where(alike, 1.0, effective_rank(within)).float(),
-                prediction_entropy=-(mean_prediction * mean_prediction.clamp(min=1e-12).log()).sum())
-
-
-def effective_rank(x):
-    """exp of the entropy of the singular values of x (R, F), fp64, as shares of their sum (Roy and Vetterli 2007).
-
-    Roots of the eigenvalues of x x' or x' x (the smaller), in fp64, because the root of a rounding error is not small.
-    """
-    square = x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
-    values = torch.linalg.eigvalsh(square).clamp(min=0).sqrt()
-    share = values / values.sum().clamp(min=1e-12)
-    return (-(share * share.clamp(min=1e-12).log()).sum()).exp()
-
-
-def diagnose(row, warm):
-    """Warnings about the numbers of a logged step (dict): {kind: sentence}, empty in a run that learns. A value that is
-    absent, None or NaN gives no warning. warm: whether the warm-up is over."""
-    names = ("cls_rank", "prediction_entropy", "target_entropy", "ln_k", "patch_target_entropy", "ln_patch_k")
-    rank, prediction, target, ln_k, patch_target, ln_patch_k = (
-        math.nan if row.get(n) is None else row[n] for n in names)
-    signs = {
-        "collapse of features": (rank < COLLAPSED_RANK, (
-            f"the global features differ along only {rank:.1f} directions among recordings with the same leads: the "
-            "encoder ignores the ECG. Try a smaller --lr, a larger KOLEO_WEIGHT, or more patients")),
-        "collapse of predictions": (prediction < COLLAPSED_ENTROPY * ln_k, (
-            f"the student uses only a few of the prototypes (entropy {prediction:.2f} of {ln_k:.2f}). "
-            "Try a smaller --lr, or fewer --prototypes")),
-        "uniform targets": (warm and target > UNIFORM_ENTROPY * ln_k, (
-            f"the teacher finds all prototypes equally likely (entropy {target:.2f} of {ln_k:.2f}), which teaches "
-            "nothing. Try a lower temperature in RECIPES, or fewer --prototypes")),
-        "one-hot patch targets": (warm and patch_target < ONE_HOT_ENTROPY * ln_patch_k, (
-            f"the teacher gives each patch only one prototype (entropy {patch_target:.2f} of {ln_patch_k:.2f}), so the "
-            "targets do not say which patches are alike. Try a higher patch_temperature in RECIPES, or fewer "
-            "--prototypes"))}
-    return {kind: sentence for kind, (found, sentence) in signs.items() if found}
-
-
-class OnlineProbe:
-    """AUROC of a logistic regression on the teacher's features, on a few labelled recordings of the data.
-
-    Fitted on split train, scored on split val (PTB-XL fold 9), which is never pre-trained on: a sign, not a result.
-    corpora: list of Corpus; window: samples at FS of each recording. `usable` is False if there are too few labels.
-    """
-
-    def __init__(self, corpora, window):
-        self.sets, self.scored = [], []
-        for split in ("train", "val"):
-            found = [(c.read(i, 0, window), c.lead_ids(i), c.index["label"][i])
-                     for c in corpora for i in labelled_rows(c.index, split, window)]
-            found = [row for row in found if not (row[0] == MISSING).any()]
-            if len(found) >= PROBE_AT_LEAST:
-                windows, leads, labels = (np.stack(x) for x in zip(*found))
-                labels = np.unpackbits(labels[:, None], axis=1, bitorder="little").astype(bool)
-                self.sets.append((torch.from_numpy(windows), torch.from_numpy(leads.astype(np.int64)), labels))
-        if len(self.sets) == 2:
-            rarest = [np.minimum(y.sum(axis=0), (~y).sum(axis=0)) for _, _, y in self.sets]
-            self.scored = np.flatnonzero(np.minimum(*rarest) >= PROBE_POSITIVES)
-        self.usable = len(self.scored) > 0
-
-    @torch.no_grad()
-    def score(self, encoder, device):
-        """Macro AUROC over the superclasses that both splits have, at the best of PROBE_C."""
-        features, scores = [], []
-        for windows, leads, _ in self.sets:
-            parts = zip(windows.split(PROBE_BATCH), leads.split(PROBE_BATCH))
-            found = [encoder(w.to(device).float() / UV_PER_MV, ids.to(device)).global_feature() for w, ids in parts]
-            features.append(torch.cat(found).cpu().numpy())
-        x, x_new = standardized(*features)
-        y, y_new = (labels[:, self.scored] for _, _, labels in self.sets)
-        for c in PROBE_C:
-            model = LogisticRegression(C=c, max_iter=200)
-            logits = np.stack([model.fit(x, label).decision_function(x_new) for label in y.T], axis=1)
-            scores.append(plain_auroc(y_new, logits).mean())
-        return float(max(scores))
-
-
-def labelled_rows(index, split, window):
-    """At most PROBE_RECORDINGS rows of a split of an index: with a label, PROBE_LEADS leads and `window` samples."""
-    usable = (index["label"] > 0) & (index["n_leads"] == PROBE_LEADS) & (index["length"] >= window)
-    return np.flatnonzero(usable & (index["split"] == SPLITS.index(split)))[:PROBE_RECORDINGS]
+    """Global features (E, K, H, R, 3D), as above, under every kind of NOISE_KINDS at every level of NOISE_DB; noise of
+    augment.load_noise. A recording has the same noise of a kind at every level, only its strength differs."""
+    P, K, H = encoders[0].patch_samples, len(NOISE_KINDS), len(NOISE_DB)
+    features = global_features(encoders, lambda: add_noise_levels(recordings(), noise, P, seed, NOISE_DB))
+    return np.moveaxis(features.reshape(len(encoders), -1, K, H, features.shape[2]), 1, 3)
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -446,6 +445,37 @@ def draw_bars(axis, labels, series):
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def draw_reliability(axis, labels, y, p_platt):
+    """Share of positives against the calibrated probability; a point stands for about 40 recordings or more. The bars
+    are where 95 % of the points of a perfect model lie: labels drawn from its own probabilities."""
+    n_bins, rng = int(np.clip(len(y) // 40, 4, 10)), np.random.default_rng(0)
+    for k, name in enumerate(labels):
+        said, truth, n = (x.ravel() for x in in_bins(p_platt[:, [k]], y[:, [k]], n_bins))
+        perfect = rng.binomial(n, said.clip(0, 1), (1000, len(n))) / n
+        line, = axis.plot(said, truth, marker="o", markersize=4, label=name)
+        axis.vlines(said, *np.quantile(perfect, (0.025, 0.975), axis=0), color=line.get_color(), alpha=0.3, linewidth=4)
+    axis.plot((0, 1), (0, 1), color="#999999", linewidth=1, linestyle="--")
+    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="calibrated probability", ylabel="share with the label")
+    axis.set_title("Reliability of the superclasses; bars: a perfect model", loc="left")
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def draw_scores(axis, kinds, keys, x_label):
+    """Superclasses along {kind: {x: {"superdiagnostic": result of paired}}}, with intervals for the first kind; keys
+    {name in COLORS: key in SCORES}."""
+    for style, (kind, points) in zip(("-", ":", "--", "-."), kinds.items()):
+        points = {x: of["superdiagnostic"] for x, of in points.items() if x != "area"}
+        for name, key in keys.items():
+            axis.plot([*points], [of[key] for of in points.values()], style, marker="o", markersize=3,
+                      color=COLORS[name], label=f"{name}, {kind}")
+            if style == "-":
+                low, high = np.array([of[SCORES[key]] for of in points.values()], dtype=float).T
+                axis.fill_between([*points], low, high, color=COLORS[name], alpha=0.3, linewidth=0)
+    axis.tick_params(axis="x", labelrotation=60 * (len(points) > len(NOISE_DB)))
+    axis.legend(frameon=False, fontsize=8)
+    axis.set(xlabel=x_label, ylabel="macro AUROC, superclasses")
+
+
 # ---- command line and results of both probes ------------------------------------------------------------------------
 def parser_of(description, raw_example):
     """A parser with the flags that both probes share. raw_example: a publisher's folder, for --help."""
@@ -503,6 +533,17 @@ def to_json(value):
 def show(value, ci):
     """A score with its interval, for people."""
     return "-" if value is None else f"{value:.3f} [{', '.join('-' if v is None else f'{v:.3f}' for v in ci)}]"
+
+
+def show_paired(entry, alone, note=""):
+    """Columns of a table from a result of paired; alone: of an untrained network alone."""
+    names = {"untrained": "untrained"} | ({} if alone else {"macro_auroc": "encoder", "difference": "difference"})
+    return {name + note: show(entry[key], entry[SCORES[key]]) for key, name in names.items()}
+
+
+def as_table(rows):
+    """Text of a table {row: {column: value}}."""
+    return pd.DataFrame.from_dict(rows, orient="index").to_string(na_rep="-", float_format="{:.3g}".format)
 
 
 def write_results(out, name, result, arrays, figure):

@@ -1,41 +1,39 @@
-"""What a frozen encoder knows about whole 12-lead ECGs: linear probes on PTB-XL, next to the same network untrained.
+"""What a frozen encoder knows about whole 12-lead ECGs: probes on PTB-XL, next to the same network untrained.
 
     python probe_ptbxl.py --encoder runs/real/encoder.pt --raw raw/ptbxl --out runs/real/ptbxl
 
 The protocol is the PTB-XL benchmark's (Strodthoff et al. 2021): six label sets, in which a statement that is present
 counts, whatever its likelihood. Folds 1-8 train, fold 9 chooses the regularisation, fold 10 is scored by macro AUROC.
 Recordings without any label of a set stay in it as rows of zeros (the benchmark drops them: about 0.001 of AUROC).
---encoder random:SIZE gives only the untrained control. With --noise, the same probes are also scored on fold 10 under
-real noise (minutes 20-30 of the Noise Stress Test records, which are never trained on). --leads I II shows the encoder
-these leads alone; --leads-scored does so in folds 9 and 10 only, with a probe that was fitted on --leads.
+The linear probe is also fitted on 10 % and 1 % of the training patients. --encoder random:SIZE gives only the untrained
+control. --noise scores the same probe under real noise (minutes 20-30 of the Noise Stress Test records, which are never
+trained on), --leads-curve with few leads, and --attention a probe of local features.
 
-Writes OUT/ptbxl.json, OUT/predictions.npz (fold 10) and OUT/ptbxl.png. 2,000 records and size tiny take 3 minutes on
-one core.
+Writes OUT/ptbxl.json, OUT/predictions.npz (fold 10) and OUT/ptbxl.png. 2,000 records, size tiny, one core: 3 minutes.
 
-Shapes: R recordings, F features, C labels, G values of the regularisation, E encoders, S resamples of patients (the
-first row of `counts` is the test set itself).
+Shapes: R recordings, R' those of fold 9 and then of fold 10, T those of fold 10, F features, C labels, G values of the
+regularisation, E encoders, E' these and their controls, S resamples of patients (the first row of `counts` is the test
+set itself), K kinds and H levels of noise, M local features of width D.
 """
 import ast
+import math
 import sys
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import MultiLabelBinarizer
-from threadpoolctl import threadpool_limits
-from tqdm import tqdm
+from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
 
-from augment import load_noise
+from augment import load_noise, snr_of_leads
 from corpus import open_corpus
-from ecg import Refused, lead_id, preprocess, read_wfdb
-from evaluate import (CALIBRATION_NOTE, COLORS, NOISE_DB, both_classes, calibration, draw_bars, global_features,
-                      in_bins, interval, interval_of_seeds, label_auroc, load_encoders, macro, mean_of, noisy_features,
-                      only_random, parser_of, plain_auroc, platt, resample, show, show_calibration, standardized,
-                      to_json, write_results)
+from ecg import LEADS, Refused, lead_id, preprocess, read_wfdb
+from evaluate import (CALIBRATION_NOTE, NOISE_DB, NOISE_KINDS, NOISE_NOTE, SCORES, as_table, both_classes, calibration,
+                      draw_bars, draw_reliability, draw_scores, fit_attention, fit_logistic, global_features,
+                      label_auroc, load_encoders, local_features, macro, mean_of, noisy_features, only_random, paired,
+                      parser_of, plain_auroc, platt, resample, show, show_calibration, show_paired, to_json,
+                      write_results)
 
 TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's folds; a patient is in one fold only
@@ -43,6 +41,11 @@ RECORD_S = 10                    # s that are read, the length of every PTB-XL r
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, the inverse strength of the L2 penalty
 MIN_POSITIVES = 10               # positives in fold 10 below which the AUROC of a label is mostly noise
 FEW_PATIENTS = 1000              # in fold 10 (all of PTB-XL has about 1,900), below which the report warns
+SHORT = {"superdiagnostic": 1, "all": MIN_POSITIVES}  # sets of the curves, and positives in fold 10 that a label needs
+SHARES, DRAWS = (0.1, 0.01), 5   # of the training patients, nested; draws of them
+LEAD_SETS = {"12": LEADS[1:13], "8": ("I", "II", *LEADS[7:13]), "6 limb": LEADS[1:7], "I II V2": ("I", "II", "V2"),
+             "I II": ("I", "II"), **{name: (name,) for name in LEADS[1:13]}, "I unnamed": ("I",)}
+SNR_RECORDINGS = 200             # of fold 10, to measure the SNR of single leads
 
 
 # ---- recordings, labels and features --------------------------------------------------------------------------------
@@ -90,9 +93,10 @@ def label_sets(codes, statements):
     return sets
 
 
-def read_recordings(paths, leads=None):
+def read_recordings(paths, leads=None, named=True):
     """Yield the first RECORD_S of each record, an ecg.Recording; leads: of each record the names of the leads that are
-    shown, or None. ValueError that names a file that cannot be read, or that lacks one of these leads."""
+    shown, or None; named: whether under these names, or as unknown. ValueError that names a file that cannot be read,
+    or that lacks one of these leads."""
     for path, names in zip(paths, leads or [None] * len(paths)):
         try:
             recording = read_wfdb(path)
@@ -103,7 +107,8 @@ def read_recordings(paths, leads=None):
         if absent:
             raise ValueError(f"{path} has no lead {', '.join(absent)}; it has {', '.join(recording.leads)}")
         if names:
-            signal, recording = signal[:, [ids.index(lead_id(name)) for name in names]], recording._replace(leads=names)
+            signal = signal[:, [ids.index(lead_id(name)) for name in names]]
+            recording = recording._replace(leads=list(names) if named else [LEADS[0]] * len(names))
         yield recording._replace(signal=signal)
 
 
@@ -118,31 +123,39 @@ def extract_features(encoders, paths, leads=None):
     return features, dict(with_gaps=sum(gaps), unusable=(~usable).sum())
 
 
-# ---- probes ---------------------------------------------------------------------------------------------------------
-def fit_label(x, y, x_new):
-    """Logits (G, R') of one label's logistic regression at every C; x (R, F), y (R,) bool, x_new (R', F)."""
-    # Each fit starts at the last solution. The default tolerance costs at most 0.001 of macro AUROC up to C 0.1.
-    model = LogisticRegression(warm_start=True, max_iter=2000)       # it takes up to 300, at the weakest penalty
-    return np.array([model.set_params(C=c).fit(x, y).decision_function(x_new) for c in C_GRID])
+# ---- linear probes --------------------------------------------------------------------------------------------------
+class Data:
+    """What is known of the recordings besides the ECG. sets: {task: (names (C,), y (R, C) bool)}; fold, patients (R,).
+    Labels of all sets lie side by side in y, those of a task in `columns`. control_of: see load_encoders. number (T,)
+    and counts (S, patients): see resample, of the patients of fold 10."""
+
+    def __init__(self, sets, fold, patients, control_of, seed=0):
+        self.sets, self.patients, self.control_of, self.seed = sets, patients, control_of, seed
+        self.train, self.val, self.test = (np.flatnonzero(rows) for rows in split_rows(fold))
+        self.scored = np.append(self.val, self.test)                   # (R',)
+        self.y = np.concatenate([y for _, y in sets.values()], axis=1)
+        ends = np.cumsum([len(names) for names, _ in sets.values()])
+        self.columns = {task: slice(end - len(sets[task][0]), end) for task, end in zip(sets, ends)}
+        self.number, counts = resample(patients[self.test], seed)
+        self.counts = np.concatenate((np.ones_like(counts[:1]), counts))
 
 
-def fit_labels(features, y, train):
-    """Fit the labels y (R, C) on the rows in train (R,) bool. Returns logits (G, R', C) of all other rows.
+def fit_labels(x, y):
+    """Fit every label of y (R, C) bool on x (R, F) at every C. Returns a function of features (N, F): logits (G, N, C).
 
-    features (R, F), or with more rows at the end, which then follow in the logits. A label without both classes in
-    train gets NaN. Equal columns are fitted once (a statement is in several sets), in threads that share the features.
+    A label without both classes gets NaN. Equal columns are fitted once (a statement is in several sets). The mean
+    takes the place of NaN, so a recording that cannot be used counts as an average one.
     """
-    columns, where = np.unique(y[train], axis=1, return_inverse=True)
-    train = np.pad(train, (0, len(features) - len(train)))
-    x_train, x_new = standardized(features[train], features[~train])
-    logits = np.full((len(C_GRID), len(x_new), columns.shape[1]), np.nan)
-    todo = np.flatnonzero(both_classes(columns))
-    with threadpool_limits(1):  # a thread per label: several threads in one small product would wait for each other
-        fits = joblib.Parallel(n_jobs=-1, prefer="threads", return_as="generator")(
-            joblib.delayed(fit_label)(x_train, columns[:, k], x_new) for k in todo)
-        for k, fit in zip(todo, tqdm(fits, total=len(todo), desc="labels", unit="label", disable=None)):
-            logits[:, :, k] = fit
-    return logits[:, :, where.ravel()]
+    columns, where = np.unique(y, axis=1, return_inverse=True)
+    scaler, todo = StandardScaler().fit(x), np.flatnonzero(both_classes(columns))
+
+    def scaled(rows):
+        return np.nan_to_num(scaler.transform(rows.astype(np.float64)), copy=False)
+
+    weights = np.full((len(C_GRID), x.shape[1] + 1, columns.shape[1]), np.nan)
+    weights[:, :, todo] = fit_logistic(scaled(x), columns[:, todo], C_GRID)
+    weights = weights[:, :, where.ravel()]
+    return lambda rows: scaled(rows) @ weights[:, :-1] + weights[:, -1:]
 
 
 def choose_c(logits, y):
@@ -152,62 +165,125 @@ def choose_c(logits, y):
     return int(np.argmax(scores)) if scores else len(C_GRID) // 2
 
 
-def score_task(logits, y, fold, scored, patient, counts):
-    """One encoder on one task: its C; AUROC (S, C') of the labels with indices `scored`; probabilities (R', C') of
-    fold 10, raw and calibrated, and their calibration; macro AUROC (S,) at each level of noise. Arguments as in
-    compare."""
-    train, val, test = split_rows(fold)
-    is_val = fold[val | test] == VAL_FOLD
-    best = choose_c(logits[:, :len(is_val)][:, is_val], y[val])
-    z, noisy = np.split(logits[best][:, scored], [len(is_val)])
-    z_val, z, y_test = z[is_val], z[~is_val], y[test][:, scored]
-    calibrated = [platt(z_val[:, k], y[val, label], z[:, k]) for k, label in enumerate(scored)]
-    levels = noisy.reshape(len(noisy) // len(z), *z.shape)
-    p = dict(raw=expit(z), platt=np.reshape(calibrated, z.T.shape).T)
-    prevalence = y[train][:, scored].mean(axis=0)
-    return dict(c=C_GRID[best], auroc=label_auroc(y_test, z, patient, counts), **p,
-                calibration={kind: calibration(p[kind], y_test, prevalence, patient) for kind in p},
-                noisy=np.array([macro(label_auroc(y_test, level, patient, counts)) for level in levels]))
+def score_task(logits, task, data, calibrated=False):
+    """One network on one task: its C; AUROC (S, C') in fold 10 of the labels with indices `labels`, which have both
+    classes in folds 1-8 and in fold 10; if calibrated, probabilities (T, C') of fold 10, raw and by Platt, and their
+    calibration. logits (G, R', all labels). A label that could not be fitted counts as a constant, .5."""
+    (_, y), N = data.sets[task], len(data.val)
+    labels = np.flatnonzero(both_classes(y[data.train]) & both_classes(y[data.test]))
+    best = choose_c(logits[:, :N, data.columns[task]], y[data.val])
+    z_val, z = np.split(np.nan_to_num(logits[best, :, data.columns[task]][:, labels]), [N])
+    y_val, y_test = (y[rows][:, labels] for rows in (data.val, data.test))
+    found = dict(c=C_GRID[best], labels=labels, auroc=label_auroc(y_test, z, data.number, data.counts))
+    if calibrated:
+        p = [platt(z_val[:, k], y_val[:, k], z[:, k]) for k in range(len(labels))]
+        found |= dict(raw=expit(z), platt=np.reshape(p, z.T.shape).T)
+        found["calibration"] = {kind: calibration(found[kind], y_test, y[data.train][:, labels].mean(axis=0),
+                                                  data.number) for kind in ("raw", "platt")}
+    return found
 
 
-def compare(names, y, fold, logits, control_of, patient, counts):
-    """JSON entry of a task and its arrays for predictions.npz. names (C,), y (R, C), fold (R,); logits (G, rows, C) of
-    each network, of folds 9 and 10, then of fold 10 at each level of noise; control_of: see load_encoders; patient,
-    counts: see resample. Scores are means over encoders."""
-    train, val, test = split_rows(fold)
-    scored = np.flatnonzero(both_classes(y[test]) & both_classes(y[train]))
-    y_test = y[test][:, scored]
-    frequent = y_test.sum(axis=0) >= MIN_POSITIVES
-    networks = [score_task(z, y, fold, scored, patient, counts) for z in logits]
-    runs = {"macro_auroc": networks[:len(control_of)], "untrained": [networks[k] for k in control_of]}
-    entry = dict(n_labels=len(scored), n_labels_min10=frequent.sum(), n_labels_defined=len(names), n_test=test.sum(),
+def compare(logits, task, data):
+    """JSON entry of a task and its arrays for predictions.npz; logits (G, R', all labels) of each network. Scores are
+    means over encoders."""
+    (names, y), networks = data.sets[task], [score_task(z, task, data, calibrated=True) for z in logits]
+    labels, (y_train, y_val, y_test) = networks[0]["labels"], (y[rows] for rows in (data.train, data.val, data.test))
+    frequent = y_test[:, labels].sum(axis=0) >= MIN_POSITIVES
+    runs = {"macro_auroc": networks[:len(data.control_of)], "untrained": [networks[k] for k in data.control_of]}
+    entry = dict(n_labels=len(labels), n_labels_min10=frequent.sum(), n_labels_defined=len(names), n_test=len(y_test),
                  c=[run["c"] for run in runs["macro_auroc"]], untrained_c=[run["c"] for run in runs["untrained"]])
     for suffix, chosen in (("_min10", frequent), ("", slice(None))):
         a, b = (np.stack([macro(run["auroc"][:, chosen]) for run in of]) for of in runs.values())    # (E, S)
-        for key, ci, x in (("macro_auroc", "ci95", a), ("untrained", "untrained_ci95", b),
-                           ("difference", "difference_ci95", a - b)):
-            entry |= {f"{key}{suffix}": x[:, 0].mean(), f"{ci}{suffix}": interval_of_seeds(x, counts.shape[1])}
-            entry.setdefault("each", {}).setdefault(f"{key}{suffix}", x[:, 0].tolist())
-            entry["each"][f"{ci}{suffix}"] = [interval(one[1:]) for one in x]
+        each, found = entry.get("each", {}), paired(a, b, data.counts.shape[1], suffix)
+        entry |= found | dict(each=each | found["each"])
     for key, of in zip(("calibration", "untrained_calibration"), runs.values()):
         entry[key] = mean_of([run["calibration"] for run in of])
-    if len(networks[0]["noisy"]):
-        entry["robustness"] = noise = dict(snr_db=NOISE_DB)
-        levels = {key: np.stack([run["noisy"] for run in of], axis=1) for key, of in runs.items()}   # (H, E, S)
-        for key, x in (*levels.items(), ("difference", levels["macro_auroc"] - levels["untrained"])):
-            noise |= {key: x[:, :, 0].mean(axis=1).tolist(),
-                      f"{key}_ci95": [interval_of_seeds(level, counts.shape[1]) for level in x]}
-        noise |= {f"{key}_kept": (np.mean(noise[key]) - 0.5) / (entry[key] - 0.5) for key in runs}   # 0.5 is chance
     auroc, untrained = (np.mean([run["auroc"][0] for run in of], axis=0) for of in runs.values())
     entry["labels"] = {names[label]: dict(
-        auroc=auroc[k], untrained=untrained[k], positives_train=y[train, label].sum(),
-        positives_val=y[val, label].sum(), positives_test=y[test, label].sum()) for k, label in enumerate(scored)}
-    # The same seed draws the same patients in every run of this program. One encoder: (R', C), several: (E, R', C);
-    # of the controls that of the first encoder.
+        auroc=auroc[k], untrained=untrained[k], positives_train=y_train[:, label].sum(),
+        positives_val=y_val[:, label].sum(), positives_test=y_test[:, label].sum()) for k, label in enumerate(labels)}
+    # The same seed draws the same patients in every run of this program. One encoder: (T, C'), several: (E, T, C'); of
+    # the controls that of the first encoder.
     p, p_platt = (np.stack([run[kind] for run in runs["macro_auroc"]]) for kind in ("raw", "platt"))
     p, p_platt = (p[0], p_platt[0]) if len(p) == 1 else (p, p_platt)
-    return entry, dict(labels=np.array([names[k] for k in scored], dtype=str), y=y_test, p=p, p_platt=p_platt,
-                       p_untrained=runs["untrained"][0]["raw"], difference=(a - b).mean(axis=0))
+    return entry, dict(labels=np.array([names[k] for k in labels], dtype=str), y=y_test[:, labels], p=p,
+                       p_platt=p_platt, p_untrained=runs["untrained"][0]["raw"], difference=(a - b).mean(axis=0))
+
+
+def probe_features(features, data):
+    """Linear probes of features (E', R, F): the fits; the JSON entries and the arrays of compare; label_fractions."""
+    fits = [fit_labels(x[data.train], data.y[data.train]) for x in features]
+    logits = [fit(x[data.scored]) for fit, x in zip(fits, features)]
+    found = {task: compare(logits, task, data) for task in data.sets}
+    stored = {f"{task}_{key}": value for task, (_, arrays) in found.items() for key, value in arrays.items()}
+    return fits, {task: entry for task, (entry, _) in found.items()}, stored, label_fractions(features, logits, data)
+
+
+# ---- curves: few labels, few leads, noise ---------------------------------------------------------------------------
+def macro_scores(logits, data):
+    """Macro AUROC (tasks of SHORT, E', S) in fold 10; logits (G, R', all labels) of each network."""
+    found = []
+    for task, at_least in SHORT.items():
+        runs = [score_task(z, task, data) for z in logits]
+        enough = data.sets[task][1][data.test][:, runs[0]["labels"]].sum(axis=0) >= at_least
+        found.append([macro(run["auroc"][:, enough]) for run in runs])
+    return np.array(found)
+
+
+def as_entries(data, *draws):
+    """{task of SHORT: evaluate.paired} of macro_scores, one or several draws of them. Intervals of one encoder are over
+    draws and patients, those of several over seeds and patients, of the mean over draws."""
+    E, entries = len(data.control_of), {}
+    for task, x in zip(SHORT, np.stack(draws, axis=2)):                                      # (E', draws, S)
+        a, b = (of[0] if E == 1 else of.mean(axis=1) for of in (x[:E], x[data.control_of]))
+        entries[task] = paired(a, b, data.counts.shape[1])
+    return entries
+
+
+def label_fractions(features, logits, data):
+    """{share of the training patients: as_entries of the probes that are fitted on it}; logits: of all of them. A draw
+    of 1 % is part of one of 10 %; fold 9 is whole."""
+    patients, found = data.patients[data.train], {1: as_entries(data, macro_scores(logits, data))}
+    orders = [np.random.default_rng([data.seed, draw]).permutation(np.unique(patients)) for draw in range(DRAWS)]
+    for share in SHARES:
+        rows = [data.train[np.isin(patients, order[:math.ceil(share * len(order))])] for order in orders]
+        found[share] = as_entries(data, *(macro_scores([
+            fit_labels(x[some], data.y[some])(x[data.scored]) for x in features], data) for some in rows))
+    return found
+
+
+def leads_curve(encoders, paths, fits, data):
+    """{"same": {lead set: as_entries} by probes that are fitted on each of LEAD_SETS, "moved": by `fits`}."""
+    curve = {"same": {}, "moved": {}}
+    for name, leads in LEAD_SETS.items():
+        x = global_features(encoders, lambda: read_recordings(paths, [leads] * len(paths), "unnamed" not in name))
+        own = (fit_labels(each[data.train], data.y[data.train]) for each in x)
+        for kind, of in (("same", own), ("moved", fits)):
+            scores = macro_scores([fit(each[data.scored]) for fit, each in zip(of, x)], data)
+            curve[kind][name] = as_entries(data, scores)
+    return curve
+
+
+def noise_curve(features, noisy, fits, data):
+    """{kind of noise: {level in dB, or "area": as_entries}}; noisy (E', K, H, T, F). The area between AUROC and chance
+    is the mean over levels of AUROC - .5."""
+    curve = {}
+    for k, kind in enumerate(NOISE_KINDS):
+        rows = [np.append(features[:, data.val], noisy[:, k, h], axis=1) for h in range(len(NOISE_DB))]
+        x = [macro_scores([fit(part) for fit, part in zip(fits, level)], data) for level in rows]
+        curve[kind] = {str(db): as_entries(data, level) for db, level in zip(NOISE_DB, x)}
+        curve[kind]["area"] = as_entries(data, np.mean(x, axis=0) - 0.5)
+    return curve
+
+
+def attention(encoders, paths, leads, data):
+    """evaluate.paired of superdiagnostic by evaluate.fit_attention; leads: the names for each recording, or None."""
+    y, most = data.sets["superdiagnostic"][1], max(len(names or LEAD_SETS["12"]) for names in leads)
+    y = y[:, both_classes(y[data.train]) & both_classes(y[data.test])]
+    tokens = (local_features(each, read_recordings(paths, leads), len(paths), most, RECORD_S) for each in encoders)
+    z = [fit_attention(of, y, data.train, data.val, data.test, data.seed) for of in tokens]
+    x = np.stack([macro(label_auroc(y[data.test], logits, data.number, data.counts)) for logits in z])
+    return paired(x[:len(data.control_of)], x[data.control_of], data.counts.shape[1])
 
 
 # ---- report and pictures --------------------------------------------------------------------------------------------
@@ -215,22 +291,25 @@ def report(result):
     """The protocol and the scores, as text."""
     n, alone, rows = result["n"], result["untrained_only"], {}
     for task, r in result["tasks"].items():
-        noise = r.get("robustness", {})
         rows[task] = {"labels": f"{r['n_labels']}/{r['n_labels_defined']}", "C": " ".join(map("{:g}".format, r["c"])),
-                      "untrained": show(r["untrained"], r["untrained_ci95"]),
-                      "encoder": None if alone else show(r["macro_auroc"], r["ci95"]),
-                      "difference": None if alone else show(r["difference"], r["difference_ci95"]),
-                      "10+": r["n_labels_min10"], "encoder, 10+": show(r["macro_auroc_min10"], r["ci95_min10"]),
+                      **show_paired(r, alone), "10+": r["n_labels_min10"],
+                      "encoder, 10+": show(r["macro_auroc_min10"], r["ci95_min10"]),
                       **{f"{name}{key}": show_calibration(r["calibration"][kind])[key]
-                         for kind, name in (("raw", ""), ("platt", "Platt: ")) for key in ("Brier skill", "ECE", "z")},
-                      "kept under noise": noise.get("macro_auroc_kept"), "untrained keeps": noise.get("untrained_kept")}
-    table = pd.DataFrame.from_dict(rows, orient="index").dropna(axis=1, how="all")
+                         for kind, name in (("raw", ""), ("platt", "Platt: ")) for key in ("Brier skill", "ECE", "z")}}
+    rows |= {"superdiagnostic, attention": show_paired(of, alone) for of in [result.get("attention")] if of}
+    curves = {f"{float(share):.0%} of the training patients": of for share, of in result["fractions"].items()}
+    for kind, levels in result.get("noise", {}).items():
+        curves |= {f"{kind}, {level}" + " dB" * (level != "area"): entries for level, entries in levels.items()}
+    for kind, sets in result.get("leads_curve", {}).items():
+        curves |= {f"{name}, {'fitted on it' if kind == 'same' else 'moved to it'}": of for name, of in sets.items()}
+    snr = [f"  {kind} at 0 dB, single leads: " + "; ".join(
+        f"{name} {np.median(db):.1f} ({min(db):.1f} to {max(db):.1f}) dB" for name, db in zip(
+            ("mean square", "nst"), zip(*leads.values()))) for kind, leads in result.get("snr", {}).items()]
     return "\n".join((
         f"PTB-XL at {n['rate_hz']} Hz: folds 1-8 train ({n['train']}), fold 9 chooses C and calibrates ({n['val']}), "
         f"fold 10 is scored ({n['test']} recordings, {n['test_patients']} patients); no refit with fold 9",
-        f"encoders: {' '.join(result['encoder'])}" + ("; means, intervals over seeds and patients" if
-                                                     len(result["encoder"]) > 1 else "; one seed: intervals are over "
-                                                     "patients alone"),
+        f"encoders: {' '.join(result['encoder'])}; " + ("one seed: intervals are over patients alone" if len(
+            result["encoder"]) == 1 else "means, intervals over seeds and patients"),
         f"leads: {' '.join(result['leads']) or 'all'}; of folds 9 and 10: {' '.join(result['leads_scored']) or 'all'}",
         f"{n['features']} features; {n['with_gaps']} recordings with missing samples (mean over valid patches), "
         f"{n['unusable']} without a valid patch (taken as the mean recording)",
@@ -239,58 +318,46 @@ def report(result):
         CALIBRATION_NOTE + "; Platt: the same after a sigmoid fitted on fold 9",
         *["few test patients: the intervals are wide, and labels with few positives change the macro over all labels"]
         * (n["test_patients"] < FEW_PATIENTS),
-        table.to_string(na_rep="-", float_format="{:.3g}".format)))
+        as_table(rows), *[f"{NOISE_NOTE}; medians over recordings (range over leads)", *snr] * bool(snr),
+        f"few labels (means of {DRAWS} draws), and what was asked for; area: the mean over levels of AUROC - .5",
+        as_table({row: show_paired(of["superdiagnostic"], alone) | show_paired(of["all"], alone, ", all 10+")
+                  for row, of in curves.items()})))
 
 
 def draw(result, arrays):
-    """Figure: macro AUROC of each label set, reliability of the superclasses, and the superclasses under noise."""
-    tasks, noise = result["tasks"], result["tasks"]["superdiagnostic"].get("robustness")
-    keys = {"untrained": ("untrained", "untrained_ci95")} | (
-        {} if result["untrained_only"] else {"pre-trained": ("macro_auroc", "ci95")})
-    figure = Figure(figsize=(16.4 if noise else 12, 4.8), layout="constrained")
-    bars, curve, *more = figure.subplots(1, 3 if noise else 2, width_ratios=(1.7, 1, 1) if noise else (1.7, 1))
+    """Figure: macro AUROC of each label set, reliability of the superclasses, and these under noise and by leads."""
+    tasks = result["tasks"]
+    curves = {title: result[key] for key, title in (("noise", "signal-to-noise ratio (dB)"), ("leads_curve", "leads"))
+              if key in result}
+    keys = {"untrained": "untrained"} | ({} if result["untrained_only"] else {"pre-trained": "macro_auroc"})
+    ratios = [1.7, 1] + [1.2] * len(curves)
+    figure = Figure(figsize=(4.5 * sum(ratios), 4.8), layout="constrained")
+    bars, reliability, *more = figure.subplots(1, len(ratios), width_ratios=ratios)
     draw_bars(bars, [f"{task}\n{tasks[task]['n_labels']} labels" for task in TASKS],
-              {name: [[tasks[task][key] for task in TASKS] for key in pair] for name, pair in keys.items()})
+              {name: [[tasks[task][of] for task in TASKS] for of in (key, SCORES[key])] for name, key in keys.items()})
     bars.set_ylabel("macro AUROC, fold 10")
     bars.set_title(f"PTB-XL, {result['n']['test']} test recordings; lines: 95 %, patient bootstrap", loc="left")
     bars.legend(frameon=False, loc="upper left", ncols=2)
     labels, y, p = (arrays[f"superdiagnostic_{key}"] for key in ("labels", "y", "p_platt"))
-    draw_reliability(curve, labels, y, p if p.ndim == 2 else p[0])
-    curve.set_title("Reliability of the superclasses; bars: a perfect model", loc="left")
-    for axis in more:                            # none without noise
-        levels = [str(db) for db in NOISE_DB]
-        for name, (key, _) in keys.items():
-            ci = np.array(noise[f"{key}_ci95"], dtype=float)         # None becomes NaN
-            axis.fill_between(levels, *ci.T, color=COLORS[name], alpha=0.3, linewidth=0)
-            axis.plot(levels, np.array(noise[key], dtype=float), marker="o", color=COLORS[name], label=name)
-        axis.set(xlabel="signal-to-noise ratio (dB)", ylabel="macro AUROC")
-        axis.set_title("Superclasses under noise", loc="left")
-        axis.legend(frameon=False, fontsize=8)
+    draw_reliability(reliability, labels, y, p if p.ndim == 2 else p[0])
+    for axis, (title, kinds) in zip(more, curves.items()):
+        draw_scores(axis, kinds, keys, title)
     return figure
-
-
-def draw_reliability(axis, labels, y, p_platt):
-    """Share of positives against the calibrated probability; a point stands for about 40 recordings or more. The bars
-    are where 95 % of the points of a perfect model lie: labels drawn from its own probabilities."""
-    n_bins, rng = int(np.clip(len(y) // 40, 4, 10)), np.random.default_rng(0)
-    for k, name in enumerate(labels):
-        said, truth, n = (x.ravel() for x in in_bins(p_platt[:, [k]], y[:, [k]], n_bins))
-        perfect = rng.binomial(n, said.clip(0, 1), (1000, len(n))) / n
-        line, = axis.plot(said, truth, marker="o", markersize=4, label=name)
-        axis.vlines(said, *np.quantile(perfect, (0.025, 0.975), axis=0), color=line.get_color(), alpha=0.3, linewidth=4)
-    axis.plot((0, 1), (0, 1), color="#999999", linewidth=1, linestyle="--")
-    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="calibrated probability", ylabel="share with the label")
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = parser_of("Linear probes on PTB-XL, for an encoder and its untrained control.", "raw/ptbxl")
+    parser = parser_of("Probes on PTB-XL, for an encoder and its untrained control.", "raw/ptbxl")
     parser.add_argument("--noise", type=Path, help="prepared noise, such as data/nstdb: also score fold 10 under it")
     parser.add_argument("--leads", nargs="+", metavar="NAME",
                         help="leads that the encoder sees, such as I II (default: all of a recording)")
     parser.add_argument("--leads-scored", nargs="+", metavar="NAME",
                         help="leads of folds 9 and 10, for a probe that was fitted on --leads (default: --leads)")
+    parser.add_argument("--leads-curve", action="store_true",
+                        help=f"also score {len(LEAD_SETS)} sets of leads, each by the probe that was fitted on --leads "
+                             "and by one of its own; all recordings are embedded for each")
+    parser.add_argument("--attention", action="store_true",
+                        help="also probe local features, which take 1.2 kB x width a recording in a temporary file")
     return parser.parse_args(argv)
 
 
@@ -298,30 +365,30 @@ def main(args):
     table, statements, rate = read_tables(args.raw)
     encoders, control_of = load_encoders(args.encoder, args.device, args.precision)
     noise = load_noise(open_corpus(args.noise), "test") if args.noise else None
-    fold, patients = table.strat_fold.to_numpy(), table.patient_id.to_numpy()
-    train, val, test = split_rows(fold)
+    data = Data(label_sets(table.codes, statements), table.strat_fold.to_numpy(), table.patient_id.to_numpy(),
+                control_of, args.seed)
     shown = args.leads_scored or args.leads
-    features, odd = extract_features(encoders, table.path.tolist(), [args.leads if t else shown for t in train])
+    paths, leads = table.path.to_numpy(), [args.leads if f in TRAIN_FOLDS else shown for f in table.strat_fold]
+    features, odd = extract_features(encoders, paths, leads)
+    fits, tasks, stored, fractions = probe_features(features, data)
+    result = dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=only_random(args),
+                  leads=args.leads or [], leads_scored=shown or [], n=dict(
+                      rate_hz=rate, train=len(data.train), val=len(data.val), test=len(data.test),
+                      features=features.shape[2], test_patients=data.counts.shape[1], **odd),
+                  tasks=tasks, fractions=fractions)
     if noise is not None:
-        noisy = noisy_features(encoders, lambda: read_recordings(table.path[test], [shown] * test.sum()), noise,
-                               args.seed)
-        features = np.concatenate((features, noisy.reshape(len(encoders), -1, features.shape[2])), axis=1)
-
-    sets = label_sets(table.codes, statements)
-    all_labels = np.concatenate([y for _, y in sets.values()], axis=1)
-    logits = [fit_labels(x, all_labels, train) for x in features]
-    patient, counts = resample(patients[test], args.seed)
-    counts = np.concatenate((np.ones_like(counts[:1]), counts))      # first the test set itself
-    ends = np.cumsum([len(names) for names, _ in sets.values()])[:-1]
-    tasks, stored = {}, dict(ecg_id=table.index.to_numpy()[test], patient_id=patients[test])
-    for (task, (names, y)), *of_task in zip(sets.items(), *(np.split(z, ends, axis=2) for z in logits)):
-        tasks[task], arrays = compare(names, y, fold, of_task, control_of, patient, counts)
-        stored |= {f"{task}_{key}": value for key, value in arrays.items()}
-
-    n = dict(rate_hz=rate, train=train.sum(), val=val.sum(), test=test.sum(), features=features.shape[2],
-             test_patients=counts.shape[1], **odd)
-    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=only_random(args),
-                          leads=args.leads or [], leads_scored=shown or [], n=n, tasks=tasks))
+        def recordings(n=len(data.test)):
+            return read_recordings(paths[data.test[:n]], [shown] * n)
+        noisy = noisy_features(encoders, recordings, noise, args.seed)
+        result["noise"] = noise_curve(features, noisy, fits, data)
+        clean, *levels, area = (of["superdiagnostic"] for of in (tasks, *result["noise"]["mixture"].values()))
+        clean["robustness"] = dict(snr_db=NOISE_DB, macro_auroc_ci95=[of["ci95"] for of in levels]) | {
+            key: [of[key] for of in levels] for pair in SCORES.items() for key in pair if key != "ci95"} | {
+            f"{key}_kept": area[key] / (clean[key] - 0.5) for key in ("macro_auroc", "untrained")}
+        result["snr"] = snr_of_leads(recordings(SNR_RECORDINGS), noise, encoders[0].patch_samples, args.seed)
+    result |= dict(leads_curve=leads_curve(encoders, paths, fits, data)) if args.leads_curve else {}
+    result = to_json(result | (dict(attention=attention(encoders, paths, leads, data)) if args.attention else {}))
+    stored |= dict(ecg_id=table.index.to_numpy()[data.test], patient_id=data.patients[data.test])
     print(report(result))
     write_results(args.out, "ptbxl", result, stored, draw(result, stored))
 

@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
@@ -47,16 +48,17 @@ from tqdm import tqdm
 import augment
 import corpus
 import dino
+import ecg
 import model
 import prepare
 import probe_mitbih
 import probe_ptbxl
 from augment import NEAR_OFFSETS, Batches, lead_groups, load_noise
 from corpus import SPLITS, Sampler, lock_folder, open_corpus
-from dino import (STUDENT_TEMPERATURE, build_networks, distributed, gather_rows, num_ranks, objective, reduce_,
-                  update_teacher)
+from dino import (STUDENT_TEMPERATURE, build_networks, diagnose, distributed, gather_rows, health, num_ranks, objective,
+                  reduce_, update_teacher)
 from ecg import LEADS, atomic_write, sha256
-from evaluate import OnlineProbe, diagnose, draw_curves, draw_features, health
+from evaluate import draw_curves, draw_features, plain_auroc, standardized
 from model import PATCH_S, SIZES, Encoder, build_encoder, load_encoder, low_precision, precision_of, save_encoder
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")             # one process is normal
@@ -116,11 +118,21 @@ HANG_S = 900                     # s; a step, a checkpoint or a collective that 
 MAX_SKIPPED = 5                  # this many steps in a row whose loss or gradient is not finite end the run
 LOCK_S = 120                     # s that a run waits for another run in its folder to end
 EXIT_STOPPED = 75                # "try again later" in sysexits.h
+PROBE_RECORDINGS = 256           # of the online probe, per split
+PROBE_AT_LEAST = 20              # recordings per split that the online probe needs
+PROBE_LEADS = 12                 # leads of its recordings
+PROBE_POSITIVES = 5              # positives and negatives per split that a label needs
+PROBE_BATCH = 64                 # windows in a forward pass
+# The best one is taken: what training teaches lies along directions of little variance, which a small C hides.
+PROBE_C = (0.01, 0.1, 1.0)
 # Constants of all files that a resumed run may change.
 RUNNING = {"DEMO_STEPS", "DEMO_BEATS", "KEEP_LAST", "CHECKPOINT_S", "CHECKPOINT_GB_PER_DAY", "HANG_S",
            "MAX_SKIPPED", "LOCK_S", "EXIT_STOPPED", "OUT_OF_MEMORY", "OPEN_SHARDS", "MAX_EMBED_TOKENS", "FORMAT",
            "FORMAT_VERSION", "GIVE", "SIZES", "WINDOW_PATCHES", "FINGERPRINTS_FILE", "PREPROCESSING",
-           "MAX_BATCHED_TOKENS", "MAX_SCALED_WEIGHT", "ONE_BY_ONE_WIDTH", "RECIPES"}
+           "MAX_BATCHED_TOKENS", "MAX_SCALED_WEIGHT", "ONE_BY_ONE_WIDTH", "RECIPES",
+           "PROBE_RECORDINGS", "PROBE_AT_LEAST", "PROBE_LEADS", "PROBE_POSITIVES", "PROBE_BATCH", "PROBE_C",
+           "COLLAPSED_RANK", "SHARED_AT_LEAST", "SAME_FEATURES", "COLLAPSED_ENTROPY", "UNIFORM_ENTROPY",
+           "ONE_HOT_ENTROPY"}
 
 
 # ---- schedules: functions of the step -------------------------------------------------------------------------------
@@ -569,10 +581,56 @@ def run_about(args, world_size, device, sampler, student, same):
                       for c in sampler.corpora])
 
 
+# ---- a probe during the run ------------------------------------------------------------------------------------------
+class OnlineProbe:
+    """AUROC of a logistic regression on the teacher's features, on a few labelled recordings of the data.
+
+    Fitted on split train, scored on split val (PTB-XL fold 9), which is never pre-trained on: a sign, not a result.
+    corpora: list of Corpus; window: samples at FS of each recording. `usable` is False if there are too few labels.
+    """
+
+    def __init__(self, corpora, window):
+        self.sets, self.scored = [], []
+        for split in ("train", "val"):
+            found = [(c.read(i, 0, window), c.lead_ids(i), c.index["label"][i])
+                     for c in corpora for i in labelled_rows(c.index, split, window)]
+            found = [row for row in found if not (row[0] == ecg.MISSING).any()]
+            if len(found) >= PROBE_AT_LEAST:
+                windows, leads, labels = (np.stack(x) for x in zip(*found))
+                labels = np.unpackbits(labels[:, None], axis=1, bitorder="little").astype(bool)
+                self.sets.append((torch.from_numpy(windows), torch.from_numpy(leads.astype(np.int64)), labels))
+        if len(self.sets) == 2:
+            rarest = [np.minimum(y.sum(axis=0), (~y).sum(axis=0)) for _, _, y in self.sets]
+            self.scored = np.flatnonzero(np.minimum(*rarest) >= PROBE_POSITIVES)
+        self.usable = len(self.scored) > 0
+
+    @torch.no_grad()
+    def score(self, encoder, device):
+        """Macro AUROC over the superclasses that both splits have, at the best of PROBE_C."""
+        features, scores = [], []
+        for windows, leads, _ in self.sets:
+            parts = zip(windows.split(PROBE_BATCH), leads.split(PROBE_BATCH))
+            found = [encoder(w.to(device).float() / ecg.UV_PER_MV, ids.to(device)).global_feature() for w, ids in parts]
+            features.append(torch.cat(found).cpu().numpy())
+        x, x_new = standardized(*features)
+        y, y_new = (labels[:, self.scored] for _, _, labels in self.sets)
+        for c in PROBE_C:
+            model = LogisticRegression(C=c, max_iter=200)
+            logits = np.stack([model.fit(x, label).decision_function(x_new) for label in y.T], axis=1)
+            scores.append(plain_auroc(y_new, logits).mean())
+        return float(max(scores))
+
+
+def labelled_rows(index, split, window):
+    """At most PROBE_RECORDINGS rows of a split of an index: with a label, PROBE_LEADS leads and `window` samples."""
+    usable = (index["label"] > 0) & (index["n_leads"] == PROBE_LEADS) & (index["length"] >= window)
+    return np.flatnonzero(usable & (index["split"] == SPLITS.index(split)))[:PROBE_RECORDINGS]
+
+
 # ---- the run --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def signs_of_health(groups, parts, target_cls, logits):
-    """The parts of the loss and evaluate.health, over the recordings of all ranks: {name: 0-d tensor}."""
+    """The parts of the loss and dino.health, over the recordings of all ranks: {name: 0-d tensor}."""
     first_view = [g["views"][0][3][:g["recordings"]] for g in groups]
     lead_sets = torch.cat([F.one_hot(ids, len(LEADS)).sum(1) for ids in first_view])
     mean_prediction = reduce_((logits.float() / STUDENT_TEMPERATURE).softmax(-1).mean(0)) / num_ranks()

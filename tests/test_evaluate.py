@@ -11,12 +11,14 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
+import dino
 import evaluate
-from augment import load_noise
+from augment import load_noise, nst_db, snr_of_leads
 from conftest import draw_ecg
 from corpus import INDEX_DTYPE, open_corpus
-from ecg import FS, LEADS, Recording
+from ecg import FS, LEADS, Recording, preprocess
 from model import Encoder, save_encoder, untrained_like
+from train import OnlineProbe
 
 WIDTH, PATCH = 16, 50
 PNG = b"\x89PNG"
@@ -95,6 +97,86 @@ def test_platt_keeps_raw_probabilities_where_nothing_can_be_fitted():
     for same in (np.zeros(3, bool), np.ones(3, bool)):
         np.testing.assert_allclose(evaluate.platt(logit, same, logit), 1 / (1 + np.exp(-logit)))
     assert evaluate.platt(logit, logit > 1, logit)[2] != pytest.approx(1 / (1 + np.exp(-3)))   # one positive is enough
+
+
+@pytest.mark.parametrize("rows, features", [(400, 30), (40, 60)])
+def test_all_labels_and_strengths_at_once_are_those_of_sklearn(rows, features):
+    """Also with correlated features, rare labels, fewer rows than features, and labels that can be separated."""
+    rng, strengths = np.random.default_rng(rows), (1e-3, 0.1, 10.0)
+    x = rng.normal(size=(rows, features)) @ rng.normal(size=(features, features)) * np.geomspace(1, 0.01, features)
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    z = x @ rng.normal(size=(features, 5)) + rng.logistic(size=(rows, 5))
+    y = z > np.diag(np.quantile(z, (0.5, 0.7, 0.9, 1 - 3 / rows, 1 - 1 / rows), axis=0))
+    w = evaluate.fit_logistic(x, y, strengths)
+    assert w.shape == (3, features + 1, 5) and y.sum(axis=0)[-1] == 1
+    for g, c in enumerate(strengths):
+        for k in range(5):
+            model = LogisticRegression(C=c, solver="newton-cholesky", tol=1e-12, max_iter=1000).fit(x, y[:, k])
+            np.testing.assert_allclose(x @ w[g, :-1, k] + w[g, -1, k], model.decision_function(x), atol=1e-6)
+            np.testing.assert_allclose(w[g, :-1, k], model.coef_[0], atol=1e-6)
+    alone = evaluate.fit_logistic(np.zeros((rows, 2)), y, strengths)       # constant features: the odds are all
+    np.testing.assert_allclose(alone[:, 2], np.broadcast_to(np.log(y.sum(0) / (~y).sum(0)), (3, 5)), atol=1e-12)
+    assert (alone[:, :2] == 0).all() and evaluate.fit_logistic(x, y[:, :0], strengths).shape == (3, features + 1, 0)
+
+
+def test_attention_is_that_of_nested_loops():
+    torch.manual_seed(5)
+    head, tokens = evaluate.AttentionPool(6, 3).double(), torch.randn(4, 7, 6, dtype=torch.float64)
+    tokens[1, 2:4], tokens[2, 0, 5], tokens[3] = torch.nan, torch.nan, torch.nan
+    torch.nn.init.normal_(head.query)
+    found = head(tokens).detach().numpy()
+    query, weight, bias = (p.detach().numpy() for p in (head.query, head.linear.weight, head.linear.bias))
+    for b in range(4):
+        total, pooled = 0.0, np.zeros(6)
+        for token in tokens[b].numpy():
+            if not np.isnan(token).any():
+                share = math.exp(sum(q * t for q, t in zip(query, token)) / math.sqrt(6))
+                total, pooled = total + share, pooled + share * token
+        expected = weight @ (pooled / total if total else pooled) + bias
+        np.testing.assert_allclose(found[b], expected, atol=1e-12)
+    assert np.isfinite(torch.autograd.grad(head(tokens).sum(), head.query)[0]).all()
+
+
+def test_attention_finds_the_token_that_tells():
+    """One token of sixteen tells the class: its mean over tokens says little, attention finds it. Test rows are not
+    fitted."""
+    rng = np.random.default_rng(6)
+    tokens, y = rng.normal(size=(800, 16, 8)), rng.random((800, 2)) < 0.5
+    which = rng.integers(0, 16, 800)
+    tokens[np.arange(800), which, 0] += 8                            # where to look
+    tokens[np.arange(800), which, 1:3] = np.where(y, 1, -1)
+    tokens[6, which[6] + 1:] = np.nan
+    parts = np.split(rng.permutation(800), [600, 700])
+    z = evaluate.fit_attention(tokens.astype(np.float16), y, *parts, seed=0)
+    mean = LogisticRegression().fit(np.nanmean(tokens[parts[0]], axis=1), y[parts[0], 0])
+    said = mean.decision_function(np.nanmean(tokens[parts[2]], axis=1))
+    assert evaluate.plain_auroc(y[parts[2]], z).min() > 0.97 and roc_auc_score(y[parts[2], 0], said) < 0.9
+    changed = y.copy()
+    changed[parts[2]] = ~changed[parts[2]]
+    np.testing.assert_array_equal(z, evaluate.fit_attention(tokens.astype(np.float16), changed, *parts, seed=0))
+
+
+def test_local_features_are_those_of_embed(monkeypatch):
+    monkeypatch.setattr(evaluate, "CHUNK", 2)
+    encoder, made = small_encoder(), recordings(lost=True)
+    flat = made[0]._replace(signal=np.zeros((12, 5000)))
+    short = made[1]._replace(signal=made[1].signal[:3, :2000], leads=made[1].leads[:3])
+    tokens = evaluate.local_features(encoder, iter([*made, flat, short]), 6, 12, 10)
+    assert tokens.shape == (6, 12 * 50, WIDTH) and tokens.dtype == np.float16
+    for row, recording in enumerate(made):
+        np.testing.assert_allclose(tokens[row], np.concatenate(encoder.embed(recording).local_features), atol=5e-3)
+    assert np.isnan(tokens[4]).all() and np.isnan(tokens[2]).any() and np.isfinite(tokens[2]).any()
+    assert np.isfinite(tokens[5, :3 * 20]).all() and np.isnan(tokens[5, 3 * 20:]).all()
+
+
+def test_paired_scores_have_their_difference_and_each():
+    rng = np.random.default_rng(7)
+    a, b = rng.normal(0.8, 0.01, (2, 101)), rng.normal(0.7, 0.01, (2, 101))
+    found = evaluate.paired(a, b, 50, "_x")
+    assert found["difference_x"] == pytest.approx(found["macro_auroc_x"] - found["untrained_x"])
+    assert found["difference_ci95_x"] == evaluate.interval_of_seeds(a - b, 50)
+    assert found["each"]["ci95_x"] == [evaluate.interval(one[1:]) for one in a]
+    assert found["each"]["untrained_x"] == b[:, 0].tolist()
 
 
 def drawn(seed, n=255, temperature=1.0):
@@ -183,27 +265,66 @@ def test_noise_takes_in_recordings_with_gaps(synth):
     """Every level holds the same noise, only stronger; a gap stays a gap, and a recording that is none stays NaN."""
     noise = load_noise(open_corpus(synth / "data" / "nstdb"), "test")
     made = recordings(lost=True)
-    noisy = list(evaluate.add_noise_levels(made, noise, PATCH, seed=3))
-    H = len(evaluate.NOISE_DB)
-    assert len(noisy) == 4 * H and all(r.fs == FS and r.leads == list(LEADS[1:13]) for r in noisy)
+    noisy = list(evaluate.add_noise_levels(made, noise, PATCH, 3, evaluate.NOISE_DB))
+    H, K = len(evaluate.NOISE_DB), len(evaluate.NOISE_KINDS)
+    assert len(noisy) == 4 * K * H and all(r.fs == FS and r.leads == list(LEADS[1:13]) for r in noisy)
     for k, recording in enumerate(made):
-        clean, _ = evaluate.preprocess(*recording[:4])
-        levels = np.stack([r.signal for r in noisy[k * H:(k + 1) * H]])
+        clean, _ = preprocess(*recording[:4])
+        levels = np.stack([r.signal for r in noisy[k * K * H:(k + 1) * K * H]]).reshape(K, H, *clean.shape)
         np.testing.assert_array_equal(np.isnan(levels), np.broadcast_to(np.isnan(clean), levels.shape))
         added = np.nan_to_num(levels - clean)
-        strength = np.sqrt((added ** 2).mean(axis=(1, 2)))
-        np.testing.assert_allclose(20 * np.log10(strength / strength[0]), 24 - np.array(evaluate.NOISE_DB), atol=0.02)
-        np.testing.assert_allclose(added[-1] / strength[-1], added[2] / strength[2], atol=1e-3)
+        strength = np.sqrt((added ** 2).mean(axis=(2, 3)))
+        expected = np.broadcast_to(24 - np.array(evaluate.NOISE_DB), strength.shape)
+        np.testing.assert_allclose(20 * np.log10(strength / strength[:, :1]), expected, atol=0.02)
+        shapes = added[:, 2:] / strength[:, 2:, None, None]
+        np.testing.assert_allclose(shapes[:, -1], shapes[:, 0], atol=1e-3)
+        # The mixture is a sum of its types.
+        types, mixture = shapes[1:, -1].reshape(3, -1).T, shapes[0, -1].ravel()
+        weights, rest, *_ = np.linalg.lstsq(types, mixture, rcond=None)
+        assert rest[0] < 1e-4 * len(mixture) and (weights > -1e-3).all()
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            assert abs(np.corrcoef(types.T)[a, b]) < 0.9
 
     encoders = [small_encoder()]
     encoders.append(untrained_like(encoders[0]))
     flat = Recording(np.zeros((12, 5000)), 500.0, list(LEADS[1:13]))
     found = evaluate.noisy_features(encoders, lambda: iter([*made, flat]), noise, seed=3)
-    assert found.shape == (2, H, 5, 3 * WIDTH)
-    assert np.isfinite(found[:, :, :4]).all() and np.isnan(found[:, :, 4]).all()
+    assert found.shape == (2, K, H, 5, 3 * WIDTH)
+    assert np.isfinite(found[:, :, :, :4]).all() and np.isnan(found[:, :, :, 4]).all()
     np.testing.assert_array_equal(found[0], found[1])              # the same weights here: the same noise for both
-    one = encoders[0].embed(noisy[2 * H + 1]).global_feature
-    np.testing.assert_allclose(found[0, 1, 2], one, atol=1e-6)
+    one = encoders[0].embed(noisy[2 * K * H + 3 * H + 1]).global_feature
+    np.testing.assert_allclose(found[0, 3, 1, 2], one, atol=1e-6)
+
+
+def test_what_single_leads_have_where_a_recording_has_0_db(synth):
+    """By add_noise's definition the median over leads is 0; by that of nst, which goes by the QRS, it is more."""
+    noise, made = load_noise(open_corpus(synth / "data" / "nstdb"), "test"), recordings()[:1]
+    flat = Recording(np.zeros((12, 5000)), 500.0, list(LEADS[1:13]))
+    found = snr_of_leads(iter([flat, *made]), noise, PATCH, seed=3)
+    assert list(found) == list(evaluate.NOISE_KINDS)
+    for of in found.values():
+        assert list(of) == list(LEADS[1:13])
+        mean_square, nst = np.array(list(of.values())).T
+        assert np.median(mean_square) == pytest.approx(0, abs=0.01) and np.ptp(mean_square) > 1 and np.median(nst) > 3
+    one = next(evaluate.add_noise_levels(iter([made[0]]), noise, PATCH, 3, (0,)))      # another number: other noise
+    clean = preprocess(*made[0][:4])[0]
+    again = snr_of_leads(iter(made), noise, PATCH, seed=3)["mixture"]["V2"]
+    added = one.signal[7] - clean[7]
+    assert again[0] == pytest.approx(10 * np.log10(clean[7].var() / added.var()), abs=0.01)
+    assert again[1] == pytest.approx(nst_db(clean[7], added), abs=0.01)
+
+
+def test_nst_goes_by_qrs_amplitude_and_seconds_of_noise():
+    """A triangle of 2 mV a second, and noise whose seconds have RMS 0.1 about different means."""
+    t = np.arange(10 * FS)
+    x = 2 * np.clip(1 - np.abs(t % FS - FS // 2) / 10, 0, None)
+    noise = 0.1 * (-1.0) ** t + np.arange(10).repeat(FS)
+    assert nst_db(x + 3, noise) == pytest.approx(10 * np.log10(2 ** 2 / 8 / 0.1 ** 2))
+    x[x.argmax() - 20:x.argmax() + 20] *= 4                          # one beat of twenty and one second are left out
+    twice = np.tile(x, 2), np.append(noise, noise)
+    twice[0][10 * FS:] = 2 * np.clip(1 - np.abs(t % FS - FS // 2) / 10, 0, None)
+    twice[1][:FS] *= 9
+    assert nst_db(*twice) == pytest.approx(10 * np.log10(2 ** 2 / 8 / 0.1 ** 2))
 
 
 def test_global_features_are_those_of_embed():
@@ -236,7 +357,7 @@ def lead_counts(*sets):
 def row(features, lead_sets, logits=None, **more):
     torch.manual_seed(1)
     p = (torch.randn(96, 64) if logits is None else logits).div(0.1).softmax(-1).mean(0)
-    found = evaluate.health(features, lead_sets, p)
+    found = dino.health(features, lead_sets, p)
     assert all(v.ndim == 0 for v in found.values())
     return {k: float(v) for k, v in found.items()} | dict(
         ln_k=math.log(64), ln_patch_k=math.log(64), target_entropy=2.0, patch_target_entropy=1.0) | more
@@ -246,15 +367,15 @@ def test_collapse_is_named():
     torch.manual_seed(0)
     features, same = torch.randn(32, 16), lead_counts(*[[1, 2]] * 32)
     good = row(features, same)
-    assert evaluate.diagnose(good, warm=True) == {} and good["cls_rank"] > 10
+    assert dino.diagnose(good, warm=True) == {} and good["cls_rank"] > 10
     alike = torch.randn(16) + torch.randn(32, 1) * torch.randn(16)                        # all along one direction
-    assert list(evaluate.diagnose(row(alike, same), True)) == ["collapse of features"]
+    assert list(dino.diagnose(row(alike, same), True)) == ["collapse of features"]
     few = torch.eye(64)[3:4] * 9
-    assert list(evaluate.diagnose(row(features, same, few), True)) == ["collapse of predictions"]
+    assert list(dino.diagnose(row(features, same, few), True)) == ["collapse of predictions"]
     uniform, one_hot = good | dict(target_entropy=math.log(64)), good | dict(patch_target_entropy=0.3)
-    assert list(evaluate.diagnose(uniform, True)) == ["uniform targets"]
-    assert list(evaluate.diagnose(one_hot, True)) == ["one-hot patch targets"]
-    assert evaluate.diagnose(uniform | one_hot, warm=False) == {}                          # at first that is normal
+    assert list(dino.diagnose(uniform, True)) == ["uniform targets"]
+    assert list(dino.diagnose(one_hot, True)) == ["one-hot patch targets"]
+    assert dino.diagnose(uniform | one_hot, warm=False) == {}                          # at first that is normal
 
 
 @pytest.mark.parametrize("value", [None, math.nan, "absent"])
@@ -262,11 +383,11 @@ def test_a_number_that_is_not_there_is_no_alarm(value):
     for name in ("cls_rank", "prediction_entropy", "target_entropy", "patch_target_entropy", "ln_k", "ln_patch_k"):
         bad = dict(cls_rank=1.0, prediction_entropy=0.1, target_entropy=4.15, patch_target_entropy=0.1, ln_k=4.158,
                    ln_patch_k=4.158)
-        assert len(evaluate.diagnose(bad, warm=True)) == 4
+        assert len(dino.diagnose(bad, warm=True)) == 4
         bad[name] = value
         if value == "absent":
             del bad[name]
-        assert len(evaluate.diagnose(bad, warm=True)) == (2 if name == "ln_k" else 3)
+        assert len(dino.diagnose(bad, warm=True)) == (2 if name == "ln_k" else 3)
 
 
 def test_rank_is_that_of_numpy_within_lead_sets():
@@ -290,7 +411,7 @@ def test_an_order_of_leads_is_no_other_lead_set_and_lone_sets_are_compared_with_
     alone = row(features, lead_counts(*[[i] for i in range(8)]))
     assert alone["cls_rank"] == row(features, lead_counts(*[[1]] * 8))["cls_rank"] > 5
     pair = row(features, lead_counts([1], *[[i] for i in range(1, 8)]))                    # one pair says nothing
-    assert evaluate.diagnose(pair, True) == {}
+    assert dino.diagnose(pair, True) == {}
 
 
 def test_an_encoder_that_reads_lead_names_only_is_called_collapsed():
@@ -303,7 +424,7 @@ def test_an_encoder_that_reads_lead_names_only_is_called_collapsed():
         with torch.no_grad():
             pooled = [encoder(x, torch.tensor([ids])).pooled() for x, ids in zip(signals, sets)]
         features = torch.cat(pooled)
-        return evaluate.diagnose(row(features, lead_counts(*sets)), True), evaluate.effective_rank(
+        return dino.diagnose(row(features, lead_counts(*sets)), True), dino.effective_rank(
             (features - features.mean(0)).double())
     found, _ = alarms()
     assert found == {}
@@ -312,7 +433,7 @@ def test_an_encoder_that_reads_lead_names_only_is_called_collapsed():
         encoder.patch_embedding.bias.zero_()
     found, over_all = alarms()
     assert list(found) == ["collapse of features"] and "ignores the ECG" in found["collapse of features"]
-    assert over_all > evaluate.COLLAPSED_RANK                      # which is why lead sets are kept apart
+    assert over_all > dino.COLLAPSED_RANK                      # which is why lead sets are kept apart
 
 
 class Labels:
@@ -337,7 +458,7 @@ class Labels:
 
 def test_the_online_probe_finds_what_the_features_hold():
     corpus, encoder = Labels(90, 0), small_encoder()
-    probe = evaluate.OnlineProbe([corpus], 15 * PATCH)
+    probe = OnlineProbe([corpus], 15 * PATCH)
     assert probe.usable and probe.scored.tolist() == [0, 1]
     assert [len(windows) for windows, _, _ in probe.sets] == [44, 45]          # one has a missing sample
     signal_mv = torch.from_numpy(corpus.read(2, 0, 15 * PATCH) * np.float32(1e-3))
@@ -348,8 +469,8 @@ def test_the_online_probe_finds_what_the_features_hold():
     encoder.forward, forward = lambda *x: seen.append(forward(*x)) or seen[-1], encoder.forward
     probe.score(encoder, torch.device("cpu"))
     np.testing.assert_allclose(seen[0].global_feature()[0], out.global_feature()[0], atol=1e-5)
-    assert not evaluate.OnlineProbe([Labels(20, 0)], 15 * PATCH).usable
-    assert not evaluate.OnlineProbe([corpus], 11 * FS).usable and not evaluate.OnlineProbe([], 500).usable
+    assert not OnlineProbe([Labels(20, 0)], 15 * PATCH).usable
+    assert not OnlineProbe([corpus], 11 * FS).usable and not OnlineProbe([], 500).usable
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -449,6 +570,9 @@ def test_the_interval_of_one_encoder_is_that_of_its_patients():
 def test_seeds_that_cannot_be_scored_or_do_not_differ_have_an_interval_too():
     assert np.isnan(evaluate.interval_of_seeds(np.full((2, 11), np.nan), 5)).all()
     assert evaluate.interval_of_seeds(np.ones((2, 11)), 5) == [1, 1]
+    some = np.ones((2, 11))
+    some[:, 3] = np.nan                                              # a resample without a class
+    assert evaluate.interval_of_seeds(some, 5) == [1, 1]
 
 
 @pytest.mark.parametrize("paths", [["a", "a"], ["a", "wide"], ["a", "random:tiny"], ["random:tiny", "random:tiny"]])

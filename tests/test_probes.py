@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import wfdb
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import roc_auc_score
 from threadpoolctl import threadpool_limits
 
@@ -86,28 +86,123 @@ def test_leads_can_be_chosen_by_any_spelling(ptbxl_records):
         next(probe_ptbxl.read_recordings(ptbxl_records[:1], [["I", "V7", "X"]]))
 
 
-def test_labels_are_fitted_on_one_copy_of_the_features(monkeypatch):
-    """However many labels are fitted at once: 35 copies are 15 GB."""
-    rng, seen, fit_label = np.random.default_rng(4), [], probe_ptbxl.fit_label
-    monkeypatch.setattr(probe_ptbxl, "fit_label", lambda x, y, x_new: seen.append((x, x_new)) or fit_label(x, y, x_new))
-    probe_ptbxl.fit_labels(rng.normal(size=(50, 3)).astype(np.float32), rng.random((40, 9)) < 0.5, np.arange(40) < 30)
-    assert len(seen) == 9 and all(x is seen[0][0] and x_new is seen[0][1] for x, x_new in seen)
-    assert seen[0][0].shape == (30, 3) and seen[0][1].shape == (20, 3)
-
-
-def test_labels_without_both_classes_are_not_fitted_and_further_rows_follow():
-    rng = np.random.default_rng(3)
+def test_labels_without_both_classes_are_not_fitted_and_equal_ones_once(monkeypatch):
+    rng, seen, fit_logistic = np.random.default_rng(3), [], probe_ptbxl.fit_logistic
+    monkeypatch.setattr(probe_ptbxl, "fit_logistic", lambda x, y, c: seen.append(y.shape) or fit_logistic(x, y, c))
     x = rng.normal(size=(60, 4))
     y = np.stack((x[:, 0] > 0, np.zeros(60, bool), x[:, 0] > 0), axis=1)
-    train = np.arange(60) < 40
-    logits = probe_ptbxl.fit_labels(np.concatenate((x, x[:10], x[:10] + np.nan)), y, train)
-    assert logits.shape == (len(probe_ptbxl.C_GRID), 20 + 20, 3)
+    fit = probe_ptbxl.fit_labels(x[:40], y[:40])
+    logits, unusable = fit(x[40:]), fit(x[:10] + np.nan)
+    assert seen == [(40, 1)] and logits.shape == (len(probe_ptbxl.C_GRID), 20, 3)
     assert np.isnan(logits[:, :, 1]).all()
     np.testing.assert_array_equal(logits[:, :, 0], logits[:, :, 2])
-    assert roc_auc_score(y[40:, 0], logits[-1, :20, 0]) > 0.95 and roc_auc_score(y[:10, 0], logits[-1, 20:30, 0]) > 0.95
-    assert np.ptp(logits[-1, 30:, 0]) == 0                         # nothing usable: all are the mean recording
-    assert probe_ptbxl.choose_c(logits[:, :20], y[40:]) == np.argmax(
-        [np.mean([roc_auc_score(y[40:, k], z[:20, k]) for k in (0, 2)]) for z in logits])
+    assert roc_auc_score(y[40:, 0], logits[-1, :, 0]) > 0.95
+    assert np.ptp(unusable[-1, :, 0]) == 0                         # nothing usable: all are the mean recording
+    np.testing.assert_allclose(unusable[0, 0, 0], fit(x[:40].mean(axis=0, keepdims=True))[0, 0, 0])
+    assert probe_ptbxl.choose_c(logits, y[40:]) == np.argmax(
+        [np.mean([roc_auc_score(y[40:, k], z[:, k]) for k in (0, 2)]) for z in logits])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PTB-XL: what deserves a score gets it
+
+FOLDS = np.repeat(np.arange(1, 11), (*[150] * 8, 300, 600))
+
+
+def simulated(seed=0, shuffled=False):
+    """Data of five superclasses and eight statements of rising rarity, one of them without a test positive, and
+    features (R, 12) that tell some of it; 1.5 recordings a patient. shuffled: each patient gets labels of another."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(len(FOLDS), 12))
+    z = 2 * x @ rng.normal(size=(12, 13)) / 12 ** 0.5 + rng.logistic(size=(len(FOLDS), 13))
+    y = z > np.diag(np.quantile(z, 1 - np.append(np.linspace(0.4, 0.1, 5), np.geomspace(0.3, 0.004, 8)), axis=0))
+    patients = FOLDS * 1000 + rng.integers(0, 100 * (1 + (FOLDS > 8)), len(FOLDS))
+    if shuffled:
+        people, first = np.unique(patients, return_index=True)
+        y = y[rng.permutation(first)[np.searchsorted(people, patients)]]
+    y[FOLDS == 10, -1] = False
+    sets = {"superdiagnostic": (list("ABCDE"), y[:, :5]), "all": (list("fghijklm"), y[:, 5:])}
+    return probe_ptbxl.Data(sets, FOLDS, patients, [1]), x
+
+
+def network_logits(data, x):
+    return probe_ptbxl.fit_labels(x[data.train], data.y[data.train])(x[data.scored])
+
+
+@pytest.mark.parametrize("who", ["constant", "coin", "shuffled", "untrained"])
+def test_what_knows_nothing_gets_no_score_in_any_column(who):
+    """A constant, a coin, an encoder whose labels are shuffled by patient, and an untrained one next to itself."""
+    data, x = simulated(shuffled=who == "shuffled")
+    control, rng = network_logits(data, x), np.random.default_rng(1)
+    logits = dict(constant=lambda: network_logits(data, np.zeros_like(x)), shuffled=lambda: control,
+                  coin=lambda: network_logits(data, rng.normal(size=x.shape)), untrained=lambda: control)[who]()
+    scores = probe_ptbxl.macro_scores([logits, control], data)
+    short, area = (probe_ptbxl.as_entries(data, x) for x in (scores, scores - 0.5))
+    for task in data.sets:
+        entry, arrays = probe_ptbxl.compare([logits, control], task, data)
+        assert entry["n_labels"] == len(data.sets[task][0]) - (task == "all")
+        assert short[task]["macro_auroc"] == pytest.approx(entry["macro_auroc_min10"])
+        assert area[task]["ci95"] == pytest.approx(np.array(short[task]["ci95"]) - 0.5)
+        for suffix in ("", "_min10"):
+            low, high = entry[f"difference_ci95{suffix}"]
+            if logits is control:
+                assert entry[f"difference{suffix}"] == low == high == 0
+            else:
+                assert entry[f"difference{suffix}"] < -0.2 and high < 0 and entry[f"untrained{suffix}"] > 0.8
+            if who != "untrained":
+                assert entry[f"macro_auroc{suffix}"] == pytest.approx(0.5, abs=1e-12 if who == "constant" else 0.05)
+                assert entry[f"ci95{suffix}"][0] <= 0.5 <= entry[f"ci95{suffix}"][1]
+        for found in entry["calibration"].values() if who != "untrained" else ():
+            assert -0.05 < found["brier_skill"] < 0.005 and -0.05 < found["nll_skill"] < 0.005
+            assert abs(found["resolution"]) < 2e-3 and abs(found["ece"] - found["ece_perfect"]) < 0.05
+        assert who == "shuffled" or entry["untrained_calibration"]["raw"]["brier_skill"] > 0.1
+
+
+def test_scores_are_those_of_sklearn_at_the_c_that_fold_9_chooses():
+    data, x = simulated(2)
+    logits = network_logits(data, x)
+    (task, (_, y)), = [item for item in data.sets.items() if item[0] == "superdiagnostic"]
+    of_val, of_test = (y[rows] for rows in (data.val, data.test))
+    by_c = [roc_auc_score(of_val, z[:len(of_val), :5], average="macro") for z in logits]
+    found = probe_ptbxl.score_task(logits, task, data)
+    assert found["c"] == probe_ptbxl.C_GRID[int(np.argmax(by_c))]
+    z = logits[int(np.argmax(by_c)), len(of_val):, :5]
+    np.testing.assert_allclose(found["auroc"][0], roc_auc_score(of_test, z, average=None))
+    model = LogisticRegression(C=found["c"], solver="newton-cholesky", tol=1e-10).fit(x[data.train], y[data.train, 0])
+    scaled = (x - x[data.train].mean(axis=0)) / x[data.train].std(axis=0)
+    model.fit(scaled[data.train], y[data.train, 0])
+    np.testing.assert_allclose(model.decision_function(scaled[data.test]), z[:, 0], atol=1e-6)
+
+
+def test_few_labels_are_nested_by_patient(monkeypatch):
+    """A draw of 1 % lies in one of 10 %; no patient is split; less is known from fewer."""
+    data, x = simulated(3)
+    seen, fit_labels = [], probe_ptbxl.fit_labels
+    monkeypatch.setattr(probe_ptbxl, "fit_labels", lambda x, y: seen.append(x[:, 0]) or fit_labels(x, y))
+    found = probe_ptbxl.label_fractions([x, x], [network_logits(data, x)] * 2, data)
+    rows = [np.flatnonzero(np.isin(x[:, 0], part)) for part in seen[1::2]]   # the first is network_logits
+    tenth, hundredth = rows[:probe_ptbxl.DRAWS], rows[probe_ptbxl.DRAWS:]
+    assert len(tenth) == len(hundredth) == probe_ptbxl.DRAWS and len({tuple(part) for part in tenth}) == len(tenth)
+    people = len(np.unique(data.patients[data.train]))
+    for some, all_of_10 in zip(hundredth, tenth):
+        assert set(some) <= set(all_of_10) <= set(data.train)
+        for part, share in ((some, 0.01), (all_of_10, 0.1)):
+            chosen = np.unique(data.patients[part])
+            assert len(chosen) == np.ceil(share * people)
+            np.testing.assert_array_equal(part, data.train[np.isin(data.patients[data.train], chosen)])
+    scores = [found[share]["superdiagnostic"]["macro_auroc"] for share in (1, 0.1, 0.01)]
+    assert scores == sorted(scores, reverse=True) and scores[2] > 0.5
+    assert found[1]["all"]["difference"] == 0 and found[0.1]["all"]["each"]["difference"] == [0] * probe_ptbxl.DRAWS
+    low, high = found[0.01]["superdiagnostic"]["ci95"]
+    each = found[0.01]["superdiagnostic"]["each"]["macro_auroc"]
+    assert low < np.mean(each) < high and high - low > 2 * np.std(each, ddof=1) / len(each) ** 0.5
+
+
+def test_leads_without_their_name_are_unknown(ptbxl_records):
+    named, unnamed = (next(probe_ptbxl.read_recordings(ptbxl_records[:1], [["I", "V2"]], of)) for of in (True, False))
+    assert named.leads == ["I", "V2"] and unnamed.leads == ["unknown", "unknown"]
+    np.testing.assert_array_equal(named.signal, unnamed.signal)
+    assert preprocess(*unnamed[:4], {})[1].tolist() == [0, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,7 +416,7 @@ def results(out, name):
 
 def test_ptbxl_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
     args = ["--encoder", str(encoder_path), "--raw", str(synth / "raw" / "ptbxl"), "--out", str(tmp_path / "out"),
-            "--noise", str(synth / "data" / "nstdb"), "--device", "cpu"]
+            "--noise", str(synth / "data" / "nstdb"), "--device", "cpu", "--leads-curve", "--attention"]
     probe_ptbxl.main(probe_ptbxl.parse_args(args))
     result, stored = results(tmp_path / "out", "ptbxl")
     assert set(result["tasks"]) == set(probe_ptbxl.TASKS) and not result["untrained_only"]
@@ -339,8 +434,21 @@ def test_ptbxl_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
                                                       / (task["macro_auroc"] - 0.5), abs=1e-4)
     assert noise["difference"] == pytest.approx(np.subtract(noise["macro_auroc"], noise["untrained"]), abs=2e-6)
     assert all(low <= d <= high for d, (low, high) in zip(noise["difference"], noise["difference_ci95"]))
+    assert set(result["noise"]) == {"mixture", "bw", "em", "ma"} == set(result["snr"])
+    for kind, levels in result["noise"].items():
+        area = np.mean([levels[str(db)]["superdiagnostic"]["macro_auroc"] for db in NOISE_DB]) - 0.5
+        assert levels["area"]["superdiagnostic"]["macro_auroc"] == pytest.approx(area, abs=2e-6), kind
+    for kind in ("same", "moved"):
+        assert list(result["leads_curve"][kind]) == list(probe_ptbxl.LEAD_SETS)
+        assert result["leads_curve"][kind]["12"]["superdiagnostic"]["macro_auroc"] == pytest.approx(task["macro_auroc"])
+    moved = {key: of["superdiagnostic"]["macro_auroc"] for key, of in result["leads_curve"]["moved"].items()}
+    assert len(set(moved.values())) > 5 and set(result["fractions"]) == {"1", "0.1", "0.01"}
+    assert result["fractions"]["1"]["superdiagnostic"]["difference"] == pytest.approx(task["difference"])
+    assert 0 <= result["attention"]["macro_auroc"] <= 1 and result["attention"]["macro_auroc"] != task["macro_auroc"]
     said = capsys.readouterr().out
-    assert f"fold 10 is scored ({len(y)} recordings" in said and "kept under noise" in said
+    for words in (f"fold 10 is scored ({len(y)} recordings", "mixture at 0 dB", "bw, area", "I unnamed, moved to it",
+                  "1% of the training patients", "superdiagnostic, attention", "A^2 / 8"):
+        assert words in said
 
 
 @pytest.mark.parametrize("probe, database", [(probe_ptbxl, "ptbxl"), (probe_mitbih, "mitdb")])
