@@ -316,6 +316,20 @@ def nst_db(x, noise):
     return 20 * np.log10(trim_mean(volts, 0.05) / 8 ** 0.5 / trim_mean(rms, 0.05))
 
 
+def add_test_noise(windows, leads, places, noise, kind, snr_db, seed):
+    """windows (B, L, T) mV of leads (B, L) with noise of load_noise at snr_db decibels of add_noise: the `mixture` of
+    training, or one of NOISE_TYPES alone. places: a range, the numbers of the windows; each has draws of its own, the
+    same for every kind and level. Missing samples stay missing."""
+    (B, L, T), gaps = windows.shape, windows.isnan()
+    draws = draw_views(seed, places, ViewSpec(1, L, 1, True), leads.numpy(), np.full(B, L), T, noise.shape[-1], T)
+    amplitude, *others = (torch.from_numpy(draws[name][0]) for name in ("amplitude", "sign", "channel", "offset"))
+    if kind != "mixture":
+        amplitude = torch.eye(len(NOISE_TYPES))[NOISE_TYPES.index(kind)].expand(B, -1)
+    clean = torch.where(gaps, windows.nanmean(dim=2, keepdim=True), windows).nan_to_num()
+    noisy = add_noise(clean, leads, noise, torch.full((B,), float(snr_db)), amplitude, *others)
+    return noisy.masked_fill(gaps, torch.nan)
+
+
 # ---- masks ----------------------------------------------------------------------------------------------------------
 def mask_counts(crops, tokens):
     """Number of masked patches of each crop: a fixed share of the crops has ratios on an even grid, the others have

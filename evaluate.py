@@ -38,6 +38,7 @@ SOLVED = 1e-5                    # largest change of a logit in the last Newton 
 SCORES = {"macro_auroc": "ci95", "untrained": "untrained_ci95", "difference": "difference_ci95"}  # and their intervals
 EPOCHS, PATIENCE, BATCH, LR, WEIGHT_DECAY = 40, 5, 64, 1e-2, 1e-2  # of fit_attention
 CHUNK = 256                      # recordings whose local features are in memory at once
+COVERAGE = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the rows that get an answer, the surest first
 NOISE_DB = (24, 18, 12, 6, 0, -6)  # dB, signal-to-noise ratios of augment.add_noise
 NOISE_KINDS = ("mixture", *NOISE_TYPES)  # of augment.add_noise_levels
 COLORS = {"untrained": "#c4c4c4", "pre-trained": "#7fb2e5", "RR intervals alone": "#d9c8a9", "raw waveform": "#e3b9b0"}
@@ -335,6 +336,15 @@ def expected_error(p, y):
     return np.mean(n @ np.abs(said - seen) / len(p))
 
 
+def selective(p, y, rare):
+    """If only the rows with the surest class get an answer, by p (R, C) and y (R, C) bool: the share of right answers,
+    and the share of the rare rows (R,) bool that get one, since it is easy to be right by leaving them out."""
+    order, right = np.argsort(-p.max(axis=1), kind="stable"), y[np.arange(len(y)), p.argmax(axis=1)]
+    kept = [order[:max(1, round(share * len(p)))] for share in COVERAGE]
+    return dict(coverage=COVERAGE, accuracy=[right[k].mean() for k in kept],
+                rare_answered=[rare[k].sum() / max(rare.sum(), 1) for k in kept])
+
+
 CALIBRATION_NOTE = ("Brier skill: 1 - Brier score / that of the constant prevalence of the training set; ECE [of a "
                     "perfect model]; z: of a perfect model between -2 and 2, larger if overconfident")
 
@@ -544,6 +554,17 @@ def show_paired(entry, alone, note=""):
 def as_table(rows):
     """Text of a table {row: {column: value}}."""
     return pd.DataFrame.from_dict(rows, orient="index").to_string(na_rep="-", float_format="{:.3g}".format)
+
+
+def table(rows, columns):
+    """Text of the values at {heading: path in the JSON} of results {name: dict}, with their intervals, for people."""
+    frame, shown = pd.json_normalize(list(rows.values())), {}
+    for label, path in columns.items():
+        ci = f"{path}_ci95".replace("difference_ci95", "ci95")
+        if path in frame:
+            shown[label] = frame[path] if ci not in frame else [
+                show(value, of) if isinstance(of, list) else "-" for value, of in zip(frame[path], frame[ci])]
+    return shown and pd.DataFrame(shown).set_axis(list(rows)).to_string(na_rep="-", float_format="{:.3f}".format)
 
 
 def write_results(out, name, result, arrays, figure):

@@ -42,6 +42,9 @@ NORM_EPS = 1e-5
 SPREAD_EPS = 1e-6               # keeps the gradient of a standard deviation of 0 finite
 # {number of leads or more: patches of a lead}: 5 s for 8 leads or more, 8 s for fewer. train.py stores its own lengths.
 WINDOW_PATCHES = {8: 25, 1: 40}
+BEAT_WINDOW_S = 8.0              # s, limit for the window of a beat, so that an encoder of longer windows costs no more
+BEAT_BATCH = 16                  # windows, one per beat, in a forward pass
+AROUND_S = (-0.3, 0.4)           # s from R: the neighbourhood, from the P wave to the end of most T waves
 MAX_EMBED_TOKENS = 4096          # patches that embed() runs at once; limits memory, does not change results
 # Up to so many tokens, plain batched products are 3 to 6 times as fast in bf16 on a CPU as torch's flash kernel.
 MAX_BATCHED_TOKENS = 512
@@ -436,6 +439,46 @@ def progress_bar(recordings, signal):
         return recordings
     return tqdm(recordings, desc="embedding", unit="recording", disable=None,
                 total=len(signal) if hasattr(signal, "__len__") else None)
+
+
+# ---- features of single heartbeats ----------------------------------------------------------------------------------
+def place_windows(encoder, num_leads, num_samples, beats_s, window_s=BEAT_WINDOW_S):
+    """Windows of K beats in a recording: first samples (K,) at FS, and their length in patches.
+
+    R is in the middle of the window's middle patch, or as near to it as the ends of the recording allow. On a fixed
+    grid half of the QRS complexes would lie across two patches. A recording shorter than a window is the whole window.
+    """
+    P = encoder.patch_samples
+    N = min(encoder.window_length(num_leads), int(window_s * FS) // P, num_samples // P)
+    r = np.rint(beats_s * FS).astype(int)
+    return np.clip(r - N // 2 * P - P // 2, 0, num_samples - N * P), N
+
+
+def token_features(encoder, signal_mv, lead_ids, beats_s, window_s=BEAT_WINDOW_S, change=None):
+    """Features of K beats (K, 2D): the token of R (r_token), and the mean of the tokens around it. Means over leads and
+    over patches leave out patches with a missing sample, which have no token. A beat without any token has NaN.
+
+    signal_mv (L, T) and lead_ids (L,) of ecg.preprocess, beats_s (K,). change: a function of each batch of windows
+    (B, L, T), their leads (B, L) and their places among the beats, that returns other windows.
+    """
+    start, N = place_windows(encoder, *signal_mv.shape, beats_s, window_s)
+    if N == 0:
+        return np.full((len(beats_s), 2 * encoder.width), np.nan)
+    P, device, features = encoder.patch_samples, encoder.cls_token.device, []
+    signal_mv, lead_ids, start = (torch.from_numpy(x) for x in (signal_mv, lead_ids, start))
+    r = torch.from_numpy(np.rint(beats_s * FS).astype(int)) - start                        # (K,) in its window
+    from_r = (torch.arange(N) + 0.5) * P - r[:, None]                                      # (K, N) centres of patches
+    around = (from_r >= AROUND_S[0] * FS) & (from_r <= AROUND_S[1] * FS)
+    for k in torch.arange(len(r)).split(BEAT_BATCH):
+        windows = signal_mv.unfold(1, N * P, 1)[:, start[k]].transpose(0, 1)               # (B, L, T)
+        leads = lead_ids.expand(len(k), -1)
+        windows = windows if change is None else change(windows, leads, range(k[0], k[-1] + 1))
+        with torch.inference_mode(), low_precision(device, encoder.precision):
+            patches = encoder(windows.to(device), leads.to(device)).patches
+        tokens = patches.float().cpu().nanmean(dim=1)                                      # (B, N, D)
+        mean = torch.where(around[k][..., None], tokens, torch.nan).nanmean(dim=1)
+        features.append(torch.cat((tokens[torch.arange(len(k)), (r[k] // P).clip(0, N - 1)], mean), dim=1))
+    return torch.cat(features).numpy()
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -7,17 +7,17 @@ import pytest
 import torch
 import wfdb
 from sklearn.linear_model import LogisticRegression, RidgeCV
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import f1_score, log_loss, precision_recall_fscore_support, roc_auc_score
 from threadpoolctl import threadpool_limits
 
 import probe_mitbih
 import probe_ptbxl
-from augment import load_noise
+from augment import add_test_noise, load_noise
 from conftest import draw_ecg
 from corpus import open_corpus
-from ecg import FS, LEADS, Recording, preprocess, read_wfdb
-from evaluate import NOISE_DB, label_auroc, load_encoders
-from model import Encoder, save_encoder
+from ecg import FS, LEAD_IDS, LEADS, Recording, preprocess, read_wfdb
+from evaluate import NOISE_DB, label_auroc, load_encoders, macro, selective
+from model import BEAT_WINDOW_S, Encoder, place_windows, save_encoder, token_features
 from prepare import MITDB_DS1, MITDB_DS2
 
 WIDTH, WINDOW, PATCH = 16, 5, 50
@@ -208,24 +208,39 @@ def test_leads_without_their_name_are_unknown(ptbxl_records):
 # ---------------------------------------------------------------------------------------------------------------------
 # MIT-BIH: beats, features, arithmetic
 
-def test_beats_get_their_aami_class(tmp_path):
+def test_beats_get_their_group(tmp_path):
     symbols = list("NLRejAaJSVEF/fQ") + ["+", "~", "|", "!", "x"]
     wfdb.wrann("r", "atr", 360 * np.arange(1, len(symbols) + 1), symbols, fs=360, write_dir=str(tmp_path))
-    times_s, classes = probe_mitbih.read_beats(str(tmp_path / "r"))
+    times_s, group = probe_mitbih.read_beats(str(tmp_path / "r"))
     np.testing.assert_allclose(times_s, np.arange(1, 16))
-    assert "".join(classes) == "NNNNNSSSSVVFQQQ"
+    assert "".join(group) == "NNNJJSSSSVVFQQQ"
+
+
+def test_escape_beats_are_n_for_papers_and_s_for_bxb():
+    data = dict(record=np.repeat(["101", "100", "103"], 4), group=np.array(list("NJSV" * 3)), weight=np.ones(12),
+                rr=np.ones((12, 8)))
+    for escape, expected in (("N", "NNSV"), ("S", "NSSV")):
+        beats = probe_mitbih.select(data, slice(None), 0, escape)
+        assert "".join(beats["cls"]) == expected * 3 and beats["test"].tolist() == [False] * 4 + [True] * 8
+        assert (beats["counts"][0] == 1).all() and beats["counts"].shape == (1001, 2)
+        assert (beats["counts"].sum(axis=1) == 2).all() and beats["number"].tolist() == [0] * 4 + [1] * 4
 
 
 def test_normal_beats_of_ds1_are_thinned_evenly_and_no_others():
-    cls = np.array(["N"] * 1500 + ["V"] * 700 + ["Q"] * 5)
-    train, test = (probe_mitbih.used_beats(name, cls) for name in (MITDB_DS1[0], MITDB_DS2[0]))
-    assert train[:1500].sum() == 600 and train[1500:2200].all() and not train[2200:].any()
-    assert np.ptp(np.diff(np.flatnonzero(train[:1500]))) <= 1
-    assert test[:2200].all() and not test[2200:].any()
+    group = np.array(["N"] * 1500 + ["V"] * 700 + ["Q"] * 5 + ["J"] * 9)
+    train, test = (probe_mitbih.used_beats(name, group) for name in (MITDB_DS1[0], MITDB_DS2[0]))
+    assert (train[:1500] > 0).sum() == 600 and (train[1500:2200] == 1).all() and not train[2200:2205].any()
+    assert np.ptp(np.diff(np.flatnonzero(train[:1500]))) <= 1 and (train[2205:] == 1).all()
+    assert train[:1500].sum() == pytest.approx(1500) and set(train[:1500]) == {0, 2.5}   # each stands for 2.5
+    assert (test[:2200] == 1).all() and not test[2200:2205].any()
     for name in (MITDB_DS1[0], MITDB_DS2[0]):
-        quick = probe_mitbih.used_beats(name, cls, 50)
-        assert quick[:1500].sum() == quick[1500:2200].sum() == 50 and not quick[2200:].any()
+        quick = probe_mitbih.used_beats(name, group, 50)
+        assert quick[:1500].sum() == quick[1500:2200].sum() == 50 and set(quick) == {0, 1}
+        assert not quick[2200:2205].any()
         assert quick[0] and quick[1499] and quick[2199]
+        most = probe_mitbih.used_beats(name, group, 1000)              # DS2 would show 1000 N
+        assert most[:1500].sum() == pytest.approx(1000)
+        assert (most[:1500] > 0).sum() == (600 if name == MITDB_DS1[0] else 1000)
 
 
 def test_rr_features_are_their_definition():
@@ -249,9 +264,9 @@ def test_a_beat_is_described_by_the_tokens_around_its_r(encoder_path):
     signal = np.random.default_rng(4).normal(0, 0.3, (2, 20 * FS)).astype(np.float32)
     beats_s = np.array([0.1, 5.0, 7.123, 19.9])
     signal_mv, ids = preprocess(signal, FS, ["II", "V1"])
-    r_token, both = probe_mitbih.token_features(encoder, signal_mv, ids, beats_s)
-    assert r_token.shape == (4, WIDTH) and both.shape == (4, 2 * WIDTH)
-    np.testing.assert_array_equal(both[:, :WIDTH], r_token)
+    both = token_features(encoder, signal_mv, ids, beats_s)
+    assert both.shape == (4, 2 * WIDTH)
+    r_token = both[:, :WIDTH]
     for k, start in ((1, 1250 - 2 * PATCH - 25), (2, 1781 - 2 * PATCH - 25)):
         with torch.inference_mode():
             window = torch.from_numpy(signal_mv[None, :, start:start + WINDOW * PATCH])
@@ -275,8 +290,9 @@ def test_mitbih_features_are_those_of_embed(encoder_path, lost):
         signal[lost] = np.nan
     signal_mv, ids = preprocess(signal, FS, LEAD_PAIR)
     beats_s = 0.5 + 0.9 * np.arange(3, 20)
-    r_token, both = probe_mitbih.token_features(encoder, signal_mv, ids, beats_s)
-    start, N = probe_mitbih.place_windows(encoder, 2, signal_mv.shape[1], beats_s)
+    both = token_features(encoder, signal_mv, ids, beats_s)
+    r_token = both[:, :WIDTH]
+    start, N = place_windows(encoder, 2, signal_mv.shape[1], beats_s)
     assert N == WINDOW
     for k, first in enumerate(start):
         window = Recording(signal_mv[:, first:first + N * PATCH], FS, LEAD_PAIR)
@@ -290,22 +306,21 @@ def test_mitbih_features_are_those_of_embed(encoder_path, lost):
         np.testing.assert_allclose(both[k, WIDTH:], np.nanmean(tokens[near], axis=0), atol=1e-6)
     unknown = np.isnan(r_token).any(axis=1)
     assert unknown.any() == (lost == np.s_[:, 1700:1790]) and np.isfinite(both[~unknown]).all()
-    np.testing.assert_array_equal(r_token, both[:, :WIDTH])
 
 
 def test_a_recording_shorter_than_a_window_is_the_window():
     encoder = Encoder(width=WIDTH, depth=1, heads=1, layer_scale=1.0, window_patches={1: 40}).eval()
     signal_mv, ids = preprocess(draw_ecg(FS, 3.1, LEAD_PAIR), FS, LEAD_PAIR)
     beats_s = np.array([0.02, 0.5, 1.33, 2.16, 3.09])
-    start, N = probe_mitbih.place_windows(encoder, 2, signal_mv.shape[1], beats_s)
+    start, N = place_windows(encoder, 2, signal_mv.shape[1], beats_s)
     assert N == 15 and start.min() >= 0 and (start + N * PATCH <= signal_mv.shape[1]).all()
-    r_token, both = probe_mitbih.token_features(encoder, signal_mv, ids, beats_s)
+    both = token_features(encoder, signal_mv, ids, beats_s)
     assert np.isfinite(both).all()
     window = signal_mv[:, start[1]:start[1] + N * PATCH]
     tokens = encoder.embed(window, fs=FS, leads=LEAD_PAIR).local_features.mean(axis=0)
-    np.testing.assert_allclose(r_token[1], tokens[(125 - start[1]) // PATCH], atol=1e-5)
-    r_token, both = probe_mitbih.token_features(encoder, signal_mv[:, :PATCH - 1], ids, beats_s[:1])
-    assert r_token.shape == (1, WIDTH) and both.shape == (1, 2 * WIDTH) and np.isnan(both).all()
+    np.testing.assert_allclose(both[1, :WIDTH], tokens[(125 - start[1]) // PATCH], atol=1e-5)
+    both = token_features(encoder, signal_mv[:, :PATCH - 1], ids, beats_s[:1])
+    assert both.shape == (1, 2 * WIDTH) and np.isnan(both).all()
 
 
 def test_the_window_of_a_beat_does_not_grow_with_that_of_training():
@@ -313,11 +328,22 @@ def test_the_window_of_a_beat_does_not_grow_with_that_of_training():
     usual = Encoder(width=WIDTH, depth=1, heads=1, layer_scale=1.0, window_patches={1: 40}).eval()
     signal_mv, ids = preprocess(draw_ecg(FS, 60, LEAD_PAIR), FS, LEAD_PAIR)
     beats_s = np.array([0.5, 30.38, 59.5])
-    start, N = probe_mitbih.place_windows(encoder, 2, signal_mv.shape[1], beats_s)
-    assert N * PATCH / FS == probe_mitbih.BEAT_WINDOW_S
-    np.testing.assert_array_equal(start, probe_mitbih.place_windows(usual, 2, signal_mv.shape[1], beats_s)[0])
-    for a, b in zip(*(probe_mitbih.token_features(e, signal_mv, ids, beats_s) for e in (encoder, usual))):
-        np.testing.assert_array_equal(a, b)
+    start, N = place_windows(encoder, 2, signal_mv.shape[1], beats_s)
+    assert N * PATCH / FS == BEAT_WINDOW_S
+    np.testing.assert_array_equal(start, place_windows(usual, 2, signal_mv.shape[1], beats_s)[0])
+    np.testing.assert_array_equal(*(token_features(e, signal_mv, ids, beats_s) for e in (encoder, usual)))
+
+
+def test_a_window_of_one_second_sees_the_same_token_and_no_more():
+    """What happens 0.6 s from R changes the features of a window of 8 s, not those of a window of 1 s."""
+    encoder = Encoder(width=WIDTH, depth=1, heads=1, layer_scale=1.0, window_patches={1: 40}).eval()
+    signal_mv, ids = preprocess(draw_ecg(FS, 20, LEAD_PAIR), FS, LEAD_PAIR)
+    other, r = signal_mv.copy(), 10 * FS
+    other[:, r + FS * 6 // 10:] = other[:, :-r - FS * 6 // 10]
+    assert place_windows(encoder, 2, signal_mv.shape[1], np.array([10.0]), 1.0) == (r - 125, 5)
+    for window_s, same in ((1.0, True), (BEAT_WINDOW_S, False)):
+        a, b = (token_features(encoder, x, ids, np.array([10.0]), window_s) for x in (signal_mv, other))
+        assert np.array_equal(a, b) == same and np.isfinite(a).all()
 
 
 def test_record_auroc_is_that_of_sklearn():
@@ -330,7 +356,7 @@ def test_record_auroc_is_that_of_sklearn():
         expected = [roc_auc_score(cls == c, p[:, i], sample_weight=weights[number]) for i, c in enumerate("NSV")]
         np.testing.assert_allclose(row[:3], expected, rtol=1e-12)
     assert np.isnan(found[:, 3]).all()                             # no F beat
-    np.testing.assert_allclose(probe_mitbih.nsv(found), found[:, :3].mean(axis=1))
+    np.testing.assert_allclose(macro(found[:, probe_mitbih.NSV]), found[:, :3].mean(axis=1))
 
 
 def test_auroc_within_records_is_that_of_plain_loops():
@@ -378,30 +404,121 @@ def test_to_know_the_heart_rate_of_a_record_is_no_correlation():
     assert abs(probe_mitbih.rr_correlation(x, rr, train, ~train, number, counts)[0, 0]) < 0.1
 
 
-def test_the_prior_is_put_back_into_balanced_probabilities():
-    """A balanced fit on 90 % N says S as often as N; with the prior its mean probability is the share of S again."""
+def drawn_beats(n, rng, share=(0.85, 0.05, 0.1)):
+    """n beats in 4 records of DS1 and 4 of DS2: features (n, 3) that tell N, S and V apart, and what select says."""
+    record = np.repeat([*MITDB_DS1[:4], "100", "103", "213", "232"], n // 8)
+    group = rng.choice(list("NSV"), n, p=share)
+    data = dict(record=record, group=group, weight=np.ones(n), rr=np.exp(rng.normal(-0.2, 0.2, (n, 8))))
+    x = rng.normal(size=(n, 3)) + 1.5 * np.eye(3)[np.searchsorted(list("NSV"), group)]
+    return x, probe_mitbih.select(data, slice(None), 0)
+
+
+def test_probabilities_get_the_frequencies_and_the_sharpness_of_held_out_beats():
+    """A balanced fit on 85 % N says S as often as N, and one that was fitted too closely is too sure. Mended, the mean
+    probability is the share of each class again, and the log loss is the least that any temperature has."""
     rng = np.random.default_rng(10)
-    cls = np.where(rng.random(4000) < 0.1, "S", "N")
-    x = rng.normal(size=(4000, 1)) + (cls == "S")[:, None]
-    p = probe_mitbih.fit(x, cls, x)[-1]
-    prior = probe_mitbih.one_hot(cls).sum(axis=0)
-    assert p[:, 1].mean() > 0.3
-    back = probe_mitbih.with_prior(p, prior)
-    assert back[:, 1].mean() == pytest.approx((cls == "S").mean(), abs=0.01)
-    np.testing.assert_allclose(back.sum(axis=1), 1)
+    x, beats = drawn_beats(8000, rng)
+    y = probe_mitbih.one_hot(beats["cls"])
+    p = probe_mitbih.fit(x, beats["cls"], x)[-1]
+    for sure in (1.0, 3.0):
+        said = p ** sure / (p ** sure).sum(axis=1, keepdims=True)
+        mended, new, first, sharpness, prior = probe_mitbih.calibrate(said, y, np.ones(len(y)), said[:50])
+        assert p[:, 1].mean() > 0.15 and sharpness == pytest.approx(1 / sure, rel=0.1)
+        np.testing.assert_allclose(mended[:, :3].mean(axis=0), y[:, :3].mean(axis=0), atol=0.01)
+        np.testing.assert_array_equal(new, mended[:50])
+        np.testing.assert_allclose(prior, y.sum(axis=0))
+        np.testing.assert_allclose(first, (said[:50] * prior) / (said[:50] * prior).sum(axis=1, keepdims=True))
+        powers = [said[:, :3] ** s * prior[:3] for s in (sharpness / 1.02, sharpness, sharpness * 1.02)]
+        losses = [log_loss(beats["cls"], q / q.sum(axis=1, keepdims=True), labels=list("NSV")) for q in powers]
+        assert losses[1] < min(losses[0], losses[2])
+    doubled = probe_mitbih.calibrate(p, y, np.where(y[:, 1], 2.0, 1.0), p)[4]      # an S that stands for two
+    assert doubled[1] == 2 * y[:, 1].sum()
 
 
-def test_c_is_chosen_without_the_test_records():
-    """Labels of the test rows may be anything: the choice and the probabilities are the same."""
+def test_detection_is_that_of_sklearn_at_the_best_threshold_of_ds1():
+    rng = np.random.default_rng(11)
+    y_train, y = rng.random(300) < 0.2, rng.random(200) < 0.3
+    held_out, p = (np.round(np.where(of, 0.3, 0) + 0.7 * rng.random(len(of)), 2) for of in (y_train, y))
+    weight, number, counts = rng.random(300), np.repeat([0, 1, 2, 3], 50), np.array([[1, 1, 1, 1], [2, 0, 1, 1]])
+    found, at = probe_mitbih.detection(held_out, y_train, weight, p, y, number, counts)
+    f1 = {t: f1_score(y_train, held_out >= t, sample_weight=weight) for t in np.unique(held_out)}
+    assert f1[at] == pytest.approx(max(f1.values()))
+    for s, weights in enumerate(counts):
+        expected = precision_recall_fscore_support(y, p >= at, average="binary", sample_weight=weights[number])
+        assert [found[k][s] for k in ("positive_predictivity", "sensitivity", "f1")] == pytest.approx(expected[:3])
+
+
+def test_nothing_is_chosen_on_ds2():
+    """Labels of the test beats may be anything: C, sharpness, thresholds and probabilities are the same."""
     rng = np.random.default_rng(6)
-    record = np.repeat(["100", "101", "102", "103", "104", "105"], 40)
-    cls = rng.choice(list("NSV"), 240)
-    x = rng.normal(size=(240, 6)) + np.eye(6)[np.searchsorted(list("NSV"), cls)]
-    train = record < "104"
-    found = [probe_mitbih.probe(x, dict(cls=c, record=record), train, ~train) for c in (cls, np.where(train, cls, "F"))]
-    np.testing.assert_array_equal(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1] and found[0][0].shape == (80, 4)
-    np.testing.assert_allclose(found[0][0].sum(axis=1), 1)
+    x, beats = drawn_beats(400, rng)
+    other = beats | dict(cls=np.where(beats["test"], rng.choice(list("NSVF"), 400), beats["cls"]))
+    (a, p, _), (b, q, _) = (probe_mitbih.score(x, of) for of in (beats, other))
+    np.testing.assert_array_equal(p, q)
+    assert p.shape == (2, 200, 4) and (a["c"], a["sharpness"], a["prior"]) == (b["c"], b["sharpness"], b["prior"])
+    assert [a["detection"][k]["threshold"] for k in "SV"] == [b["detection"][k]["threshold"] for k in "SV"]
+    assert a["detection"] != b["detection"]
+    np.testing.assert_allclose(p.sum(axis=2), 1)
+
+
+@pytest.mark.parametrize("kind", ["constant", "coin", "labels of other beats", "knows"])
+def test_each_gets_the_score_that_it_deserves(kind):
+    rng = np.random.default_rng(12)
+    x, beats = drawn_beats(4000, rng)
+    x = dict(constant=np.zeros_like(x), coin=rng.normal(size=x.shape), knows=x).get(kind, rng.permutation(x))
+    few = rng.random(2000) < 0.5
+    noisy = np.stack([x[beats["test"]][few]] * (len(probe_mitbih.NOISE_KINDS) * len(NOISE_DB)), axis=1)
+    entry, _, scores = probe_mitbih.score(x, beats, few, noisy)
+    auroc, areas = [scores[key][0] for key in ("within_nsv", "macro_nsv", "within_neither")], [
+        scores[f"{k} area"][0] for k in ("clean", *probe_mitbih.NOISE_KINDS)]
+    if kind == "knows":
+        assert min(auroc) > 0.8 and min(areas) > 0.3 and entry["calibration"]["brier_skill"] > 0.3
+        assert entry["selective"]["accuracy"][-1] > entry["selective"]["accuracy"][0] + 0.05
+        assert abs(entry["calibration"]["z"]) < 2.5
+    else:
+        margin = 1e-9 if kind == "constant" else 0.05
+        assert auroc == pytest.approx([0.5] * 3, abs=margin) and areas == pytest.approx([0] * 5, abs=margin + 1e-9)
+        assert -0.01 < entry["calibration"]["brier_skill"] < 0.01
+        assert entry["selective"]["accuracy"] == pytest.approx([entry["selective"]["accuracy"][0]] * 7, abs=0.03)
+        assert scores["f1_s"][0] < 0.13 and scores["f1_v"][0] < 0.22   # all called positive: .095 and .18
+        assert abs(scores["rr_r"][0]) < 0.1 and abs(scores["early_r"][0]) < 0.1
+    np.testing.assert_allclose([scores[f"mixture {db} dB"] for db in NOISE_DB], [scores["clean area"] + 0.5] * 6)
+
+
+def test_selective_answers_are_those_of_plain_loops():
+    rng = np.random.default_rng(13)
+    p = rng.dirichlet(np.ones(4), 50)
+    y = np.eye(4, dtype=bool)[rng.integers(0, 4, 50)]
+    found = selective(p, y, y[:, 1])
+    ranked = sorted(range(50), key=lambda i: -max(p[i]))
+    for share, accuracy, answered in zip(*found.values()):
+        kept = ranked[:round(share * 50)]
+        assert accuracy == pytest.approx(np.mean([y[i, np.argmax(p[i])] for i in kept]))
+        assert answered == pytest.approx(sum(y[i, 1] for i in kept) / y[:, 1].sum())
+
+
+@pytest.mark.parametrize("kind", probe_mitbih.NOISE_KINDS)
+def test_a_window_gets_noise_of_the_stated_level(synth, kind):
+    """The median over leads of the ratio of mean squares is the level; the noise of a window is the same at each level,
+    whichever windows are asked for together; a type alone has no other in it; what is missing stays missing."""
+    noise = load_noise(open_corpus(synth / "data" / "nstdb"), "test")
+    x = torch.from_numpy(np.random.default_rng(14).normal(0, 0.3, (6, 2, 500)).astype(np.float32))
+    leads = torch.from_numpy(np.array([LEAD_IDS[name] for name in LEAD_PAIR])).expand(6, -1)
+    six, low = (add_test_noise(x, leads, range(6), noise, kind, db, [0, 100]) - x for db in (6, 0))
+    ratio_db = 10 * torch.log10(x.var(dim=2, correction=0) / six.var(dim=2, correction=0))
+    torch.testing.assert_close(ratio_db.mean(dim=1), torch.full((6,), 6.0), atol=0.01, rtol=0)   # of two: the mean
+    torch.testing.assert_close(low, six * 10 ** (6 / 20), atol=1e-4, rtol=1e-3)
+    two = add_test_noise(x[2:4], leads[2:4], range(2, 4), noise, kind, 6, [0, 100]) - x[2:4]
+    torch.testing.assert_close(two, six[2:4])
+    assert (six[0] - six[1]).abs().max() > 0.01
+    for number, name in enumerate(probe_mitbih.NOISE_KINDS[1:]):
+        without = noise.clone()
+        without[number] = 0
+        changed = add_test_noise(x, leads, range(6), without, kind, 6, [0, 100]) - x
+        assert torch.equal(changed, six) == (kind not in ("mixture", name))
+    x[0, 1, 100:200] = torch.nan
+    found = add_test_noise(x, leads, range(6), noise, kind, 6, [0, 100])
+    assert torch.equal(found.isnan(), x.isnan())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,7 +608,7 @@ def test_mitbih_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
                 (tmp_path / "raw").mkdir(exist_ok=True)
                 (tmp_path / "raw" / file.name).symlink_to(file)
     args = ["--encoder", str(encoder_path), "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out"),
-            "--device", "cpu"]
+            "--device", "cpu", "--noise", str(synth / "data" / "nstdb")]
     probe_mitbih.main(probe_mitbih.parse_args(args))
     result, stored = results(tmp_path / "out", "mitbih")
     number = np.unique(stored["record"], return_inverse=True)[1]
@@ -509,9 +626,24 @@ def test_mitbih_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
         for key in ("within_nsv", "macro_nsv", "rr_r", "early_r"):
             assert entry["differences"][key]["difference"] == pytest.approx(
                 entry[key] - entry["untrained_scores"][key], abs=2e-6)
+        noise = [entry[f"em {db} dB"] for db in NOISE_DB]
+        assert entry["em area"] == pytest.approx(np.mean(noise) - 0.5, abs=2e-6)
+        assert noise[0] == pytest.approx(entry["clean area"] + 0.5, abs=0.1)
+        for key in ("mixture area", "bw 0 dB", "f1_s"):
+            (low, high), gain = entry["differences"][key]["ci95"], entry["differences"][key]["difference"]
+            assert low <= high and gain == pytest.approx(entry[key] - entry["untrained_scores"][key], abs=2e-6)
+        assert entry["detection"]["S"]["f1"] == pytest.approx(entry["f1_s"]) and entry["calibration"]["brier_skill"] > 0
+        for side in ("1 s", "lead II"):
+            assert result["sides"][f"{name}, {side}"]["lost"]["within_nsv"]["difference"] == pytest.approx(
+                result["sides"][name]["within_nsv"] - result["sides"][f"{name}, {side}"]["within_nsv"], abs=2e-6)
+        assert result["sides"][f"{name}, 1 s"]["lost"]["within_nsv"]["difference"] == 0     # this encoder's own window
+    counts = {name: of["DS2"] for name, of in result["mappings"].items()}
+    assert sum(counts["papers"].values()) == sum(counts["bxb"].values()) == result["n"]["test"] == len(stored["cls"])
+    assert result["bxb"]["neighbourhood"]["within_nsv"] > 0.5
     assert result["controls"]["rr"]["rr_r"] > 0.95 and result["controls"]["rr"]["early_r"] > 0.9
     assert result["controls"]["rr"]["macro_nsv"] > 0.9 and "macro_nsvf" in result["controls"]["raw"]
-    assert set(stored["record"]) <= set(MITDB_DS2) and "N: N L R e j" in capsys.readouterr().out
+    assert set(stored["record"]) <= set(MITDB_DS2) and "N: N L R e j" in (said := capsys.readouterr().out)
+    assert "one seed: [95 %] are over records alone" in said and str(encoder_path) in said
 
 
 def test_the_untrained_control_can_be_had_alone(synth, tmp_path):
