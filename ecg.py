@@ -11,10 +11,12 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import json
 import math
 import os
 import re
 import tempfile
+import time
 import warnings
 from collections import Counter, namedtuple
 from fractions import Fraction
@@ -35,6 +37,7 @@ FLAT_STD_MV = 1e-4               # mV, a lead with a smaller standard deviation 
 MAX_SAMPLES = 2**28              # of all channels together, at their own rate, that are read at once
 PIECE_S, PIECE_SAMPLES = 7200, 2**23  # a longer record is prepared in pieces: s, and samples of all channels together
 MAX_RECORD_S = 400 * 86400       # s; a record that claims to be longer has a damaged header
+NOTE_LENGTH = 300                # characters of a note in a FeatureTable; NumPy makes all as long as the longest
 MAX_LEADS = 16                   # leads that an index row holds; a recording with more keeps its first 16
 MAX_TAPS = 100_000               # largest factor of the resampler; it bounds time and memory for rates like 3999.999
 # The span of a lead is the range of its values within SPAN_S, which holds a QRS but little drift: the 80th percentile
@@ -78,6 +81,10 @@ NO_ECG = re.compile("(?:" + "|".join(r"""
                     + r")(?![A-Z])|(?:FP|F|C|P|O|T|E)[\dZ]-(?:REF|AVG|[A-Z]{1,2}[\dZ])")
 MV_PER_UNIT = {"mv": 1.0, "millivolt": 1.0, "millivolts": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3,
                "microvolt": 1e-3, "microvolts": 1e-3, "v": 1e3, "volt": 1e3, "volts": 1e3}
+
+NOT_READ = "other things in these folders, which were not read"  # a note: their kinds and numbers
+OTHER_FORMATS = set(".dat .mat .edf .bdf .gdf .rec .ecg .dcm .xml .scp .csv .tsv .npy .npz .h5 .hdf5 .parquet .mef "
+                    ".zip .gz .tar .7z .pdf".split())  # suffixes of files that may hold recordings
 
 
 class Refused(ValueError):
@@ -461,6 +468,70 @@ class RecordingFeatures:
         feature = (self.sum / (self.weight or np.nan)).astype(np.float32)
         times_s = None if self.local is None else (np.arange(self.local.shape[1]) + 0.5) * patch_s
         return feature, feature[:len(feature) // 3], self.local, times_s
+
+
+def features_of_pieces(embed, pieces):
+    """The row of a recording in a FeatureTable, and its first piece. embed: Encoder.embed; pieces: of read_any, each
+    weighted by its valid patches. ValueError if none can be used."""
+    first, features, weights, leads, seconds, notes = None, [], [], {}, 0, {}
+    for start_s, recording in pieces:
+        try:
+            if isinstance(recording, Refused):
+                raise recording
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                out = embed(recording)
+        except ValueError as error:
+            notes[f"left out from {start_s:g} s on: {error}" if first or start_s else str(error)] = None
+            continue                             # the other pieces may be usable
+        first, valid = first or recording, np.isfinite(out.local_features[..., 0])       # (L, N)
+        features.append(out.global_feature)
+        weights.append(valid.sum())
+        leads |= {k: str(recording.leads[k]) for k in np.flatnonzero(valid.any(axis=1))}
+        seconds += np.size(recording.signal) / len(recording.leads) / recording.fs
+        notes |= dict.fromkeys(str(warning.message) for warning in caught)
+    if not first:
+        raise ValueError("; ".join(notes))
+    feature = np.average(features, axis=0, weights=weights).astype(np.float32)
+    names = ";".join(leads[k] for k in sorted(leads))
+    return (feature, names, len(leads), seconds, f"{'; '.join(notes):.{NOTE_LENGTH}}"), first
+
+
+class FeatureTable:
+    """Features of recordings in a .npz file, which is written whole or not at all. A file that is there already is
+    added to if `about` (a dict of plain types: how its features were made) is the same; ValueError otherwise.
+
+    rows: {path: values of COLUMNS[1:]}; failed: {path: reason}, of this run.
+    """
+    COLUMNS = "path", "features", "leads", "n_leads", "seconds", "notes"
+
+    def __init__(self, path, about):
+        self.path, self.about, self.rows, self.failed = Path(path), json.loads(json.dumps(about)), {}, {}
+        self.saved = time.monotonic()
+        if not self.path.exists():
+            return
+        try:
+            with np.load(path) as found:
+                earlier = json.loads(str(found["about"]))
+                self.rows = {name: row for name, *row in zip(*(found[column] for column in self.COLUMNS))}
+        except Exception as error:               # a foreign file may raise anything
+            raise ValueError(f"{path} is no table of features ({type(error).__name__}: {error}); choose another "
+                             "name") from None
+        differ = [f"{key} {earlier.get(key)!s:.80}, now {self.about.get(key)!s:.80}" for key in self.about | earlier
+                  if earlier.get(key) != self.about.get(key)]
+        if differ:
+            raise ValueError(f"{path} holds features that were made otherwise ({'; '.join(differ)}); choose another "
+                             "name, or delete it")
+
+    def save(self, every_s=0):
+        """Write the file, if the last time is so many seconds ago."""
+        if time.monotonic() - self.saved < every_s:
+            return
+        columns = dict(zip(self.COLUMNS, [*zip(*((path, *row) for path, row in self.rows.items()))] or [()] * 6))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.path, lambda file: np.savez(       # hardly compressible
+            file, about=json.dumps(self.about), failed=[*self.failed], reasons=[*self.failed.values()], **columns))
+        self.saved = time.monotonic()
 
 
 # ---- reading one recording from a file ------------------------------------------------------------------------------
@@ -880,6 +951,75 @@ def read_mat(path):
 
 ARRAY_READERS = {".csv": read_csv, ".npy": lambda path: (np.load(path, mmap_mode="r"), []), ".mat": read_mat,
                  ".npz": lambda path: only_array(np.load(path))}
+
+
+def read_any(path, fs=None, units="mV", leads=""):
+    """Yield (start in s, Recording or Refused) of a recording in any form: read_pieces of a WFDB record or an EDF file;
+    read_array, in one piece, of another file. fs, units and leads are those of arrays, see read_array."""
+    kind = Path(path).suffix.lower()
+    if kind == ".edf" or os.path.isfile(f"{path}.hea") or not os.path.isfile(path):
+        yield from read_pieces(path)
+    elif kind in ARRAY_READERS:
+        yield 0, read_array(path, fs, units, leads)
+    else:
+        raise Refused("unknown format", f"{kind or 'a file without suffix'} is not read here: expected a WFDB record "
+                                        f"(.hea), .edf, {', '.join(ARRAY_READERS)}; README.md names converters")
+
+
+# ---- which recordings there are -------------------------------------------------------------------------------------
+def find_files(raw, notes, suffixes=frozenset({".hea"})):
+    """Yield the files with one of `suffixes` (in any capitals; WFDB headers without it) in raw and all folders below:
+    sorted, files before folders, links to folders last. notes[NOT_READ] counts what else may hold recordings. OSError
+    for a folder that cannot be read."""
+    folders, links, listed, others = [str(raw)], [], set(), notes.setdefault(NOT_READ, Counter())
+    while folders or links:
+        folder, files, stems = (folders or links).pop(), [], set()
+        if (real := os.path.realpath(folder)) in listed:
+            others["links to folders that were listed already"] += 1
+            continue
+        listed.add(real)
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True):
+            is_link = entry.is_symlink()
+            if os.path.isdir(entry.path) if is_link else entry.is_dir():
+                (links if is_link else folders).append(entry.path)
+            elif os.path.isfile(entry.path) if is_link else entry.is_file():
+                files.append((*os.path.splitext(entry.name.lower()), entry.path))
+            else:
+                others["links to nowhere" if is_link else "pipes and devices"] += 1
+        for stem, kind, path in reversed(files):
+            path = path[:-4] if kind == ".hea" else path
+            if kind in suffixes and path in stems:
+                others["headers whose suffix differs from another's only in capitals"] += 1
+            elif kind in suffixes:
+                stems |= {stem, path}
+                yield Path(path)
+        for stem, kind, _ in files:
+            # The signal files of a record have its name, in some databases with a letter more.
+            if kind in OTHER_FORMATS - suffixes and stem not in stems and not (kind == ".dat" and stem[:-1] in stems):
+                others[kind] += 1
+
+
+def list_recordings(place, notes, arrays=False):
+    """Yield the recordings at a place. A folder: its WFDB records, EDF files and, if asked for, arrays, as find_files
+    finds them, without the segments and signal files of records, which are read with them. A file: the record that it
+    belongs to, or itself."""
+    (stem, kind), suffixes = os.path.splitext(place), {".hea", ".edf", *(ARRAY_READERS if arrays else ())}
+    if not os.path.isdir(place):
+        of_record = kind.lower() not in ("", ".edf") and not os.path.isfile(f"{place}.hea")
+        yield Path(stem if kind.lower() == ".hea" or of_record and os.path.isfile(f"{stem}.hea") else place)
+        return
+    for _, group in itertools.groupby(find_files(place, notes, suffixes), key=lambda path: path.parent):
+        paths, parts = list(group), set()
+        headed = {path.name.lower() for path in paths}
+        for path in paths:
+            kind = path.suffix.lower()
+            if kind in ARRAY_READERS and path.stem.lower() in headed:
+                parts.add(path.name.lower())
+            with contextlib.suppress(OSError):   # it is refused when it is read
+                lines = [] if kind == ".edf" else header_lines(f"{path}.hea")
+                if lines and "/" in lines[0].split()[0]:           # NAME/SEGMENTS, then their lines
+                    parts |= {line.split()[0].lower() for line in lines[1:]}
+        yield from (path for path in paths if path.name.lower() not in parts)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ H levels of noise, L leads, T samples (at FS).
 """
 import argparse
 import json
+import math
 import tempfile
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,9 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import torch
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure             # no pyplot: it draws without a display
 from scipy.special import expit
 from sklearn.calibration import CalibratedClassifierCV
@@ -28,8 +31,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from augment import NOISE_TYPES, add_noise_levels
-from ecg import FS, LEADS, MISSING, UV_PER_MV, Recording, atomic_write
-from model import load_encoder, untrained_like
+from ecg import FS, MAX_LEADS, atomic_write, preprocess
+from model import load_encoder, rotate, untrained_like
 
 BOOTSTRAPS = 1000                # resamples of patients or records
 CALIBRATION_BINS = 15            # of equal size, of each label
@@ -43,9 +46,11 @@ NOISE_DB = (24, 18, 12, 6, 0, -6)  # dB, signal-to-noise ratios of augment.add_n
 NOISE_KINDS = ("mixture", *NOISE_TYPES)  # of augment.add_noise_levels
 COLORS = {"untrained": "#c4c4c4", "pre-trained": "#7fb2e5", "RR intervals alone": "#d9c8a9", "raw waveform": "#e3b9b0"}
 
-SHOWN_LEADS = ("I", "II", "V1", "V3", "V5")  # of features.png
-SHOWN_S = 5.0                    # s of the recording in features.png
-SHIFT_SAMPLES = 5                # samples at FS between the local features in features.png
+SHIFT_SAMPLES = 5                # samples at FS between the local features in draw_recording
+MM_PER_S, MM_PER_MV, MM_PER_INCH = 25, 10, 25.4  # of ECG paper
+PAPER_MARGINS_MM = 16, 34        # of a figure, both sides together: width, height
+MAX_SHOWN_MV = 4.0               # about a lead's median; what is beyond is cut off in draw_recording
+ATTENTION_COLOURS = LinearSegmentedColormap.from_list("attention", ["#9aa7b5", "#f08a3c", "#8b0000"])
 
 
 # ---- scores and intervals -------------------------------------------------------------------------------------------
@@ -400,45 +405,103 @@ def draw_curves(out):
     save_figure(figure, Path(out) / "curves.png")
 
 
-def fine_features(encoder, signal_mv, leads):
-    """Local features (L, M, D) every SHIFT_SAMPLES of signal_mv (L, T), and their centres (M,) in seconds."""
-    shifts = range(0, encoder.patch_samples, SHIFT_SAMPLES)
-    shifted = encoder.embed([Recording(signal_mv[:, shift:], FS, leads) for shift in shifts])
-    times_s = np.concatenate([e.times_s + shift / FS for e, shift in zip(shifted, shifts)])
-    order = np.argsort(times_s)
-    return np.concatenate([e.local_features for e in shifted], axis=1)[:, order], times_s[order]
-
-
-def draw_features(encoder, corpus, row, path):
-    """features.png: an ECG coloured by its local features: their first three principal components are RGB."""
-    names = [LEADS[i] for i in corpus.lead_ids(row)]
-    steps = corpus.read(row)
-    signal = np.where(steps == MISSING, np.nan, steps / np.float32(UV_PER_MV))
-    t = np.arange(min(round(SHOWN_S * FS), signal.shape[1])) / FS
-    seen = [i for i in range(len(names)) if np.isfinite(signal[i, :len(t)]).any()]
-    shown = [i for i in seen if names[i] in SHOWN_LEADS] or seen[:1]
-    features, times_s = fine_features(encoder, signal, names)
-    colour = principal_colours(features[shown])
-    nearest = np.abs(times_s[None] - t[:, None]).argmin(axis=1)
-    figure = Figure(figsize=(12, 1.5 * len(shown)), layout="constrained")
-    axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, lead, rgb in zip(axes, shown, colour):
-        y = signal[lead, :len(t)]
-        points = np.stack((t, y), axis=1)
-        axis.add_collection(LineCollection(np.stack((points[:-1], points[1:]), axis=1), colors=rgb[nearest[:-1]],
-                                           linewidths=2.2))
-        axis.set(xlim=(0, t[-1]), ylim=(np.nanmin(y) - 0.15, np.nanmax(y) + 0.15), ylabel=f"{names[lead]} (mV)")
-    axes[-1].set_xlabel("seconds; colour: first three principal components of the local features")
-    save_figure(figure, path)
-
-
 def principal_colours(features):
     """RGB in [0, 1] (L, M, 3) of local features (L, M, D). The mean of each lead is subtracted first: otherwise the
     colour would only show which lead it is."""
     x = features - np.nanmean(features, axis=1, keepdims=True)
-    components = PCA(3, svd_solver="full").fit_transform(np.nan_to_num(x.reshape(-1, x.shape[2])))
+    x = np.nan_to_num(x).reshape(-1, x.shape[2])
+    components = PCA(3, svd_solver="full").fit_transform(np.resize(x, (max(3, len(x)), x.shape[1])))[:len(x)]
     low, high = np.percentile(components, (2, 98), axis=0)
-    return np.clip((components - low) / (high - low).clip(1e-12), 0, 1).reshape(*x.shape[:2], 3)
+    return np.clip((components - low) / (high - low).clip(1e-12), 0, 1).reshape(*features.shape[:2], 3)
+
+
+def cls_attention(encoder, signal, leads):
+    """Features of windows by encoder(signal, leads), and the attention of CLS to each of their patches in the last
+    block, mean over heads (B, L, N); with CLS itself and the registers it adds up to 1."""
+    last, kept = encoder.blocks[-1].attention, []
+    hook = last.register_forward_pre_hook(lambda module, inputs: kept.append(inputs))
+    try:
+        features = encoder(signal, leads)
+    finally:
+        hook.remove()
+    x, _, ((B, M),), (rope,), (seen,) = kept[0]
+    q, k = rotate(last.qkv(x).view(B, M, 3, last.heads, -1)[:, :, :2], rope).unbind(2)          # (B, M, H, width)
+    scores = torch.einsum("bhe,bmhe->bhm", q[:, 0], k) * encoder.head_width ** -0.5
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, None], -math.inf)
+    attention = scores.softmax(dim=-1).mean(dim=1)[:, 1 + encoder.num_registers:]
+    return features, attention.view(features.patches.shape[:3])
+
+
+@torch.no_grad()
+def window_to_draw(encoder, recording):
+    """The window of a recording with the most valid patches: its start in seconds, names of its leads, signal_mv (L, T)
+    and, every SHIFT_SAMPLES, local features (L, M, D), attention of CLS as a multiple of the mean over patches (L, M),
+    and their centres (M,) in seconds from the start of the window."""
+    (signal_mv, ids), P, found = preprocess(*recording[:4], {}), encoder.patch_samples, []
+    valid = np.isfinite(signal_mv[:, :signal_mv.shape[1] // P * P]).reshape(len(ids), -1, P).all(axis=2)
+    N = min(encoder.window_length(valid.any(axis=1).sum()), valid.shape[1])
+    first = int(np.convolve(valid.sum(axis=0), np.ones(N, int), "valid").argmax())
+    rows = np.flatnonzero(valid[:, first:first + N].any(axis=1))[:MAX_LEADS]
+    signal_mv, ids = signal_mv[rows, first * P:(first + N + 1) * P], torch.from_numpy(ids[rows])  # one more
+    for shift in range(0, min(P, signal_mv.shape[1] - P + 1), SHIFT_SAMPLES):
+        n = min(N, (signal_mv.shape[1] - shift) // P)
+        window = torch.from_numpy(signal_mv[None, :, shift:shift + n * P])
+        out, attention = cls_attention(encoder, *(x.to(encoder.cls_token.device) for x in (window, ids[None])))
+        of_mean = attention * ((attention > 0).sum() / attention.sum().clamp(min=1e-12))
+        found += zip(((np.arange(n) + 0.5) * P + shift) / FS, *(x[0].float().cpu().numpy().swapaxes(0, 1)
+                                                                for x in (out.patches, of_mean)))
+    times_s, *found = (np.array(x) for x in zip(*sorted(found, key=lambda patch: patch[0])))
+    names = [str(recording.leads[row]) for row in rows]
+    return first * P / FS, names, signal_mv[:, :N * P], *(x.swapaxes(0, 1) for x in found), times_s
+
+
+def draw_recording(encoder, recording, path):
+    """A window of a recording on ECG paper, coloured by the principal components of its local features, and again by
+    what CLS attends to."""
+    start_s, names, signal_mv, features, attention, times_s = window_to_draw(encoder, recording)
+    shades = ScalarMappable(Normalize(0, max(2, np.nanpercentile(attention, 99)), clip=True), ATTENTION_COLOURS)
+    nearest = np.abs(times_s[None] - np.arange(signal_mv.shape[1])[:, None] / FS).argmin(axis=1)
+    figure = draw_paper(f"{Path(path).stem}, from {start_s:g} s", names, signal_mv, {
+        "local features: principal components as red, green, blue": 0.85 * principal_colours(features)[:, nearest],
+        "attention of CLS in the last block, mean over heads": shades.to_rgba(attention)[:, nearest]})
+    place, inch = figure.axes[-1].get_position(), 1 / figure.get_figheight()          # its scale comes under it
+    bar = figure.add_axes([place.x0, place.y0 - 0.25 * inch, 0.4 * place.width, 0.1 * inch])
+    figure.colorbar(shades, cax=bar, orientation="horizontal")
+    bar.tick_params(labelsize=7)
+    bar.set_xlabel("1: as much as to the mean patch", fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)
+
+
+def draw_paper(title, names, signal_mv, panels):
+    """A Figure of signal_mv (L, T) on ECG paper, once for each of `panels`, {title: colours (L, T, 3 or 4)}, side by
+    side if it is high. Printed at its own size it has 25 mm/s and 10 mm/mV. Each lead is shown about its median."""
+    t, mm = np.arange(signal_mv.shape[1]) / FS, np.array([MM_PER_S, MM_PER_MV])
+    y = (signal_mv - np.nanmedian(signal_mv, axis=1, keepdims=True)).clip(-MAX_SHOWN_MV, MAX_SHOWN_MV)
+    top, bottom = np.nanmax(y, axis=1), np.nanmin(y, axis=1)
+    base = -np.cumsum([0, *np.ceil(2 * (top[1:] - bottom[:-1])).clip(2) / 2])          # of each lead, on a thick line
+    low, high = base[-1] + np.floor(2 * bottom[-1]) / 2 - 0.5, np.ceil(2 * top[0]) / 2 + 0.5
+    begin, end = -0.5, max(3.7, t[-1] + 0.3)     # s; room for the names, and for titles
+    panel = mm * (end - begin, high - low)
+    step = (panel + 8) * ((1, 0) if panel[1] > panel[0] else (0, 1))                   # mm from panel to panel
+    size = panel + step * (len(panels) - 1) + PAPER_MARGINS_MM
+    figure = Figure(figsize=size / MM_PER_INCH)
+    figure.text(8 / size[0], 1 - 6 / size[1], f"{title}; 25 mm/s, 10 mm/mV; no medical device", size=9, weight="bold")
+    for i, (what, colours) in enumerate(panels.items()):
+        corner = np.array([8, size[1] - 16 - panel[1]]) + i * step * (1, -1)
+        axis = figure.add_axes([*corner / size, *panel / size], facecolor="#fffaf9")
+        axis.spines[:].set_color("#e8b2aa")
+        for colour, step_s, step_mv in (("#f7dfdb", 0.04, 0.1), ("#e8b2aa", 0.2, 0.5)):
+            axis.vlines(np.arange(-1, end, step_s), low, high, colour, linewidth=0.5, zorder=0)
+            axis.hlines(np.arange(low, high, step_mv), begin, end, colour, linewidth=0.5, zorder=0)
+        for name, from_mv, values, rgb in zip(names, base, y + base[:, None], colours):
+            axis.text(begin + 0.05, from_mv, f"{name:.9}", size=8, va="center")
+            points = np.stack((t, values), axis=1)
+            axis.add_collection(LineCollection(np.stack((points[:-1], points[1:]), axis=1), colors=rgb[:-1]))
+        axis.set(xlim=(begin, end), ylim=(low, high), xticks=[], yticks=[])
+        axis.set_title(what, size=8, loc="left")
+    return figure
 
 
 def draw_bars(axis, labels, series):

@@ -7,13 +7,19 @@ seconds, so nothing is padded or resized. Missing leads and patches have no toke
     encoder = load_encoder("tiny")               # or "runs/real/encoder.pt", or "random:tiny" for an untrained one
     out = encoder.embed(signal, fs=360, leads=["MLII", "V1"])       # any recording, or a list of recordings: Embedding
     features = encoder(signal_mv, lead_ids)                         # windows at 250 Hz, with gradients: Features
+    python model.py FILE_OR_FOLDER ...           # features of files, in a table and as pictures; --help says more
 
 Shapes: B batch, L leads, T samples, P samples of a patch, N patches of a lead (T / P), M tokens (1 + R + L*N),
 R registers, H heads, E width of a head, D width, Z tokens of several batches of windows, one after the other (the sum
 of B * M). Signals are in mV at FS Hz.
 """
+import argparse
 import contextlib
+import inspect
 import math
+import os
+import signal as os_signal
+import sys
 import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -25,7 +31,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ecg import FS, LEADS, RecordingFeatures, as_recordings, cut_patches, cut_windows, warn_of
+from ecg import (FS, LEADS, NOT_READ, FeatureTable, RecordingFeatures, as_recordings, cut_patches, cut_windows,
+                 features_of_pieces, list_recordings, read_any, sha256, warn_of)
 
 PATCH_S = 0.2                    # s; a QRS complex is about half of it
 REGISTERS = 4                    # extra tokens that hold global scratch values (Darcet et al. 2024)
@@ -53,6 +60,8 @@ MAX_SCALED_WEIGHT = 2 ** 22
 ONE_BY_ONE_WIDTH = 256           # up to this width a CPU is faster if it takes batches of windows one after the other
 PRETRAINED = Path(__file__).with_name("pretrained")      # SIZE.pt, for load_encoder(SIZE)
 FORMAT, GIVE = "ecg-dino encoder 3", "give the encoder.pt that train.py wrote"
+SAVE_S = 60                      # s between two writes of --out, which a power cut then costs at most
+INTENDED_USE = "Research on ECG features; no medical device, not validated for diagnosis."
 PREPROCESSING = dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES,
                      compress_mv=COMPRESS_MV)  # stored with the weights
 
@@ -502,13 +511,16 @@ def untrained_like(encoder):
     return control
 
 
+def file_of(path):
+    """The file of an encoder that may be given by its size."""
+    return PRETRAINED / f"{path}.pt" if str(path) in SIZES and not Path(path).is_file() else path
+
+
 def load_encoder(path, device="cpu"):
     """Encoder in eval mode: "tiny", which comes with the program (its file says from what data, and how good it is);
     from an encoder.pt; or untrained, "random:SIZE" or "random:SIZE:SEED". ValueError for a device that is not there,
     for a file that is no encoder, and for one that is damaged, each with its own text."""
-    device = checked_device(device)
-    if str(path) in SIZES and not Path(path).is_file():
-        path = PRETRAINED / f"{path}.pt"
+    device, path = checked_device(device), file_of(path)
     if str(path).startswith("random:"):
         _, size, *seed = str(path).split(":")
         if seed and not seed[0].isdigit():
@@ -595,3 +607,77 @@ def is_damaged(path):
 
 def first_line(error):
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+def parse_args(argv=None):
+    description, text = inspect.getdoc(main).split("\n\n", 1)
+    parser = argparse.ArgumentParser("model.py", None, description, text, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE_OR_FOLDER", help="recordings, or folders with recordings, see below")
+    add("--encoder", default="tiny", metavar="FILE",
+        help="encoder.pt of a run; tiny (default) comes with the program; random:SIZE is an untrained one")
+    add("--out", type=Path, default="features.npz", help="table to write, or to add to (default: %(default)s)")
+    add("--plot", type=Path, metavar="DIR", help="also draw each recording into this folder: a window of it on ECG "
+        "paper, coloured by its local features and by what CLS attends to")
+    add("--fs", type=float, metavar="HZ", help="sampling rate of .csv, .npy, .npz and .mat files, which do not say it")
+    add("--units", choices=("mV", "uV", "V"), default="mV", help="of these files (default: %(default)s)")
+    add("--leads", default="", metavar="I,II,...", help="of these files (default: the header of a .csv)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of PyTorch (here: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Features of ECG recordings, by a frozen encoder: a table with a row for each.
+
+    A FILE is a WFDB record (with or without .hea), an EDF or EDF+ file, or, with --fs, one array in a .csv, .npy, .npz
+    or .mat. A FOLDER stands for all recordings below it. Any leads, rates and lengths.
+
+      python model.py my_ecgs                            # features.npz, by the encoder that comes with the program
+      python model.py my_ecgs --encoder runs/real/encoder.pt --out real.npz --plot pictures
+      python model.py a.csv b.csv --fs 500 --units uV --leads I,II,V1
+
+    numpy.load("features.npz") has features (recordings, 3 x width) and, in the same order, path, leads, n_leads,
+    seconds and notes (what was left out or looks wrong); failed and reasons; about (how it was made). Local features
+    are large: encoder.embed gives them. The file is written every minute and at the end, also after Ctrl-C; the same
+    command goes on from there. What is in it is not read again: delete it to begin anew. No medical device.
+    """
+    if args.plot:
+        from evaluate import draw_recording      # only here, because evaluate.py builds on this file
+    encoder, file = load_encoder(args.encoder, args.device), Path(file_of(args.encoder))
+    array, notes = (args.fs, args.units, args.leads), {}
+    table = FeatureTable(args.out, dict(
+        encoder=args.encoder, sha256=sha256(file) if file.is_file() else None, commit=encoder.about.get("commit"),
+        config=encoder.config, precision=precision_of(args.device), fs_units_leads=array, use=INTENDED_USE))
+    paths = [*dict.fromkeys(str(path) for place in args.files for path in list_recordings(place, notes, bool(args.fs)))]
+    above = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths] or ["/"])
+    try:
+        for path in progress_bar(paths, paths):
+            picture = args.plot and args.plot / f"{os.path.relpath(path, above)}.png"
+            if path in table.rows and (not picture or picture.is_file()):
+                continue
+            try:
+                table.rows[path], first = features_of_pieces(encoder.embed, read_any(path, *array))
+            except ValueError as error:
+                table.failed[path] = str(error)
+                continue
+            table.save(SAVE_S)
+            if picture:
+                draw_recording(encoder, first, picture)
+    finally:
+        table.save()
+    read = sum(path in table.rows for path in paths)
+    print(f"{args.out}: features of {len(table.rows):,} recordings, {read:,} of the {len(paths):,} found here",
+          *(f"  failed {path}: {reason}" for path, reason in table.failed.items()),
+          *(f"  not read here: {n:,} {kind}" for kind, n in notes.get(NOT_READ, {}).items()), INTENDED_USE, sep="\n")
+    return not read
+
+
+if __name__ == "__main__":
+    os_signal.signal(os_signal.SIGTERM, os_signal.default_int_handler)
+    try:
+        sys.exit(main(parse_args()))
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"model.py: {str(error) or 'interrupted; the same command goes on from what is written'}")

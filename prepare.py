@@ -52,8 +52,9 @@ from tqdm import tqdm
 from corpus import (EVENT_DTYPE, FINGERPRINT_DTYPE, FORMAT_VERSION, INDEX_DTYPE, MAGIC, NO_EVENTS, NO_FINGERPRINTS,
                     PATIENT_DTYPE, RECORD_DTYPE, SPLITS, SUPERCLASSES, fingerprint, index_faults, lock_folder,
                     open_corpus, part_of, rows_to_leave_out, write_held_out)
-from ecg import (ARRAY_READERS, FS, LEAD_IDS, LEADS, MAX_LEADS, MAX_MV, MISSING, PAD_S, UV_PER_MV, Recording, Refused,
-                 as_refused, atomic_write, header_lines, preprocess, read_array, read_pieces, sha256)
+from ecg import (ARRAY_READERS, FS, LEAD_IDS, LEADS, MAX_LEADS, MAX_MV, MISSING, NOT_READ, PAD_S, UV_PER_MV, Recording,
+                 Refused, as_refused, atomic_write, find_files, list_recordings, preprocess, read_array, read_pieces,
+                 sha256)
 from synth import atomic_folder, synthesize
 
 MIN_VALID_S = 2.0                # s of signal that a lead needs to be kept
@@ -87,9 +88,6 @@ SKIP, NUM, AUX = 59, 60, 63      # codes of annot(5) that are not symbols
 ARRAY_COLUMNS = ("file", "rate", "unit", "leads", "patient", "split")
 PATIENT_COLUMNS = (("record", "path", "file_name", "FileName"),  # names that --patients may use
                    ("patient", "patient_id", "subject_id", "BDSPPatientID"))
-NOT_READ = "other things in these folders, which were not read"  # a note: their kinds and numbers
-OTHER_FORMATS = set(".dat .mat .edf .bdf .gdf .rec .ecg .dcm .xml .scp .csv .tsv .npy .npz .h5 .hdf5 .parquet .mef "
-                    ".zip .gz .tar .7z .pdf".split())  # suffixes of files that may hold recordings
 HASHED_NOTE = "by a hash of the patient 1 % of the patients are val and 1 % test: pre-train on the train split only"
 LEAK_NOTES = {
     **dict.fromkeys(("heedb", "code15", "code", "icentia11k"), HASHED_NOTE),
@@ -232,19 +230,12 @@ def list_wfdb(raw, args, notes):
               patient of each record"""
     patient_of, held_out = read_patients(args.patients)
     notes["patients"] = patient_of if args.patients else ""
-    for folder, group in itertools.groupby(find_files(raw, notes, {".hea", ".edf"}), key=lambda path: path.parent):
-        paths, segments = list(group), set()
-        for path in paths:
-            with contextlib.suppress(OSError):   # it is rejected later
-                lines = [] if path.suffix.lower() == ".edf" else header_lines(f"{path}.hea")
-                if lines and "/" in lines[0].split()[0]:           # NAME/SEGMENTS, then their lines
-                    segments |= {line.split()[0].lower() for line in lines[1:]}
-        for path in (path for path in paths if path.name.lower() not in segments):  # they are read with their record
-            record = path.relative_to(raw).as_posix()
-            patient = patient_of.find(record, path.name) if args.patients else None
-            copy = HELD_OUT_COPY.fullmatch(re.sub(r"(?i)\.edf\Z", "", path.name)) or patient in held_out
-            patient = f"wfdb/{record}" if patient is None else f"wfdb-patient/{patient}"
-            yield Job(str(path), shorten(record, 64), shorten(patient, 32), "test" if copy else "train")
+    for path in list_recordings(raw, notes):
+        record = path.relative_to(raw).as_posix()
+        patient = patient_of.find(record, path.name) if args.patients else None
+        copy = HELD_OUT_COPY.fullmatch(re.sub(r"(?i)\.edf\Z", "", path.name)) or patient in held_out
+        patient = f"wfdb/{record}" if patient is None else f"wfdb-patient/{patient}"
+        yield Job(str(path), shorten(record, 64), shorten(patient, 32), "test" if copy else "train")
 
 
 def list_arrays(raw, args, notes):
@@ -285,38 +276,6 @@ def list_arrays(raw, args, notes):
 
 LISTERS = {"ptbxl": list_ptbxl, "mitdb": list_mitdb, "nstdb": list_nstdb, "heedb": list_heedb, "code15": list_code15,
            "code": list_code, "icentia11k": list_icentia11k, "wfdb": list_wfdb, "arrays": list_arrays}
-
-
-def find_files(raw, notes, suffixes=frozenset({".hea"})):
-    """Yield the files with one of `suffixes` (in any capitals; WFDB headers without it) in raw and all folders below:
-    sorted, files before folders, links to folders last. notes[NOT_READ] counts what else may hold recordings. OSError
-    for a folder that cannot be read."""
-    folders, links, listed, others = [str(raw)], [], set(), notes.setdefault(NOT_READ, Counter())
-    while folders or links:
-        folder, files, stems = (folders or links).pop(), [], set()
-        if (real := os.path.realpath(folder)) in listed:
-            others["links to folders that were listed already"] += 1
-            continue
-        listed.add(real)
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True):
-            is_link = entry.is_symlink()
-            if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                (links if is_link else folders).append(entry.path)
-            elif os.path.isfile(entry.path) if is_link else entry.is_file():
-                files.append((*os.path.splitext(entry.name.lower()), entry.path))
-            else:
-                others["links to nowhere" if is_link else "pipes and devices"] += 1
-        for stem, kind, path in reversed(files):
-            path = path[:-4] if kind == ".hea" else path
-            if kind in suffixes and path in stems:
-                others["headers whose suffix differs from another's only in capitals"] += 1
-            elif kind in suffixes:
-                stems |= {stem, path}
-                yield Path(path)
-        for stem, kind, _ in files:
-            # The signal files of a record have its name, in some databases with a letter more.
-            if kind in OTHER_FORMATS - suffixes and stem not in stems and not (kind == ".dat" and stem[:-1] in stems):
-                others[kind] += 1
 
 
 def hashed_job(path, raw, patient, reject=None):

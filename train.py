@@ -57,8 +57,8 @@ from augment import NEAR_OFFSETS, Batches, lead_groups, load_noise
 from corpus import SPLITS, Sampler, lock_folder, open_corpus
 from dino import (STUDENT_TEMPERATURE, build_networks, diagnose, distributed, gather_rows, health, num_ranks, objective,
                   reduce_, update_teacher)
-from ecg import LEADS, atomic_write, sha256
-from evaluate import draw_curves, draw_features, plain_auroc, standardized
+from ecg import FS, LEADS, Recording, atomic_write, sha256
+from evaluate import draw_curves, draw_recording, plain_auroc, standardized
 from model import PATCH_S, SIZES, Encoder, build_encoder, load_encoder, low_precision, precision_of, save_encoder
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")             # one process is normal
@@ -863,7 +863,9 @@ def show_demo(args):
     corpus = open_corpus(args.data[0][0])
     # A normal ECG has every wave.
     normal = (corpus.index["split"] == SPLITS.index("test")) & (corpus.index["label"] == 1)
-    draw_features(load_encoder("tiny"), corpus, int(np.flatnonzero(normal)[0]), out / "features.png")
+    row = int(np.flatnonzero(normal)[0])
+    recording = Recording(corpus.read(row), FS, [LEADS[i] for i in corpus.lead_ids(row)], "uV")
+    draw_recording(load_encoder("tiny"), recording, out / "features.png")
     print("\nsynthetic recordings, linear probes of frozen features; the same network untrained; difference [95 %]")
     for name, row in zip(("lead I alone, all statements: AUROC", "a heartbeat, RR interval before it: correlation"),
                          scores):

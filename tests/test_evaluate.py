@@ -14,10 +14,11 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 import dino
 import evaluate
 from augment import load_noise, nst_db, snr_of_leads
-from conftest import draw_ecg
+from conftest import TWELVE, draw_ecg
 from corpus import INDEX_DTYPE, open_corpus
 from ecg import FS, LEADS, Recording, preprocess
 from model import Encoder, save_encoder, untrained_like
+from test_model import lively, plain_rotate
 from train import OnlineProbe
 
 WIDTH, PATCH = 16, 50
@@ -488,25 +489,76 @@ def test_curves_cope_with_any_log(tmp_path, rows):
     assert {p.name for p in tmp_path.iterdir()} == {"curves.png", "log.jsonl"}
 
 
-def test_fine_features_are_those_of_shifted_recordings():
-    encoder, signal = small_encoder(), draw_ecg(FS, 3, ("I", "II")).astype(np.float32)
-    features, times_s = evaluate.fine_features(encoder, signal, ["I", "II"])
-    assert features.shape == (2, len(times_s), WIDTH) and (np.diff(times_s) > 0).all()
-    np.testing.assert_allclose(np.diff(times_s)[:50], evaluate.SHIFT_SAMPLES / FS)
-    shifted = encoder.embed(signal[:, 10:], fs=FS, leads=["I", "II"])
-    at = np.abs(times_s[None] - (shifted.times_s + 10 / FS)[:, None]).argmin(axis=1)
-    np.testing.assert_allclose(features[:, at], shifted.local_features, atol=1e-5)
+def test_attention_of_cls_equals_plain_code():
+    encoder, inputs = lively(), []
+    signal, leads = torch.from_numpy(draw_ecg(FS, 3, ("I", "V2"))).float()[None], torch.tensor([[1, 8]])
+    signal = torch.cat((signal, 0.5 * signal.roll(40, -1)))
+    signal[1, 0, 200] = np.nan
+    with torch.no_grad():
+        features, attention = evaluate.cls_attention(encoder, signal, leads.expand(2, -1))
+        hook = encoder.blocks[-1].norm1.register_forward_hook(lambda module, x, out: inputs.append(out))
+        expected = encoder(signal, leads.expand(2, -1))
+        hook.remove()
+        torch.testing.assert_close(features.patches, expected.patches, rtol=0, atol=0, equal_nan=True)
+        times_s = [0.0] * 5 + 2 * [(n + 0.5) * PATCH / FS for n in range(15)]
+        for tokens, valid, found in zip(inputs[0].double().view(2, 35, -1), expected.valid, attention, strict=True):
+            weights = torch.zeros(2, 35).double()
+            for head, part in enumerate((slice(0, 16), slice(16, 32))):
+                q, k = (tokens @ encoder.blocks[-1].attention.qkv.weight.double().T).split(32, dim=1)[:2]
+                for m in [*range(5), *(5 + i for i in range(30) if valid.flatten()[i])]:
+                    weights[head, m] = torch.exp(plain_rotate(q[0, part], 0) @ plain_rotate(k[m, part], times_s[m]) / 4)
+            weights = (weights / weights.sum(dim=1, keepdim=True)).mean(dim=0)
+            torch.testing.assert_close(found.flatten().double(), weights[5:], rtol=0, atol=1e-6)
+    assert attention[1, 0, 4] == 0 and (attention.sum((1, 2)) < 1).all() and not torch.equal(*attention)
 
 
-def test_features_can_be_drawn(synth, tmp_path):
-    corpus = open_corpus(synth / "data" / "ptbxl")
-    evaluate.draw_features(small_encoder(), corpus, 0, tmp_path / "features.png")
-    assert (tmp_path / "features.png").read_bytes()[:4] == PNG
-    short = Labels(2, 0)                                           # a lead that is not among those that are shown
-    short.read = lambda i, start=0, length=None: short.signals[i][:1, :2 * FS]
-    short.lead_ids = lambda i: np.array([18])
-    evaluate.draw_features(small_encoder(), short, 1, tmp_path / "short.png")
-    assert (tmp_path / "short.png").read_bytes()[:4] == PNG
+def test_the_window_that_is_drawn():
+    """The first one without gaps, of the leads that it has; every 20 ms as if the recording began later."""
+    encoder, signal = small_encoder(), draw_ecg(FS, 20, ("I", "II", "V1")).astype(np.float32)
+    signal[1, 2 * FS] = signal[2] = np.nan
+    start_s, names, shown, features, attention, times_s = evaluate.window_to_draw(
+        encoder, Recording(signal, FS, ("I", "MLII", "V1")))
+    assert start_s == pytest.approx(2.2) and names == ["I", "MLII"] and np.array_equal(shown, signal[:2, 550:2550])
+    assert features.shape == (2, 400, WIDTH) and attention.shape == (2, 400)
+    np.testing.assert_allclose(times_s, 0.1 + 0.02 * np.arange(400))
+    for shift in (0, 3):
+        window = torch.from_numpy(signal[None, :2, 550 + 5 * shift:2550 + 5 * shift])
+        with torch.no_grad():
+            expected, of_cls = evaluate.cls_attention(encoder, window, torch.tensor([[1, 2]]))
+        np.testing.assert_allclose(features[:, shift::10], expected.patches[0], atol=1e-5)
+        np.testing.assert_allclose(attention[:, shift::10], of_cls[0] / of_cls[0].mean(), rtol=1e-4)
+
+
+def test_paper_has_its_scale_and_shows_the_signal():
+    signal = np.array([[1.0], [2.0], [0.5]]) * draw_ecg(FS, 5, ("II", "V2", "V1"))
+    signal[0, 300:400] = np.nan
+    colours = np.random.default_rng(0).random((3, 5 * FS, 3))
+    for leads in ([0], [0, 1, 2] * 4):
+        figure = evaluate.draw_paper("a title", ["MLII"] * len(leads), signal[leads],
+                                     {"one": colours[leads], "two": colours[leads]})
+        for axis in figure.axes:
+            width, height = np.array(axis.get_position().size) * figure.get_size_inches() * 25.4
+            low, high = axis.get_ylim()
+            assert width / np.diff(axis.get_xlim()) == pytest.approx(25) and height / (high - low) == pytest.approx(10)
+            drawn = [part for part in axis.collections if len(part.get_colors()) > 1]
+            previous = high
+            for part, lead in zip(drawn, signal[leads], strict=True):
+                y = np.array([path.vertices[0, 1] for path in part.get_paths()])
+                base = y - lead[:-1]                                    # its zero, and no lead crosses another
+                assert np.nanmax(base) == pytest.approx(np.nanmin(base)) and np.nanmax(y) <= previous
+                assert np.array_equal(np.isnan(y), np.isnan(lead[:-1]))
+                previous = np.nanmin(y)
+            assert previous >= low
+        (one, _), (two, _) = (axis.get_position().p0 for axis in figure.axes)
+        assert (one == two) == (len(leads) == 1)                        # below each other if they are flat
+
+
+@pytest.mark.parametrize("seconds, leads", [(0.2, ("II",)), (0.25, ("V7",)), (3, TWELVE), (30, ("I", "x", "y"))])
+def test_any_recording_can_be_drawn(tmp_path, seconds, leads):
+    signal = draw_ecg(500, seconds, leads)
+    signal[0, 50:60] = np.nan if seconds > 1 else signal[0, 50:60]
+    evaluate.draw_recording(small_encoder(), Recording(signal.T, 500, leads), tmp_path / "a" / "b.png")
+    assert (tmp_path / "a" / "b.png").read_bytes()[:4] == PNG
 
 
 def test_bars_leave_out_what_is_not_known(tmp_path):

@@ -1,11 +1,16 @@
-"""model.py: the encoder against plain code, what it must not depend on, gradients, export, its files, and embed() on
-any recording, on many, and on nonsense."""
+"""model.py: the encoder against plain code, what it must not depend on, gradients, export, its files, embed() on any
+recording, on many, and on nonsense, and the command line."""
+import contextlib
+import json
 import math
+import os
 import pickle
 import re
 import shutil
+import signal as os_signal
 import subprocess
 import sys
+import time
 import tracemalloc
 import types
 import warnings
@@ -19,14 +24,15 @@ import torch
 import wfdb
 from torch import nn
 
+import ecg
 import model
-from conftest import ROOT, draw_ecg
-from ecg import FS, LEADS, Recording, RecordingFeatures, lead_id
+from conftest import ROOT, TWELVE, draw_ecg, write
+from ecg import FS, LEADS, Recording, RecordingFeatures, lead_id, read_any, read_wfdb
 from model import (BASELINE_PATCHES, COMPRESS_MV, FORMAT, PATCH_S, REGISTERS, ROPE_PERIODS_S, SIZES, Attention, Encoder,
                    attend, build_encoder, load_encoder, precision_of, rope_table, rotate, save_encoder, scaled_linear,
                    untrained_like)
+from test_prepare import write_edf
 
-TWELVE = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 P = round(PATCH_S * FS)
 
 
@@ -1400,6 +1406,275 @@ def test_fine_tuning_as_the_readme_says(tmp_path, monkeypatch):
     assert len(losses) == 30 and np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     tuned = load_encoder(tmp_path / "finetuned.pt")
     assert not torch.equal(tuned.patch_embedding.weight, load_encoder("tiny").patch_embedding.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# long recordings
+
+def test_half_an_hour_equals_its_windows(encoder):
+    """Away from the edges of the windows, each embedded as a recording of its own; with gaps."""
+    signal = draw_ecg(250, 1800, ("II",)).astype(np.float32)
+    signal[0, 100_000:100_010], signal[0, 300_000:310_000] = np.nan, np.nan
+    whole = encoder.embed(signal, fs=250, leads=["II"])
+    assert whole.local_features.shape == (1, 9000, 32)
+    window, stride = encoder.window_and_stride(1)
+    starts = range(0, 9000 - window + 1, stride)
+    found = encoder.embed([signal[:, n * P:(n + window) * P] for n in starts], fs=250, leads=["II"], on_error="nan")
+    seen = np.zeros(9000, bool)
+    for n, out in zip(starts, found):
+        middle = slice(window // 4, window - window // 4)
+        if out.local_features is None:                                  # all of it is missing
+            assert np.isnan(whole.local_features[:, n:n + window][:, middle]).all()
+        else:
+            assert_close(whole.local_features[:, n:n + window][:, middle], out.local_features[:, middle], atol=1e-5)
+        seen[n:n + window][middle] = True
+    assert seen.sum() == 9000 - 2 * (window // 4)
+
+
+DAY = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import numpy as np
+from ecg import read_wfdb
+import model
+encoder = model.load_encoder("tiny")
+encoder.embed(np.sin(np.arange(5000) / 9), fs=250, leads=["II"])
+args = model.parse_args(["r", "--out", "f.npz"])
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+start = peak()
+{work}
+print(peak() - start)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fs, work, most_mib", [
+    (250, "encoder.embed(read_wfdb('r'))", 800), (500, "encoder.embed(read_wfdb('r'), local=False)", 1024),
+    (500, "assert not model.main(args)", 512)])
+def test_a_day_of_one_lead_takes_less_than_1_gib(tmp_path, fs, work, most_mib):
+    """The command reads pieces, so that the rate does not count; embed holds all of it at its own rate."""
+    minute = (1000 * draw_ecg(fs, 60)[0] + 20 * np.random.default_rng(0).normal(size=60 * fs)).astype("<i2")
+    (tmp_path / "r.dat").write_bytes(np.tile(minute, 24 * 60).tobytes())
+    (tmp_path / "r.hea").write_text(f"r 1 {fs} {24 * 3600 * fs}\nr.dat 16 1000 16 0 0 0 0 II\n")
+    code = DAY.format(root=str(ROOT), work=work)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    print(fs, work, done.stdout)
+    assert float(done.stdout.split()[-1]) < most_mib
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+def command(*words):
+    return model.main(model.parse_args([str(word) for word in words]))
+
+
+def write_ecg(folder, name, seconds=10, leads=("II", "V1"), **more):
+    adc = np.rint(1000 * draw_ecg(more.get("fs", FS), seconds, leads).T)
+    write(folder, name, adc, leads, gain=1000, baseline=0, **more)
+
+
+@pytest.fixture
+def mine(tmp_path, saved):
+    """A folder with recordings of all kinds, with things that are none, and with damaged ones; and an encoder."""
+    folder = tmp_path / "mine"
+    write_ecg(folder, "a", 12)
+    write_ecg(folder, "sub/b", 7, TWELVE, fs=500)
+    write_ecg(folder, "s1", 4)
+    write_ecg(folder, "s2", 5)
+    (folder / "s.hea").write_text(f"s/2 2 {FS} {9 * FS}\ns1 {4 * FS}\ns2 {5 * FS}\n")
+    write_edf(folder / "sub" / "c.EDF", [("ECG II", "uV", -32768, 32767, -32768, 32767,
+                                          np.rint(1000 * draw_ecg(FS, 6)).reshape(6, FS))])
+    rows = [f"{a},{b}" for a, b in draw_ecg(200, 9, ("II", "V1")).T]
+    (folder / "sub" / "a.csv").write_text("\n".join(["II,V1", *rows]))
+    np.save(folder / "flat.npy", np.zeros((1, 3000)))
+    (folder / "bad.hea").write_text("bad 1 250 1000\nbad.dat 16 200 16 0 0 0 0 II\n")
+    (folder / "scan.pdf").write_bytes(b"%PDF")
+    (folder / "a.mat").write_bytes(b"of record a")
+    return folder, saved
+
+
+def test_features_of_files(mine, tmp_path, capsys):
+    folder, saved = mine
+    out, loaded = tmp_path / "new" / "f.npz", load_encoder(saved)
+    assert command(folder, "--encoder", saved, "--out", out) == 0
+    found, printed = dict(np.load(out)), capsys.readouterr().out
+    assert found["path"].tolist() == [str(folder / name) for name in ("a", "s", "sub/b", "sub/c.EDF")]
+    assert found["features"].dtype == np.float32 and found["n_leads"].tolist() == [2, 2, 12, 1]
+    for path, features in zip(found["path"], found["features"]):
+        assert_close(features, loaded.embed(read_wfdb(path)).global_feature, atol=1e-6)
+    assert found["leads"].tolist() == ["II;V1", "II;V1", ";".join(TWELVE), "ECG II"]
+    assert found["seconds"].tolist() == [12, 9, 7, 6]
+    assert found["failed"].tolist() == [str(folder / "bad")] and "bad.dat is not there" in found["reasons"][0]
+    about = json.loads(str(found["about"]))
+    assert about["encoder"] == str(saved) and "no medical device" in about["use"] and len(about["sha256"]) == 64
+    assert about["config"]["window_patches"] == {"8": 25, "1": 40}
+    assert "4 recordings, 4 of the 5 found here" in printed and f"failed {folder / 'bad'}: bad.dat is not" in printed
+    assert {"not read here: 1 .csv", "not read here: 1 .npy", "not read here: 1 .pdf"} <= {
+        line.strip() for line in printed.splitlines()} and not list(out.parent.glob("*.tmp"))
+
+
+def test_arrays_and_single_files(mine, tmp_path):
+    """Arrays need a rate; a file beside a header is a part of its record; each recording counts once."""
+    folder, saved = mine
+    out, csv = tmp_path / "f.npz", folder / "sub" / "a.csv"
+    files = [folder / "a.hea", folder / "a", folder / "a.dat", folder / "a.mat", csv, folder / "flat.npy",
+             folder / "scan.pdf", folder / "none", folder / "sub"]
+    assert command(*files, "--encoder", saved, "--out", out, "--fs", 200) == 0
+    found = np.load(out)
+    assert found["path"].tolist() == [str(folder / name) for name in ("a", "sub/a.csv", "sub/b", "sub/c.EDF")]
+    expected = load_encoder(saved).embed(draw_ecg(200, 9, ("II", "V1")), fs=200, leads=["II", "V1"])
+    assert_close(found["features"][1], expected.global_feature)
+    reasons = dict(zip(found["failed"].tolist(), found["reasons"].tolist()))
+    assert set(reasons) == {str(folder / name) for name in ("flat.npy", "scan.pdf", "none")}
+    assert "no names of leads" in reasons[str(folder / "flat.npy")]
+    assert ".pdf is not read here: expected a WFDB record" in reasons[str(folder / "scan.pdf")]
+    assert "none.hea is not there" in reasons[str(folder / "none")]
+    assert command(csv, "--encoder", saved, "--out", tmp_path / "g.npz") == 1              # without a rate
+    assert "expected the sampling rate" in np.load(tmp_path / "g.npz")["reasons"][0]
+    words = ["--encoder", saved, "--out", tmp_path / "h.npz", "--fs", 200, "--leads", "I"]
+    assert command(folder / "flat.npy", *words) == 1
+
+
+def test_an_interrupted_command_goes_on(mine, tmp_path, monkeypatch):
+    """Nothing that was computed is lost, and nothing is computed again."""
+    folder, saved = mine
+    once, twice, read = tmp_path / "once.npz", tmp_path / "twice.npz", []
+
+    def interrupted(path, *about):
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        read.append(path)
+        return read_any(path, *about)
+    assert command(folder, "--encoder", saved, "--out", once) == 0
+    monkeypatch.setattr(model, "read_any", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command(folder, "--encoder", saved, "--out", twice)
+    assert np.load(twice)["path"].tolist() == [str(folder / "a")] and np.load(twice)["failed"].tolist() == [
+        str(folder / "bad")]
+    monkeypatch.setattr(model, "read_any", lambda path, *about: read.append(path) or read_any(path, *about))
+    assert command(folder, "--encoder", saved, "--out", twice) == 0
+    assert read[2:] == [str(folder / name) for name in ("bad", "s", "sub/b", "sub/c.EDF")]
+    assert all(np.array_equal(a, b) for a, b in zip(np.load(once).values(), np.load(twice).values(), strict=True))
+
+
+def test_features_are_written_while_it_runs(mine, tmp_path, monkeypatch):
+    folder, saved = mine
+    held = []
+
+    def peeking(path, *about):
+        held.append(len(np.load(tmp_path / "f.npz")["path"]) if (tmp_path / "f.npz").exists() else None)
+        return read_any(path, *about)
+    monkeypatch.setattr(model, "SAVE_S", 0)
+    monkeypatch.setattr(model, "read_any", peeking)
+    command(folder, "--encoder", saved, "--out", tmp_path / "f.npz")
+    assert held == [None, 1, 1, 2, 3]
+
+
+def test_sigterm_ends_it_with_what_it_has(mine, tmp_path):
+    """A header that is a pipe shows when the program has come to it."""
+    folder, saved = mine
+    os.mkfifo(tmp_path / "pipe.hea")
+    words = [ROOT / "model.py", folder / "a", tmp_path / "pipe.hea", "--encoder", saved, "--out", "f.npz"]
+    process = subprocess.Popen([sys.executable, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    pipe, deadline = None, time.monotonic() + 120
+    while pipe is None and process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):                              # nobody reads it yet
+            pipe = os.open(tmp_path / "pipe.hea", os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.05)
+    process.send_signal(os_signal.SIGTERM)
+    assert "the same command goes on" in process.communicate(timeout=60)[1] and process.returncode == 1
+    assert np.load(tmp_path / "f.npz")["path"].tolist() == [str(folder / "a")]
+    os.close(pipe)
+
+
+def test_tables_of_others_are_kept(mine, tmp_path):
+    folder, saved = mine
+    out = tmp_path / "f.npz"
+    command(folder / "a", "--encoder", saved, "--out", out)
+    before = out.read_bytes()
+    for words in (["--encoder", "random:tiny"], ["--encoder", saved, "--fs", 100]):
+        with pytest.raises(ValueError, match=r"made otherwise \(.*, now .*\); choose another name"):
+            command(folder / "a", "--out", out, *words)
+    np.savez(tmp_path / "g.npz", x=1)
+    with pytest.raises(ValueError, match="g.npz is no table of features .*; choose another name"):
+        command(folder / "a", "--out", tmp_path / "g.npz", "--encoder", saved)
+    assert out.read_bytes() == before
+    command(folder / "sub", "--encoder", saved, "--out", out)           # the same way: it is added to
+    assert np.load(out)["path"].tolist() == [str(folder / name) for name in ("a", "sub/b", "sub/c.EDF")]
+
+
+def test_long_files_are_read_in_pieces(encoder, tmp_path, monkeypatch):
+    """Each piece counts by its valid patches; one that cannot be used is noted."""
+    signal = draw_ecg(FS, 240, ("II", "V1")).T
+    signal[60 * FS:120 * FS] = np.nan
+    signal[130 * FS:150 * FS, 1] = np.nan
+    steps = np.where(np.isnan(signal), -32768, np.rint(1000 * signal)).astype(int)
+    write(tmp_path, "r", steps, gain=1000, baseline=0)
+    monkeypatch.setattr(ecg, "PIECE_S", 60)
+    (feature, leads, n_leads, seconds, notes), first = ecg.features_of_pieces(encoder.embed, read_any(tmp_path / "r"))
+    assert (leads, n_leads, seconds) == ("II;V1", 2, 180) and first.signal.shape == (60 * FS, 2)
+    assert notes.startswith("left out from 60 s on: no sample of this recording is usable")
+    pieces = [encoder.embed(np.where(steps == -32768, np.nan, steps / 1000)[s * FS:(s + 60) * FS], fs=FS,
+                            leads=["II", "V1"]) for s in (0, 120, 180)]
+    weights = [np.isfinite(piece.local_features[..., 0]).sum() for piece in pieces]
+    assert weights == [600, 500, 600]
+    assert_close(feature, sum(np.float32(w / 1700) * piece.global_feature for w, piece in zip(weights, pieces)))
+    whole = encoder.embed(read_wfdb(tmp_path / "r"))                    # windows across the pieces, nothing else
+    assert np.abs(whole.global_feature - feature).max() < 0.05 * np.abs(feature).std()
+
+
+def test_pictures_of_files(mine, tmp_path):
+    """One for each, below the folder as the recordings are; those that are there are not drawn again."""
+    folder, saved = mine
+    words = [folder / "a", folder / "sub", "--encoder", saved, "--out", tmp_path / "f.npz"]
+    assert command(*words) == command(*words, "--plot", tmp_path / "plots") == 0
+    names = ("a.png", "sub/b.png", "sub/c.EDF.png")
+    pictures = [tmp_path / "plots" / name for name in names]
+    assert sorted(path for path in (tmp_path / "plots").rglob("*") if path.is_file()) == pictures
+    before = [path.stat().st_mtime_ns for path in pictures[:2]]
+    pictures[2].unlink()
+    command(*words, "--plot", tmp_path / "plots")
+    assert [path.stat().st_mtime_ns for path in pictures[:2]] == before and pictures[2].exists()
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        model.parse_args(["--help"])
+    text = capsys.readouterr().out
+    examples = re.findall(r"python model\.py (.*?)(?:  +#.*)?\n", text)
+    assert len(examples) == 3 and "No medical device" in text and "failed and reasons" in text
+    for example in examples:
+        model.parse_args(example.split())
+
+
+def test_own_labels_as_the_readme_says(tmp_path, monkeypatch, capsys):
+    """From files and a CSV to an AUROC with an interval, on two kinds of heart; a tenth have the wrong label."""
+    section = (ROOT / "README.md").read_text().partition("### From a CSV")[2].partition("\n## ")[0]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    assert sum(bool(line) and not line.startswith(("import", "from")) for line in code.split("\n")) <= 10
+    monkeypatch.chdir(tmp_path)
+    labels = []
+    for i in range(101):
+        patient = i // 2
+        kind = patient % 2
+        signal = draw_ecg(FS, 2, ("II", "V1"), rr_s=0.7 + 0.01 * (7 * i % 30)) * (0.4 if kind else 1.5)
+        write(tmp_path / "my_ecgs", f"r{i:03d}", np.rint(1000 * signal.T), gain=1000, baseline=0)
+        labels.append(f"my_ecgs/r{i:03d},p{patient},{kind ^ (patient % 10 == 3)}")
+    labels[100] = "my_ecgs/absent,p99,1"                                # so r100 has no label
+    (tmp_path / "labels.csv").write_text("\n".join(["path,patient,label", *labels[::-1]]))
+    assert command("my_ecgs") == 0
+    names = {}
+    with torch.enable_grad():
+        exec(compile(code, "README.md", "exec"), names)
+    printed = capsys.readouterr().out.splitlines()[-1]
+    auroc, low, high = map(float, re.fullmatch(r"AUROC ([.\d]+) \[([.\d]+), ([.\d]+)\]", printed).groups())
+    train, test, patient = (names[name] for name in ("train", "test", "patient"))
+    assert not {*patient[train]} & {*patient[test]} and len(train) + len(test) == 100
+    wins = [(a > b) + (a == b) / 2 for a in names["score"][names["y"][test]] for b in names["score"][~names["y"][test]]]
+    assert auroc == round(np.mean(wins), 3) and 0.5 < low < auroc < high <= 1, printed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
