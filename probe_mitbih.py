@@ -13,7 +13,7 @@ How well a linear fit on DS1 finds two of these numbers from the features of DS2
 `rr r` of the logarithm of the RR interval before the beat, and `early r` of its ratio to the mean of the ten before,
 which tells S from N. --encoder random:SIZE gives only the control.
 
-Writes OUT/mitbih.json, OUT/predictions.npz (beats of DS2) and OUT/mitbih.png.
+Writes OUT/report.html, OUT/mitbih.json, OUT/predictions.npz (beats of DS2) and OUT/mitbih.png.
 
 Shapes: L leads, T samples (at FS), N patches of a window, D width, K beats, F features, C classes, G values of the
 regularisation, S resamples of records (the first row of `counts` is the test set itself).
@@ -32,10 +32,10 @@ from sklearn.metrics import precision_recall_fscore_support
 from sklearn.model_selection import GroupKFold
 from tqdm import tqdm
 
-from ecg import FS, LEAD_IDS, Refused, preprocess, read_wfdb
-from evaluate import (CALIBRATION_NOTE, calibration, draw_bars, interval, interval_of_seeds, label_auroc, load_encoders,
-                      macro, mean_of, only_random, parser_of, plain_auroc, resample, show, show_calibration,
-                      standardized, to_json, write_results)
+from ecg import FS, LEAD_IDS, LEADS, Recording, Refused, preprocess, read_wfdb
+from evaluate import (CALIBRATION_NOTE, calibration, draw_bars, draw_examples, interval, interval_of_seeds, label_auroc,
+                      load_encoders, macro, mean_of, only_random, parser_of, plain_auroc, resample, show,
+                      show_calibration, standardized, to_json, write_results)
 from model import low_precision
 from prepare import MITDB_DS1, MITDB_DS2
 
@@ -320,6 +320,21 @@ def draw(result):
     return figure
 
 
+def examples(encoder, raw, data, train, test, c, p):
+    """Confident classes of beats in DS2, by evaluate.draw_examples; p (K', C) of the neighbourhood's probe."""
+    x, cls, P = data["neighbourhood 0"][train], data["cls"], encoder.patch_samples
+
+    def show_row(row):
+        record, beat_s = data["record"][test][row], data["beat_s"][test][[row]]
+        signal_mv, ids = preprocess(*read_wfdb(raw / record)[:4], {})
+        (start,), N = place_windows(encoder, *signal_mv.shape, beat_s)
+        from_r = (start + (np.arange(N) + 0.5) * P) / FS - beat_s
+        window = Recording(signal_mv[:, start:start + N * P], FS, [LEADS[i] for i in ids])
+        return f"record {record}, {beat_s[0]:.1f} s", window, (from_r >= AROUND_S[0]) & (from_r <= AROUND_S[1])
+    return draw_examples(encoder, x, lambda rows: np.log(fit(x, cls[train], rows)[C_GRID.index(c)]), CLASSES, p,
+                         one_hot(cls[test]), data["record"][test], show_row)
+
+
 # ---- command line ---------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = parser_of("Linear probes of single heartbeats on MIT-BIH, for an encoder and its untrained control.",
@@ -365,7 +380,11 @@ def main(args):
     result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=only_random(args),
                           beats=args.beats or 0, n=n, mapping=AAMI, **result))
     print(report(result))
-    write_results(args.out, "mitbih", result, stored, draw(result))
+    p = stored["p_neighbourhood"]
+    papers = examples(encoders[0], args.raw, data, train, test, result["features"]["neighbourhood"]["c"][0],
+                      p if p.ndim == 2 else p[0])
+    write_results(args, "mitbih", result, stored, draw(result), report(result), encoders,
+                  (read_wfdb(args.raw / record) for record in sorted(set(stored["record"]))), papers)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ Recordings without any label of a set stay in it as rows of zeros (the benchmark
 real noise (minutes 20-30 of the Noise Stress Test records, which are never trained on). --leads I II shows the encoder
 these leads alone; --leads-scored does so in folds 9 and 10 only, with a probe that was fitted on --leads.
 
-Writes OUT/ptbxl.json, OUT/predictions.npz (fold 10) and OUT/ptbxl.png. 2,000 records and size tiny take 3 minutes on
-one core.
+Writes OUT/report.html, OUT/ptbxl.json, OUT/predictions.npz (fold 10) and OUT/ptbxl.png. 2,000 records and size tiny
+take 3 minutes on one core.
 
 Shapes: R recordings, F features, C labels, G values of the regularisation, E encoders, S resamples of patients (the
 first row of `counts` is the test set itself).
@@ -32,10 +32,10 @@ from tqdm import tqdm
 from augment import load_noise
 from corpus import open_corpus
 from ecg import Refused, lead_id, preprocess, read_wfdb
-from evaluate import (CALIBRATION_NOTE, COLORS, NOISE_DB, both_classes, calibration, draw_bars, global_features,
-                      in_bins, interval, interval_of_seeds, label_auroc, load_encoders, macro, mean_of, noisy_features,
-                      only_random, parser_of, plain_auroc, platt, resample, show, show_calibration, standardized,
-                      to_json, write_results)
+from evaluate import (CALIBRATION_NOTE, COLORS, NOISE_DB, both_classes, calibration, draw_bars, draw_examples,
+                      global_features, in_bins, interval, interval_of_seeds, label_auroc, load_encoders, macro, mean_of,
+                      noisy_features, only_random, parser_of, plain_auroc, platt, resample, show, show_calibration,
+                      standardized, to_json, write_results)
 
 TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's folds; a patient is in one fold only
@@ -283,6 +283,22 @@ def draw_reliability(axis, labels, y, p_platt):
     axis.legend(frameon=False, fontsize=8, loc="upper left")
 
 
+def examples(encoder, x, table, superclasses, c, stored, leads):
+    """Confident superclasses in fold 10, by evaluate.draw_examples; x (R, F), superclasses: of label_sets."""
+    train, _, test = split_rows(table.strat_fold.to_numpy())
+    labels, y, p = (stored[f"superdiagnostic_{key}"] for key in ("labels", "y", "p_platt"))
+    y_train = superclasses[1][train][:, np.isin(superclasses[0], labels)]
+
+    def fit(rows):
+        return fit_labels(np.concatenate((x[train], rows)), y_train, np.ones(len(y_train), bool))[C_GRID.index(c)]
+
+    def show_row(row):
+        recording, = read_recordings([table.path[test].iloc[row]], [leads])
+        return f"ecg_id {table.index[test][row]}", recording, True
+    return draw_examples(encoder, x[train], fit, labels, p if p.ndim == 2 else p[0], y,
+                         table.patient_id[test].to_numpy(), show_row)
+
+
 # ---- command line ---------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = parser_of("Linear probes on PTB-XL, for an encoder and its untrained control.", "raw/ptbxl")
@@ -323,7 +339,10 @@ def main(args):
     result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=only_random(args),
                           leads=args.leads or [], leads_scored=shown or [], n=n, tasks=tasks))
     print(report(result))
-    write_results(args.out, "ptbxl", result, stored, draw(result, stored))
+    papers = examples(encoders[0], features[0, :len(table)], table, sets["superdiagnostic"],
+                      tasks["superdiagnostic"]["c"][0], stored, shown)
+    write_results(args, "ptbxl", result, stored, draw(result, stored), report(result), encoders,
+                  read_recordings(table.path[test]), papers)
 
 
 if __name__ == "__main__":
