@@ -74,7 +74,7 @@ dt{font-weight:bold}dd{margin:0;white-space:pre-line;overflow-wrap:anywhere}pre,
 img{max-width:100%;height:auto}figure{margin:1rem 0;break-inside:avoid}summary{cursor:pointer}
 table{border-collapse:collapse}td,th{text-align:right;padding:0 .6rem;border-bottom:1px solid #ddd;white-space:nowrap}
 @page{size:A4 landscape;margin:10mm}
-@media print{body{font-size:9pt;padding:0}pre{font-size:5.5pt}img{width:var(--width)}}"""
+@media print{body{font-size:9pt;padding:0}pre{font-size:5.5pt}}"""
 
 
 # ---- scores and intervals -------------------------------------------------------------------------------------------
@@ -561,10 +561,10 @@ def show(value, ci):
 
 # ---- results and report.html of both probes -------------------------------------------------------------------------
 def as_html(figure, caption=""):
-    """A matplotlib Figure as HTML; in print it has its true size."""
+    """A matplotlib Figure as HTML, in its true size where the page is wide enough."""
     image = io.BytesIO()
     figure.savefig(image, format="webp", dpi=100, pil_kwargs=dict(lossless=True))      # half the size of a PNG
-    return (f'<figure><img style="--width:{figure.get_figwidth():.3f}in" alt="" src="data:image/webp;base64,'
+    return (f'<figure><img style="width:{figure.get_figwidth():.3f}in" alt="" src="data:image/webp;base64,'
             f'{base64.b64encode(image.getvalue()).decode()}"><figcaption>{escape(caption)}</figcaption></figure>')
 
 

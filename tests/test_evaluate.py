@@ -512,7 +512,7 @@ class Page(HTMLParser):
         attributes = dict(attributes)
         if tag == "img":
             kind, data = attributes["src"].split(",")
-            assert kind == "data:image/webp;base64" and attributes["style"].startswith("--width:")
+            assert kind == "data:image/webp;base64" and attributes["style"].startswith("width:")
             self.images.append(base64.b64decode(data, validate=True))
         self.links += [value for name, value in attributes.items() if name in ("href", "src") and "data:" not in value]
 
