@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import maximum_filter1d
 
-from ecg import FS, LEAD_IDS, LEADS, MAX_LEADS, MISSING, atomic_write
+from ecg import FS, LEAD_IDS, LEADS, MAX_LEADS, MISSING, UV_PER_MV, Refused, atomic_write, preprocess
 
 SPLITS = ("train", "val", "test")                # the corpus stores an index into this tuple
 SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")  # bits of the label, lowest first
@@ -213,6 +214,15 @@ def part_of(out):
     """The folder in which the corpus `out` lies until it is finished: on the same disk, even if `out` is a link or a
     mount point."""
     return Path(out).resolve() / ".part"
+
+
+def git(*command):
+    """What git says about the folder of this program; None if it says nothing."""
+    try:
+        found = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:                              # there is no git
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 # ---- copies within and between corpora ------------------------------------------------------------------------------
@@ -500,6 +510,25 @@ def write_held_out(corpora, path):
     atomic_write(path, lambda file: np.savez_compressed(
         file, about=about, index=held.index, records=np.concatenate([c.records[r] for c, r in zip(corpora, chosen)]),
         **{name: held.prints[name] for name in FINGERPRINT_DTYPE.names}))
+
+
+def known_by_content(recordings, held_out_file=HELD_OUT_FILE):
+    """How many recordings share 5 s or more with one that held_out_file knows, and how many there are. recordings: an
+    iterable of ecg.Recording; one that cannot be used is not known."""
+    prints, index, known = [NO_FINGERPRINTS], [np.zeros(0, INDEX_DTYPE)], open_held_out(held_out_file)
+    for number, recording in enumerate(recordings):
+        index.append(np.zeros(1, INDEX_DTYPE))
+        try:
+            signal_mv, lead_ids = preprocess(*recording[:4], {})
+        except Refused:
+            continue
+        steps = np.nan_to_num(np.rint(signal_mv * UV_PER_MV).clip(MISSING + 1, -MISSING - 1), nan=MISSING)
+        prints.append(fingerprint(steps.astype(np.int16), lead_ids))
+        prints[-1]["row"] = number
+        index[-1]["n_leads"], index[-1]["length"], index[-1]["leads"][0, :len(lead_ids)] = *steps.shape, lead_ids
+    ours = Corpus(None, {}, np.concatenate(index), None, None, np.concatenate(prints))
+    held = HeldOut([known], [np.ones(len(known.index), bool)])
+    return len(held.search([ours], [np.ones(len(ours.index), bool)])[0]), len(ours.index)
 
 
 def rows_to_leave_out(corpora, excluded=(), held_out_file=HELD_OUT_FILE):

@@ -9,9 +9,16 @@ Shapes: E encoders, R recordings or rows, D width of an encoder, C labels, G gro
 H levels of noise, L leads, T samples (at FS).
 """
 import argparse
+import base64
+import io
+import itertools
 import json
 import math
+import shlex
+import sys
 import tempfile
+import time
+from html import escape
 from itertools import islice
 from pathlib import Path
 
@@ -31,7 +38,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from augment import NOISE_TYPES, add_noise_levels
-from ecg import FS, MAX_LEADS, atomic_write, preprocess
+from corpus import git, known_by_content
+from ecg import FS, LEADS, MAX_LEADS, atomic_write, preprocess
 from model import load_encoder, rotate, untrained_like
 
 BOOTSTRAPS = 1000                # resamples of patients or records
@@ -51,6 +59,19 @@ MM_PER_S, MM_PER_MV, MM_PER_INCH = 25, 10, 25.4  # of ECG paper
 PAPER_MARGINS_MM = 16, 34        # of a figure, both sides together: width, height
 MAX_SHOWN_MV = 4.0               # about a lead's median; what is beyond is cut off in draw_recording
 ATTENTION_COLOURS = LinearSegmentedColormap.from_list("attention", ["#9aa7b5", "#f08a3c", "#8b0000"])
+
+ROW_MM, MARGIN_MM = 25, 4        # from a row of leads to the next, and left and right of them
+EXAMPLES = 10                    # in report.html, confidently wrong ones, and as many right ones
+FOR, AGAINST = np.array([[1.0, 0.55, 0.15], [0.35, 0.65, 1.0]])  # RGB of patches that raise and lower a logit
+COLOURS = """25 mm/s and 10 mm/mV, true to scale in print at 100 %. Orange patches raise the logit of the named label,
+blue ones lower it: the weights of the linear probe for the mean local feature, times the difference of the patch from
+its mean in training; full colour for the strongest twentieth of a picture. What other features add is not shown."""
+STYLE = """body{font:16px/1.5 sans-serif;color:#222;max-width:72rem;margin:auto;padding:0 1rem}p{margin:.4rem 0}
+dt{font-weight:bold}dd{margin:0;white-space:pre-line;overflow-wrap:anywhere}pre,div{overflow-x:auto;font-size:.8rem}
+img{max-width:100%;height:auto}figure{margin:1rem 0;break-inside:avoid}summary{cursor:pointer}
+table{border-collapse:collapse}td,th{text-align:right;padding:0 .6rem;border-bottom:1px solid #ddd;white-space:nowrap}
+@page{size:A4 landscape;margin:10mm}
+@media print{body{font-size:9pt;padding:0}pre{font-size:5.5pt}}"""
 
 
 # ---- scores and intervals -------------------------------------------------------------------------------------------
@@ -504,6 +525,37 @@ def draw_paper(title, names, signal_mv, panels):
     return figure
 
 
+def draw_ecg_paper(axis, signal_mv, leads, colours=None):
+    """Draw an ECG on paper of 25 mm/s and 10 mm/mV, and return the size (2,) in mm that `axis` must have for that.
+
+    signal_mv (L, T) at FS, NaN = missing, drawn without the median of each lead; leads: L names. The twelve standard
+    ones are in three rows of four, a quarter of the time each, with II below; others have a row each. colours
+    (L, T, 3): RGB behind every sample.
+    """
+    T, names, twelve = signal_mv.shape[1], list(leads), LEADS[1:13]
+    rows = [[i] for i in range(len(names))]
+    if set(twelve) <= set(names):
+        rows = [[names.index(name) for name in row] for row in (*(twelve[r::3] for r in range(3)), ["II"])]
+    x_mm, y_mm = np.arange(T) / FS * MM_PER_S, (signal_mv.T - pd.DataFrame(signal_mv.T).median().to_numpy()) * MM_PER_MV
+    for number, row in enumerate(rows):
+        for k, i in enumerate(row):
+            part = slice(T * k // len(row), T * (k + 1) // len(row))
+            points = np.stack((x_mm, y_mm[:, i] - ROW_MM * number), axis=1)[part]
+            if colours is not None:              # below the grid, a line for each stretch of one colour
+                starts = np.flatnonzero(np.diff(colours[i, part], axis=0, prepend=-1).any(axis=1))
+                lines = [points[a:b + 1] for a, b in zip(starts, [*starts[1:], T])]
+                axis.add_collection(LineCollection(lines, linewidths=8, colors=colours[i, part][starts], zorder=0))
+            axis.plot(*points.T, color="black", linewidth=0.8)
+            axis.text(points[0, 0] + 1, 8 - ROW_MM * number, names[i], fontsize=9)
+    size_mm = np.array((x_mm[-1] + 2 * MARGIN_MM, ROW_MM * (len(rows) + 1)))
+    (left, right), (low, high) = (-MARGIN_MM, size_mm[0] - MARGIN_MM), (ROW_MM - size_mm[1], ROW_MM)
+    for step_mm, colour in ((1, "#f8e3e3"), (5, "#eebcbc")):
+        axis.vlines(np.arange(-5, right, step_mm), low, high, color=colour, linewidth=0.6, zorder=0.5)
+        axis.hlines(np.arange(low, high, step_mm), left, right, color=colour, linewidth=0.6, zorder=0.5)
+    axis.set(xlim=(left, right), ylim=(low, high), xticks=(), yticks=(), frame_on=False)
+    return size_mm
+
+
 def draw_bars(axis, labels, series):
     """Groups of bars from 0.5 on, a group per label; series {name in COLORS: (AUROC (N,), intervals (N, 2))}."""
     width = 0.8 / len(series)
@@ -563,6 +615,8 @@ def parser_of(description, raw_example):
     parser.add_argument("--out", type=Path, required=True,
                         help="folder for the results; it is made if absent, and earlier results in it are replaced")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("--looks", type=int, metavar="N",
+                        help="how often the test set was scored in your project, with this time; the report says it")
     parser.add_argument("--device", default="auto",
                         help="a device of PyTorch: cpu, cuda, cuda:1, mps ... (default: cuda if there is a GPU)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
@@ -630,10 +684,95 @@ def table(rows, columns):
     return shown and pd.DataFrame(shown).set_axis(list(rows)).to_string(na_rep="-", float_format="{:.3f}".format)
 
 
-def write_results(out, name, result, arrays, figure):
-    """Write OUT/predictions.npz, OUT/NAME.png and, last, OUT/NAME.json with the scores, each whole or not at all."""
+def as_html(figure, caption=""):
+    """A matplotlib Figure as HTML, in its true size where the page is wide enough."""
+    image = io.BytesIO()
+    figure.savefig(image, format="webp", dpi=100, pil_kwargs=dict(lossless=True))      # half the size of a PNG
+    return (f'<figure><img style="width:{figure.get_figwidth():.3f}in" alt="" src="data:image/webp;base64,'
+            f'{base64.b64encode(image.getvalue()).decode()}"><figcaption>{escape(caption)}</figcaption></figure>')
+
+
+def draw_examples(encoder, x, fit, names, p, y, group, show_row):
+    """HTML, {whether right: text}, of EXAMPLES rows of p (R, C) with the most wrong probabilities of a label, and of
+    those with the highest of a label that is there; at most one row of each group (R,). names (C,), y (R, C) bool.
+
+    show_row(row) gives a title, the recording, and which patches (N,) the columns D to 2D of x are the mean of. Colours
+    are the part of each patch in the logit through this mean: weights times (local feature - mean of x). The weights
+    are differences between logits: fit(rows (R', F)) gives those (R', C) of a linear probe fitted on x (., F).
+    """
+    mean, columns = np.nanmean(x, axis=0, dtype=np.float64), np.arange(encoder.width, 2 * encoder.width)
+    at_mean, *away = fit(np.vstack((mean, mean + np.eye(len(mean))[columns])))
+    weights, off, found = np.array(away) - at_mean, np.abs(p - y), {False: "", True: ""}
+    for right, rank, limit in ((False, -off, -0.5), (True, np.where(y, off, 1), 0.5)) if p.size else ():
+        best, rows = rank.argmin(axis=1), np.argsort(rank.min(axis=1), kind="stable")
+        rows = rows[np.sort(np.unique(group[rows], return_index=True)[1])]
+        for row in rows[rank.min(axis=1)[rows] < limit][:EXAMPLES]:
+            title, recording, seen = show_row(row)
+            local = encoder.embed(recording, on_error="nan").local_features
+            if local is None:                    # it counted as the mean recording
+                continue
+            part = np.nan_to_num((local - mean[columns]) @ weights[:, best[row]] * seen)
+            part = (part / np.quantile(np.abs(part), 0.95).clip(1e-12)).clip(-1, 1)
+            part = part.repeat(encoder.patch_samples, axis=1)[..., None]
+            (signal_mv, ids), figure = preprocess(*recording[:4], {}), Figure()
+            colours, leads = 1 - np.abs(part) * (1 - np.where(part > 0, FOR, AGAINST)), [LEADS[i] for i in ids]
+            size_mm = draw_ecg_paper(figure.add_axes((0, 0, 1, 1)), signal_mv[:, :part.shape[1]], leads, colours)
+            figure.set_size_inches(size_mm / 25.4)
+            found[right] += as_html(figure, f"{title}: probability of {names[best[row]]} {p[row, best[row]]:.3f}; "
+                                            f"annotated: {', '.join(np.array(names)[y[row]]) or 'none of the labels'}")
+    return found
+
+
+def what_was_run(args, networks, recordings):
+    """The facts at the head of a report, {name: text}; recordings: an iterator over those of the test set."""
+    known, n = known_by_content(recordings)
+    run = {"Command": shlex.join(sys.argv), "Written": time.strftime("%Y-%m-%d %H:%M %Z"),
+           "Commit": git("describe", "--always", "--abbrev=40", "--dirty") or "unknown",
+           "Test set": f"scored {args.looks} times so far" if args.looks else "how often it was scored is not stated",
+           "Leak check": f"Of {n} test recordings {known} are known by content to pretrained/held_out.npz. train.py "
+                         "leaves out what shares 5 s or more with that file, or with what its own corpora hold out."}
+    for path, network in zip(args.encoder, networks):
+        about = {key: "; ".join(value) if isinstance(value, list) else value for key, value in network.about.items()
+                 if not isinstance(value, dict)}
+        copies = Path(path).with_name("left_out.csv")
+        if not path.startswith("random:"):
+            about["leak check"] = (f"{copies.read_text().count(',copy of a held-out')} recordings left out, by {copies}"
+                                   if copies.is_file() else f"not known, as there is no {copies}")
+        run[f"Encoder {path}"] = "\n".join(map("{0[0]}: {0[1]}".format, about.items())) or "untrained"
+    return run
+
+
+def all_numbers(result):
+    """HTML tables of the parts of a result that are dicts of dicts: a column each, a row for every number."""
+    def as_text(value):
+        return (f"[{', '.join(map(as_text, value))}]" if isinstance(value, list) else "" if value is None else
+                f"{value:.3f}".removesuffix(".000") if isinstance(value, float) else str(value))
+    page = ""
+    for name, part in result.items():
+        if isinstance(part, dict) and part and all(isinstance(value, dict) for value in part.values()):
+            frame = pd.json_normalize(list(part.values()), sep=" ").set_axis(list(part)).T.replace({np.nan: None})
+            number = ~frame.index.astype(str).str.contains("ci95")   # an interval belongs to the number before it
+            number[:1] = True
+            frame = frame.map(as_text).groupby(number.cumsum()).agg(" ".join).set_axis(frame.index[number])
+            page += f"<details><summary>{escape(name)}</summary><div>{frame.to_html(border=0)}</div></details>"
+    return page
+
+
+def write_results(args, name, result, arrays, figure, text, networks, recordings, examples):
+    """Write OUT/predictions.npz, OUT/NAME.png, OUT/report.html and, last, OUT/NAME.json with the scores, each whole or
+    not at all. text: what was printed; networks: of load_encoders; recordings: see what_was_run; examples: of
+    draw_examples."""
+    run, out = what_was_run(args, networks, recordings), args.out
+    lines = itertools.groupby(escape(text).splitlines(), lambda line: "  " in line)            # tables have two spaces
+    printed = ("<pre>" + "\n".join(of) + "</pre>" if table else "<p>" + "<p>".join(of) for table, of in lines)
+    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>probe_{name}.py</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>
+<h1>probe_{name}.py</h1><dl>{"".join(f"<dt>{escape(key)}<dd>{escape(value)}" for key, value in run.items())}</dl>
+<h2>Scores</h2>{"".join(printed)}{as_html(figure)}<h3>All numbers</h3>{all_numbers(result)}
+<h2>Confidently wrong</h2><p>{COLOURS}{examples[False]}<h2>Confidently right</h2>{examples[True]}</body></html>"""
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "predictions.npz", lambda file: np.savez_compressed(file, **arrays))
     save_figure(figure, out / f"{name}.png", dpi=150)
-    atomic_write(out / f"{name}.json", json.dumps(result, indent=1))
-    print(f"wrote {out / name}.json, predictions.npz and {name}.png")
+    atomic_write(out / "report.html", page)
+    atomic_write(out / f"{name}.json", json.dumps(result | dict(run=run), indent=1))
+    print(f"wrote {out / name}.json, predictions.npz, {name}.png and report.html")

@@ -13,7 +13,7 @@ How well a linear fit on DS1 finds two of these numbers in DS2 is the correlatio
 logarithm of the RR interval before the beat, `early r` of its ratio to the mean of the ten before, which tells S from
 N. Probabilities and thresholds come from held-out records of DS1. A window of 1 s, lead II alone, and noise, added to
 the window of a beat, are scored on FEW_BEATS of a class and record. --encoder random:SIZE gives only the control.
-Writes OUT/mitbih.json, OUT/predictions.npz (beats of DS2) and OUT/mitbih.png.
+Writes OUT/report.html, OUT/mitbih.json, OUT/predictions.npz (beats of DS2) and OUT/mitbih.png.
 
 Shapes: L leads, D width, K beats, F features, C classes, G penalties, E encoders, H noises, S resamples (first: DS2).
 """
@@ -35,11 +35,11 @@ from tqdm import tqdm
 
 from augment import NOISE_TYPES, add_test_noise, load_noise
 from corpus import open_corpus
-from ecg import FS, LEAD_IDS, Refused, preprocess, read_wfdb
-from evaluate import (CALIBRATION_NOTE, COLORS, NOISE_DB, calibration, draw_bars, interval, interval_of_seeds,
-                      label_auroc, load_encoders, macro, mean_of, only_random, parser_of, plain_auroc, resample,
-                      selective, standardized, table, to_json, write_results)
-from model import BEAT_WINDOW_S, token_features
+from ecg import FS, LEAD_IDS, LEADS, Recording, Refused, preprocess, read_wfdb
+from evaluate import (CALIBRATION_NOTE, COLORS, NOISE_DB, calibration, draw_bars, draw_examples, interval,
+                      interval_of_seeds, label_auroc, load_encoders, macro, mean_of, only_random, parser_of, plain_auroc,
+                      resample, selective, standardized, table, to_json, write_results)
+from model import AROUND_S, BEAT_WINDOW_S, place_windows, token_features
 from prepare import MITDB_DS1, MITDB_DS2
 
 # Symbols of the AAMI EC57 classes. J are the escape beats e and j: nearly all papers count them as N, and WFDB's own
@@ -347,6 +347,22 @@ def draw(result):
     return figure
 
 
+def examples(encoder, raw, data, beats, c, p):
+    """Confident classes of beats in DS2, by evaluate.draw_examples; p (K', C) of the neighbourhood's probe."""
+    test, cls, P = beats["test"], beats["cls"], encoder.patch_samples
+
+    def show_row(row):
+        record, beat_s = data["record"][test][row], data["beat_s"][test][[row]]
+        signal_mv, ids = preprocess(*read_wfdb(raw / record)[:4], {})
+        (start,), N = place_windows(encoder, *signal_mv.shape, beat_s)
+        from_r = (start + (np.arange(N) + 0.5) * P) / FS - beat_s
+        window = Recording(signal_mv[:, start:start + N * P], FS, [LEADS[i] for i in ids])
+        return f"record {record}, {beat_s[0]:.1f} s", window, (from_r >= AROUND_S[0]) & (from_r <= AROUND_S[1])
+    x = data[0][~test]
+    return draw_examples(encoder, x, lambda rows: np.log(fit(x, cls[~test], rows)[C_GRID.index(c)]), CLASSES, p,
+                         one_hot(cls[test]), data["record"][test], show_row)
+
+
 # ---- command line ---------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = parser_of("Linear probes of heartbeats of MIT-BIH, for an encoder and its untrained control.", "raw/mitdb")
@@ -390,7 +406,11 @@ def main(args):
                           beats=args.beats or 0, n=n, mapping=mapping, mappings=counted,
                           snr_db=NOISE_DB if args.noise else [], **found))
     print(report(result))
-    write_results(args.out, "mitbih", result, stored, draw(result))
+    p = stored["p_neighbourhood"]
+    shown = examples(encoders[0], args.raw, data, papers, result["features"]["neighbourhood"]["c"][0],
+                     p if p.ndim == 2 else p[0])
+    write_results(args, "mitbih", result, stored, draw(result), report(result), encoders,
+                  (read_wfdb(args.raw / record) for record in sorted(set(stored["record"]))), shown)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ The linear probe is also fitted on 10 % and 1 % of the training patients. --enco
 control. --noise scores the same probe under real noise (minutes 20-30 of the Noise Stress Test records, which are never
 trained on), --leads-curve with few leads, and --attention a probe of local features.
 
-Writes OUT/ptbxl.json, OUT/predictions.npz (fold 10) and OUT/ptbxl.png. 2,000 records, size tiny, one core: 3 minutes.
+Writes OUT/report.html, OUT/ptbxl.json, OUT/predictions.npz (fold 10) and OUT/ptbxl.png. 2,000 records, size tiny, one
+core: 3 minutes.
 
 Shapes: R recordings, R' those of fold 9 and then of fold 10, T those of fold 10, F features, C labels, G values of the
 regularisation, E encoders, E' these and their controls, S resamples of patients (the first row of `counts` is the test
@@ -30,10 +31,10 @@ from augment import load_noise, snr_of_leads
 from corpus import open_corpus
 from ecg import LEADS, Refused, lead_id, preprocess, read_wfdb
 from evaluate import (CALIBRATION_NOTE, NOISE_DB, NOISE_KINDS, NOISE_NOTE, SCORES, as_table, both_classes, calibration,
-                      draw_bars, draw_reliability, draw_scores, fit_attention, fit_logistic, global_features,
-                      label_auroc, load_encoders, local_features, macro, mean_of, noisy_features, only_random, paired,
-                      parser_of, plain_auroc, platt, resample, show, show_calibration, show_paired, to_json,
-                      write_results)
+                      draw_bars, draw_examples, draw_reliability, draw_scores, fit_attention, fit_logistic,
+                      global_features, label_auroc, load_encoders, local_features, macro, mean_of, noisy_features,
+                      only_random, paired, parser_of, plain_auroc, platt, resample, show, show_calibration, show_paired,
+                      to_json, write_results)
 
 TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's folds; a patient is in one fold only
@@ -345,6 +346,18 @@ def draw(result, arrays):
     return figure
 
 
+def examples(encoder, x, fit, table, data, c, stored, leads):
+    """Confident superclasses in fold 10, by evaluate.draw_examples; x (R, F) of fit, a result of fit_labels."""
+    labels, y, p = (stored[f"superdiagnostic_{key}"] for key in ("labels", "y", "p_platt"))
+    columns = data.columns["superdiagnostic"].start + np.flatnonzero(np.isin(data.sets["superdiagnostic"][0], labels))
+
+    def show_row(row):
+        recording, = read_recordings([table.path.iloc[data.test[row]]], [leads])
+        return f"ecg_id {table.index[data.test[row]]}", recording, True
+    return draw_examples(encoder, x, lambda rows: fit(rows)[C_GRID.index(c)][:, columns], labels,
+                         p if p.ndim == 2 else p[0], y, data.patients[data.test], show_row)
+
+
 # ---- command line ---------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = parser_of("Probes on PTB-XL, for an encoder and its untrained control.", "raw/ptbxl")
@@ -390,7 +403,10 @@ def main(args):
     result = to_json(result | (dict(attention=attention(encoders, paths, leads, data)) if args.attention else {}))
     stored |= dict(ecg_id=table.index.to_numpy()[data.test], patient_id=data.patients[data.test])
     print(report(result))
-    write_results(args.out, "ptbxl", result, stored, draw(result, stored))
+    shown_ecgs = examples(encoders[0], features[0][data.train], fits[0], table, data, tasks["superdiagnostic"]["c"][0],
+                          stored, shown)
+    write_results(args, "ptbxl", result, stored, draw(result, stored), report(result), encoders,
+                  read_recordings(paths[data.test]), shown_ecgs)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -54,7 +53,7 @@ import prepare
 import probe_mitbih
 import probe_ptbxl
 from augment import NEAR_OFFSETS, Batches, lead_groups, load_noise
-from corpus import SPLITS, Sampler, lock_folder, open_corpus
+from corpus import SPLITS, Sampler, git, lock_folder, open_corpus
 from dino import (STUDENT_TEMPERATURE, build_networks, diagnose, distributed, gather_rows, health, num_ranks, objective,
                   reduce_, update_teacher)
 from ecg import FS, LEADS, Recording, atomic_write, sha256
@@ -565,9 +564,6 @@ def settle_flags(args, meta, device, rank):
 
 def run_about(args, world_size, device, sampler, student, same):
     """What this run is, for run.json and for the screen."""
-    def git(*command):
-        found = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
-        return found.stdout.strip() if found.returncode == 0 else None
     return dict(command=" ".join(sys.argv), same=same,
                 adjustable={k: getattr(args, k) for k in ("lr", "steps", "precision")}, args=vars(args),
                 commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")), torch=torch.__version__,

@@ -16,9 +16,9 @@ from augment import lead_groups
 from conftest import RECORDS, TWELVE, names_of, real_ptbxl, run, rows_of
 from corpus import (DERIVED, FINGERPRINT_DTYPE, HELD_OUT_FILE, INDEPENDENT, INDEX_DTYPE, MAX_PATIENTS_TRIED,
                     MAX_SHARE_OF_PEOPLE, NEAR_S, NO_FINGERPRINTS, SPLITS, Corpus, Sampler, capped, find_duplicates,
-                    fingerprint, fingerprints_of, lead_group, near_starts, open_corpus, open_held_out,
+                    fingerprint, fingerprints_of, known_by_content, lead_group, near_starts, open_corpus, open_held_out,
                     rows_to_leave_out, standard_leads, write_held_out)
-from ecg import FS, LEAD_IDS, LEADS, MISSING
+from ecg import FS, LEAD_IDS, LEADS, MISSING, Recording
 
 EIGHT = ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6")
 
@@ -186,6 +186,24 @@ def test_test_sets_that_are_not_prepared_here(shared_data, tmp_path, capsys):
     write_held_out([theirs], tmp_path / "own.npz")
     assert rows_to_leave_out([mine], held_out_file=tmp_path / "own.npz")[0][0].tolist() == held.tolist()
     assert names_of(open_held_out(tmp_path / "own.npz")) == [names_of(theirs)[i] for i in held]
+
+
+def test_recordings_of_a_test_set_are_known_by_their_content(synth, tmp_path):
+    """Those that are held out, at another rate, gain and with one lead; not others, and not what cannot be used."""
+    corpus = open_corpus(synth / "data" / "ptbxl")
+    write_held_out([corpus], tmp_path / "held_out.npz")
+    held, names = corpus.index["split"] > 0, [LEADS[i] for i in corpus.lead_ids(0)]
+    assert held.any() and not held.all() and (corpus.index["n_leads"] == 12).all()
+
+    def known(rows, leads=slice(None)):
+        signals = [resample_poly(np.array(corpus.read(i))[leads] / 1000 * 0.7, 2, 1, axis=1) for i in rows]
+        return known_by_content([Recording(x, 2 * FS, names[leads]) for x in signals], tmp_path / "held_out.npz")
+    held, others = np.flatnonzero(held), np.flatnonzero(~held)[:20]
+    assert known(held) == (len(held), len(held)) and known(others) == (0, len(others)) and known([]) == (0, 0)
+    found, n = known([*held, *others], slice(1, 2))
+    assert 0.9 * len(held) <= found <= len(held) == n - len(others)
+    flat = Recording(np.zeros((1, 2500)), FS, ["I"])
+    assert known_by_content([flat], tmp_path / "held_out.npz") == (0, 1)
 
 
 def test_fingerprints_do_not_depend_on_gain_offset_start_or_pieces_in_memory(synth, monkeypatch):

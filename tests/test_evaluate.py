@@ -1,8 +1,16 @@
 """What both probes share and what train.py asks about its run: against other programs, loops, or by construction."""
+import base64
+import io
 import json
 import math
+import shutil
+import subprocess
+from argparse import Namespace
+from html import escape
+from html.parser import HTMLParser
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -569,6 +577,188 @@ def test_bars_leave_out_what_is_not_known(tmp_path):
     evaluate.save_figure(figure, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == PNG and axis.get_ylim()[0] < 0.41
     assert [t.get_text() for t in axis.texts] == ["0.700", "", "0.900", "0.400"]
+
+
+@pytest.mark.parametrize("leads, places", [
+    (LEADS[1:13], {"I": (0, 0), "aVR": (0, 1), "V1": (0, 2), "V4": (0, 3), "aVL": (1, 1), "V6": (2, 3)}),
+    (("MLII", "V1"), {"MLII": (0, 0), "V1": (1, 0)})])
+def test_paper_has_25_mm_per_second_and_10_mm_per_mv(leads, places):
+    """In the figure as it is printed, with every lead where a reader looks for it."""
+    signal = draw_ecg(FS, 10, leads)
+    signal[0, :5] = np.nan
+    figure, colours = Figure(), np.random.default_rng(0).random((len(leads), 50, 3)).repeat(50, axis=1)
+    axis = figure.add_axes((0, 0, 1, 1))
+    figure.set_size_inches(evaluate.draw_ecg_paper(axis, signal, leads, colours) / 25.4)
+    moved_mm = np.diff(axis.transData.transform([(0, 0), (25, 10)]), axis=0) / figure.dpi * 25.4
+    np.testing.assert_allclose(moved_mm, [[25, 10]])                   # data are in mm
+    columns, lines = max(column for _, column in places.values()) + 1, axis.get_lines()
+    order = [3 * k + r for r in range(3) for k in range(4)] + [1] if columns == 4 else range(2)    # II again below
+    assert [text.get_text() for text in axis.texts] == [leads[i] for i in order] and len(lines) == len(order)
+    for i, line, text, drawn in zip(order, lines, axis.texts, axis.collections):               # then the grid
+        row, column = places.get(leads[i], (None, None))
+        x, y = line.get_data()
+        assert row is None or -25 * row < text.get_position()[1] < 25 - 25 * row
+        assert row is None or x[0] == pytest.approx(25 * 10 / columns * column)
+        part = np.rint(x / 25 * FS).astype(int)
+        expected = 10 * (signal[i, part] - np.nanmedian(signal[i]))
+        np.testing.assert_allclose(np.diff(y), np.diff(expected), atol=1e-9)
+        assert np.nanmedian(y - expected) % -25 == pytest.approx(0, abs=1e-9) and np.isnan(y).sum() == 5 * (i == 0)
+        starts = np.array([path.vertices[0, 0] for path in drawn.get_paths()])
+        np.testing.assert_allclose(drawn.get_colors()[:, :3], colours[i, np.rint(starts / 25 * FS).astype(int)])
+
+
+def example(seed=0, R=40):
+    """A probe with known weights for R recordings of two leads, half as many people: arguments of draw_examples."""
+    rng, encoder = np.random.default_rng(seed), small_encoder()
+    made = [Recording(draw_ecg(FS, 3.1, ("I", "V2"), rr_s), FS, ["I", "V2"]) for rr_s in rng.uniform(0.5, 1, R)]
+    x = np.stack([encoder.embed(recording).global_feature for recording in made])
+    weights = rng.normal(size=(3 * WIDTH, 2))
+    z = (x - x.mean(axis=0)) @ weights
+    y = z + rng.normal(0, z.std(), z.shape) > 0
+    seen = np.arange(15) % 3 > 0
+    return encoder, x, lambda rows: rows @ weights + 3, ["a", "b"], 1 / (1 + np.exp(-z)), y, np.arange(R) // 2, (
+        lambda row: (f"row {row}", made[row], seen)), made, weights, seen
+
+
+def test_examples_are_the_most_confident_ones_and_show_their_patches(monkeypatch):
+    """Which ones, what is said of them, and the colours, by loops."""
+    *arguments, made, weights, seen = example()
+    encoder, x, _, _, p, y, group, _ = arguments
+    shown, draw = [], evaluate.draw_ecg_paper
+    monkeypatch.setattr(evaluate, "EXAMPLES", 4)
+    monkeypatch.setattr(evaluate, "draw_ecg_paper", lambda *drawn: shown.append(drawn) or draw(*drawn))
+    found = evaluate.draw_examples(*arguments)
+    expected = []
+    for right in (False, True):
+        rows = [(abs(p[r, k] - y[r, k]) * (1 if right else -1), r, k) for r in range(len(p)) for k in range(2)
+                if (abs(p[r, k] - y[r, k]) < 0.5 and y[r, k] if right else abs(p[r, k] - y[r, k]) > 0.5)]
+        best = {}
+        for _, r, k in sorted(rows):
+            best.setdefault(group[r], (r, k))
+        expected.append(list(best.values())[:4])
+        captions = [f"row {r}: probability of {'ab'[k]} {p[r, k]:.3f}; annotated: "
+                    f"{', '.join(c for c, there in zip('ab', y[r]) if there) or 'none of the labels'}"
+                    for r, k in expected[-1]]
+        assert Page(found[right]).captions == captions and len(captions) == 4
+    for (r, k), (axis, signal_mv, leads, colours) in zip(sum(expected, []), shown):
+        assert leads == ["I", "V2"] and signal_mv.shape == (2, 750) == colours.shape[:2]           # whole patches
+        np.testing.assert_allclose(signal_mv, made[r].signal[:, :750], atol=1e-6)
+        local, part = encoder.embed(made[r]).local_features, np.zeros((2, 15))
+        for lead in range(2):
+            for n in np.flatnonzero(seen):
+                part[lead, n] = sum((local[lead, n, d] - x[:, WIDTH + d].mean()) * weights[WIDTH + d, k]
+                                    for d in range(WIDTH))
+        full = np.sort(np.abs(part).ravel())[-1]
+        for lead in range(2):
+            for n in range(15):
+                rgb = colours[lead, n * PATCH]
+                assert (colours[lead, n * PATCH:(n + 1) * PATCH] == rgb).all()
+                assert (rgb == 1).all() if part[lead, n] == 0 else (rgb[0] > rgb[2]) == (part[lead, n] > 0)
+        strongest = np.unravel_index(np.abs(part).argmax(), part.shape)
+        np.testing.assert_allclose(colours[strongest[0], strongest[1] * PATCH],
+                                   evaluate.FOR if part[strongest] > 0 else evaluate.AGAINST)
+        weak = np.abs(part) < 0.5 * full                               # below full colour they are proportional
+        depth = (1 - colours[:, ::PATCH]).max(axis=2) / (1 - np.where(part > 0, *(
+            c.min() for c in (evaluate.FOR, evaluate.AGAINST))))
+        scale = np.quantile(np.abs(part), 0.95)
+        np.testing.assert_allclose(depth[weak], np.minimum(np.abs(part) / scale, 1)[weak], atol=1e-5)
+
+
+def test_a_right_example_has_the_label_and_a_wrong_one_is_wrong():
+    *arguments, made, _, _ = example()
+    arguments[4], arguments[5] = np.full((40, 2), 0.1), np.zeros((40, 2), bool)        # all are right, none has a label
+    assert evaluate.draw_examples(*arguments) == {False: "", True: ""}
+    arguments[4], arguments[5] = np.zeros((40, 0)), np.zeros((40, 0), bool)
+    assert evaluate.draw_examples(*arguments) == {False: "", True: ""}
+
+
+class Page(HTMLParser):
+    """What a page shows: its text, captions, images (bytes), cells, and whatever is not in the page itself."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text, self.captions, self.images, self.tags, self.links, self.cells = "", [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        attributes = dict(attributes)
+        if tag == "img":
+            kind, data = attributes["src"].split(",")
+            assert kind == "data:image/webp;base64" and attributes["style"].startswith("width:")
+            self.images.append(base64.b64decode(data, validate=True))
+        self.links += [value for name, value in attributes.items() if name in ("href", "src") and "data:" not in value]
+
+    def handle_data(self, data):
+        self.text += data
+        if self.tags[-1:] == ["figcaption"] and data.strip():
+            self.captions.append(data)
+        if self.tags[-1:] in (["td"], ["th"]) and data.strip():
+            self.cells.append(data)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What write_results writes, with two wrong examples and two right ones, and the result that it got."""
+    *arguments, made, _, _ = example()
+    figure = Figure(figsize=(16, 4))
+    figure.subplots().plot([0, 1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "EXAMPLES", 2)
+        examples = evaluate.draw_examples(*arguments)
+    result = dict(encoder=["random:tiny"], n=dict(test=3), tasks={
+        "all": dict(n=3, auroc=0.8125, ci95=[0.7, None], deep=dict(z=1.5)), "some": dict(auroc=0.5, ci95=[0.25, 0.75])})
+    text = "The protocol, with <angles> & so\n      auroc  difference\nall    0.812       0.100"
+    args = Namespace(out=tmp_path_factory.mktemp("report") / "out", encoder=["random:tiny"], looks=7)
+    evaluate.write_results(args, "ptbxl", result, dict(a=np.arange(3)), figure, text, [small_encoder()], made[:2],
+                           examples)
+    return args.out, result
+
+
+def test_the_report_holds_all_that_it_shows(report):
+    out, result = report
+    text = (out / "report.html").read_text()
+    page = Page(text)
+    assert {path.name for path in out.iterdir()} == {"ptbxl.json", "ptbxl.png", "predictions.npz", "report.html"}
+    assert len(page.images) == 5 == text.count("<figure>") and len(page.captions) == 4
+    for image, width in zip(page.images, [1600] + 4 * [None]):
+        with PIL.Image.open(io.BytesIO(image)) as found:
+            assert found.width == (width or round((3 * 25 - 0.1 + 8) / 25.4 * 100)) and found.height > 100
+            assert len(found.convert("RGB").getcolors(10 ** 6)) > 10           # something is drawn
+    assert not page.links and "script" not in page.tags and "http" not in text and "@import" not in text
+    assert 'name="viewport" content="width=device-width' in text and "img{max-width:100%;height:auto}" in text
+    for said in ("The protocol, with <angles> & so", "all    0.812       0.100", "scored 7 times", "untrained",
+                 "Of 2 test recordings 0 are known"):
+        assert said in page.text, said
+    assert [cell.strip() for cell in page.cells] == [
+        "all", "some", "n", "3", "auroc", "0.812 [0.700, ]", "0.500 [0.250, 0.750]", "deep z", "1.500"]
+    assert json.loads((out / "ptbxl.json").read_text()).items() >= result.items()
+
+
+def test_nothing_in_the_report_is_wider_than_the_page(report, tmp_path):
+    """In a browser, if there is one, as wide as a phone and as a desk. A figure that is missing or too wide is seen."""
+    browser = shutil.which("chromium")
+    if not browser:
+        pytest.skip("no chromium")
+    text = (report[0] / "report.html").read_text()
+    broken = text.replace("max-width:100%;", ""), text.replace("data:image/webp;base64,", "data:,", 1)
+    frames = "".join(f'<iframe width={width} height=800 srcdoc="{escape(page)}"></iframe>'
+                     for page in (text, *broken) for width in (390, 1280))
+    (tmp_path / "page.html").write_text(f"""<meta charset="utf-8">{frames}<script>onload = () => {{
+        document.body.textContent = JSON.stringify([...document.querySelectorAll("iframe")].map(f => [
+            f.contentWindow.innerWidth, f.contentDocument.documentElement.scrollWidth,
+            [...f.contentDocument.images].map(i => [i.naturalWidth, i.getBoundingClientRect().right])]))}}
+        </script>""")
+    quiet = ("disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update",
+             "disable-sync")
+    out = subprocess.run([browser, "--headless", "--no-sandbox", *(f"--{flag}" for flag in quiet), "--dump-dom",
+                          f"--user-data-dir={tmp_path}/chromium", (tmp_path / "page.html").as_uri()],
+                         capture_output=True, text=True, timeout=120).stdout
+    found = json.loads(out[out.index("[["):out.rindex("]]") + 2])
+    assert [width for width, *_ in found] == 3 * [390, 1280]
+    fits = [scrolled <= width and len(images) == 5 and all(own > 0 and right <= width for own, right in images)
+            for width, scrolled, images in found]
+    assert fits == [True, True, False, False, False, False]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -526,7 +526,8 @@ def test_a_window_gets_noise_of_the_stated_level(synth, kind):
 
 def results(out, name):
     result = json.loads((out / f"{name}.json").read_text())
-    assert {p.name for p in out.iterdir()} == {f"{name}.json", "predictions.npz", f"{name}.png"}
+    assert {p.name for p in out.iterdir()} == {f"{name}.json", "predictions.npz", f"{name}.png", "report.html"}
+    assert (out / "report.html").read_text().count("<img ") > 1 and "Command" in result["run"]
     assert (out / f"{name}.png").stat().st_size > 10_000
     return result, np.load(out / "predictions.npz")
 
