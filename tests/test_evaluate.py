@@ -24,7 +24,7 @@ import evaluate
 from augment import load_noise, nst_db, snr_of_leads
 from conftest import TWELVE, draw_ecg
 from corpus import INDEX_DTYPE, open_corpus
-from ecg import FS, LEADS, Recording, preprocess
+from ecg import FS, LEADS, MISSING, Recording, preprocess
 from model import Encoder, save_encoder, untrained_like
 from test_model import lively, plain_rotate
 from train import OnlineProbe
@@ -456,7 +456,7 @@ class Labels:
         self.index["leads"][:, :12] = np.arange(1, 13)
         self.index["split"] = np.arange(n) % 2
         self.signals = (rng.normal(size=(n, 12, 10 * FS)) * 100 * self.index["label"][:, None, None]).astype(np.int16)
-        self.signals[0, 3, 5] = evaluate.MISSING
+        self.signals[0, 3, 5] = MISSING
 
     def read(self, i, start=0, length=None):
         return self.signals[i][:, start:start + length]

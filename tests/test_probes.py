@@ -140,7 +140,8 @@ def test_what_knows_nothing_gets_no_score_in_any_column(who):
     short, area = (probe_ptbxl.as_entries(data, x) for x in (scores, scores - 0.5))
     for task in data.sets:
         entry, arrays = probe_ptbxl.compare([logits, control], task, data)
-        assert entry["n_labels"] == len(data.sets[task][0]) - (task == "all")
+        present = [data.sets[task][1][rows].any(axis=0) for rows in (data.train, data.test)]
+        assert entry["n_labels"] == np.logical_and(*present).sum() == len(entry["labels"])
         assert short[task]["macro_auroc"] == pytest.approx(entry["macro_auroc_min10"])
         assert area[task]["ci95"] == pytest.approx(np.array(short[task]["ci95"]) - 0.5)
         for suffix in ("", "_min10"):
@@ -532,7 +533,9 @@ def results(out, name):
     return result, np.load(out / "predictions.npz")
 
 
-def test_ptbxl_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
+def test_ptbxl_from_raw_to_report(synth, encoder_path, tmp_path, capsys, monkeypatch):
+    some = ("12", "I II", "V2", "I", "I unnamed")
+    monkeypatch.setattr(probe_ptbxl, "LEAD_SETS", {name: probe_ptbxl.LEAD_SETS[name] for name in some})
     args = ["--encoder", str(encoder_path), "--raw", str(synth / "raw" / "ptbxl"), "--out", str(tmp_path / "out"),
             "--noise", str(synth / "data" / "nstdb"), "--device", "cpu", "--leads-curve", "--attention"]
     probe_ptbxl.main(probe_ptbxl.parse_args(args))
@@ -557,10 +560,10 @@ def test_ptbxl_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
         area = np.mean([levels[str(db)]["superdiagnostic"]["macro_auroc"] for db in NOISE_DB]) - 0.5
         assert levels["area"]["superdiagnostic"]["macro_auroc"] == pytest.approx(area, abs=2e-6), kind
     for kind in ("same", "moved"):
-        assert list(result["leads_curve"][kind]) == list(probe_ptbxl.LEAD_SETS)
+        assert list(result["leads_curve"][kind]) == list(some)
         assert result["leads_curve"][kind]["12"]["superdiagnostic"]["macro_auroc"] == pytest.approx(task["macro_auroc"])
     moved = {key: of["superdiagnostic"]["macro_auroc"] for key, of in result["leads_curve"]["moved"].items()}
-    assert len(set(moved.values())) > 5 and set(result["fractions"]) == {"1", "0.1", "0.01"}
+    assert len(set(moved.values())) > 3 and set(result["fractions"]) == {"1", "0.1", "0.01"}
     assert result["fractions"]["1"]["superdiagnostic"]["difference"] == pytest.approx(task["difference"])
     assert 0 <= result["attention"]["macro_auroc"] <= 1 and result["attention"]["macro_auroc"] != task["macro_auroc"]
     said = capsys.readouterr().out
