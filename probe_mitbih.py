@@ -390,7 +390,7 @@ def main(args):
         found["features"][name], arrays, _ = compare(x, papers, control_of, data["few"][test], noisy)
         stored |= {f"{key}_{name}": value for key, value in arrays.items()}
         if not args.beats:                       # a quick look has no more than that
-            found["sides"][name], _, whole = compare([of[data["few"]] for of in x], few, control_of)
+            found["sides"][f"{name}, few"], _, whole = compare([of[data["few"]] for of in x], few, control_of)
             for side in SIDES:
                 entry, _, scores = compare([data[side, e][:, :width] for e in E], few, control_of)
                 found["sides"][f"{name}, {side}"] = entry | dict(lost=gains(whole, scores, records))

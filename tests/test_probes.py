@@ -1,5 +1,6 @@
 """Both probes: arithmetic, features against those of encoder.embed, and from raw recordings to their files."""
 import json
+import re
 import warnings
 
 import numpy as np
@@ -638,8 +639,9 @@ def test_mitbih_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
             assert low <= high and gain == pytest.approx(entry[key] - entry["untrained_scores"][key], abs=2e-6)
         assert entry["detection"]["S"]["f1"] == pytest.approx(entry["f1_s"]) and entry["calibration"]["brier_skill"] > 0
         for side in ("1 s", "lead II"):
-            assert result["sides"][f"{name}, {side}"]["lost"]["within_nsv"]["difference"] == pytest.approx(
-                result["sides"][name]["within_nsv"] - result["sides"][f"{name}, {side}"]["within_nsv"], abs=2e-6)
+            all_leads, other = (result["sides"][f"{name}, {key}"] for key in ("few", side))
+            assert other["lost"]["within_nsv"]["difference"] == pytest.approx(
+                all_leads["within_nsv"] - other["within_nsv"], abs=2e-6)
         assert result["sides"][f"{name}, 1 s"]["lost"]["within_nsv"]["difference"] == 0     # this encoder's own window
     counts = {name: of["DS2"] for name, of in result["mappings"].items()}
     assert sum(counts["papers"].values()) == sum(counts["bxb"].values()) == result["n"]["test"] == len(stored["cls"])
@@ -647,6 +649,8 @@ def test_mitbih_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
     assert result["controls"]["rr"]["rr_r"] > 0.95 and result["controls"]["rr"]["early_r"] > 0.9
     assert result["controls"]["rr"]["macro_nsv"] > 0.9 and "macro_nsvf" in result["controls"]["raw"]
     assert set(stored["record"]) <= set(MITDB_DS2) and "N: N L R e j" in (said := capsys.readouterr().out)
+    gained = result["features"]["neighbourhood"]["differences"]["within_nsv"]      # of all beats, not of the few
+    assert re.search(rf"control\n.*\n.*\nneighbourhood +{gained['difference']:.3f} ", said) is not None
     assert "one seed: [95 %] are over records alone" in said and str(encoder_path) in said
 
 
