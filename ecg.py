@@ -882,20 +882,21 @@ ARRAY_READERS = {".csv": read_csv, ".npy": lambda path: (np.load(path, mmap_mode
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 def atomic_write(path, content):
-    """Write a file whole or not at all, even if the machine stops.
-
-    content: bytes, text, or a function that writes into the open binary file.
-    """
-    path = Path(path)
-    part = path.with_name(f"{path.name}.tmp")
-    with open(part, "wb") as file:
-        if callable(content):
-            content(file)
-        else:
-            file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    """Write a file whole or not at all, even if the machine stops. content: bytes, text, or a function that writes into
+    the open binary file."""
+    part = Path(path).with_name(f"{Path(path).name}.tmp")
+    try:
+        with open(part, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:                              # on a full disk this frees some space
+        part.unlink(missing_ok=True)
+        raise
 
 
 def sha256(path):
