@@ -48,9 +48,9 @@ import wfdb
 from joblib import cpu_count                                       # of this job: affinity and containers count
 from tqdm import tqdm
 
-from corpus import (EVENT_DTYPE, FINGERPRINT_DTYPE, FORMAT_VERSION, INDEX_DTYPE, MAGIC, NO_EVENTS, NO_FINGERPRINTS,
-                    PATIENT_DTYPE, RECORD_DTYPE, SPLITS, SUPERCLASSES, fingerprint, index_faults, lock_folder,
-                    open_corpus, part_of, rows_to_leave_out, write_held_out)
+from corpus import (EVENT_DTYPE, FINGERPRINT_DTYPE, FORMAT_VERSION, MAGIC, NO_EVENTS, NO_FINGERPRINTS, SPLITS,
+                    SUPERCLASSES, TABLES, fingerprint, index_faults, lock_folder, open_corpus, part_of,
+                    rows_to_leave_out, write_held_out)
 from ecg import (ARRAY_READERS, FS, LEAD_IDS, LEADS, MAX_LEADS, MAX_MV, MISSING, PAD_S, UV_PER_MV, Recording, Refused,
                  as_refused, atomic_write, header_lines, preprocess, read_array, read_pieces, sha256)
 from synth import atomic_folder, synthesize
@@ -61,7 +61,7 @@ SHARDS_AT_LEAST = 64             # if there are as many recordings, so that a sm
 ESTIMATE_RECORDINGS = 5          # recordings that are read first, to estimate disk and time
 NAMES_LISTED = 20                # of unknown leads or channels left out, in the manifest: the most frequent
 OVERVIEW_RECORDINGS = 2000       # chosen at random, for the histograms of check.png
-ROW_DTYPE = np.dtype([("index", INDEX_DTYPE), ("records", RECORD_DTYPE), ("patients", PATIENT_DTYPE)])  # in done/
+ROW_DTYPE = np.dtype([(name, TABLES[name]) for name in ("index", "records", "patients")])  # of the files in done/
 # MIT-BIH inter-patient split: de Chazal et al., IEEE TBME 51(7), 2004. The rest of the 48 are the four paced records.
 MITDB_DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
 MITDB_DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
@@ -773,9 +773,8 @@ def assemble(source, part, plan, command):
     for name, table in zip(ROW_DTYPE.names, (index, records, patients)):
         atomic_write(part / f"{name}.npy", functools.partial(np.save, arr=table))
     write_fingerprints(shards, part / "fingerprints.npy")
-    tables = [f"{name}.npy" for name in (*ROW_DTYPE.names, "fingerprints")] + ["rejects.csv"]
     sums = {name: digest for about in abouts for name, digest in about["sha256"].items()}
-    sums |= {name: sha256(part / name) for name in tables}
+    sums |= {name: sha256(part / name) for name in [*(f"{table}.npy" for table in TABLES), "rejects.csv"]}
     manifest |= {"rejected": dict(sorted(rejected.items())),
                  "changed": dict(sorted(most_frequent(changes, NAMES_LISTED).items())),
                  "shard_bytes": {path.name: path.stat().st_size for path in sorted((part / "signal").iterdir())},
