@@ -498,13 +498,11 @@ def rows_to_leave_out(corpora, excluded=(), held_out_file=HELD_OUT_FILE):
 class Sampler:
     """Draws pairs of stretches of recordings from several corpora, at most one per patient in a batch.
 
-    A corpus has the weight (patients x hours) ** 0.25, the root of the geometric mean of the two, times its entry in
-    `weights`. So neither many short recordings nor a few long ones dominate. (With the root of the hours alone, eleven
-    hours of MIT-BIH's 22 people would outweigh 1,400 people of PTB-XL.) All patients of a corpus have the same weight.
-    Each of `shapes` (augment.LeadGroup) has a fixed share of the batch, which `ranks` processes can divide, so tensor
-    shapes never change. A recording with all INDEPENDENT leads belongs to the first shape, any other to the largest
-    number of leads that it has; a group of too few people joins the next smaller one. ValueError if there are no
-    recordings, or not enough patients for the batch.
+    A corpus has the weight (patients x hours) ** 0.25 times its entry in `weights`, so that neither many short
+    recordings nor a few long ones dominate; all its patients have the same weight. Each of `shapes` (augment.LeadGroup)
+    has a fixed share of the batch, which `ranks` processes can divide, so tensor shapes never change. A recording with
+    all INDEPENDENT leads belongs to the first shape, any other to the largest number of leads that it has; a group of
+    too few people joins the next smaller one. ValueError if there are not enough recordings or patients for the batch.
     """
 
     def __init__(self, corpora, batch, seed, shapes, weights=None, excluded=(), ranks=1):
@@ -515,9 +513,8 @@ class Sampler:
             small = [g["shape"] for g in self.groups[:-1] if not g["named"]
                      and MAX_SHARE_OF_PEOPLE * g["patients"].sum() < batch / BATCH_GRAIN]
             if not small:
-                break
+                return self._share_batch(ranks)
             self.shapes.remove(small[0])         # its recordings then show fewer leads
-        self._share_batch(ranks)
 
     def _make_groups(self, weights, left_out):
         """The lead groups of self.shapes that have recordings, each with its members: a dict per corpus."""
@@ -528,17 +525,15 @@ class Sampler:
         for shape in self.shapes:
             members = [dict(pool[shape], corpus=c) for c, pool in enumerate(pools) if shape in pool]
             if members:
-                self.groups.append(dict(shape=shape, members=members, window=round(shape.window_s * FS),
-                                        named=shape is self.shapes[0],
-                                        weight=np.array([m["weight"] for m in members]),
-                                        patients=np.array([len(m["first"]) for m in members])))
+                weight, patients = (np.array([m[key] for m in members]) for key in ("weight", "patients"))
+                self.groups.append(dict(shape=shape, members=members, window=round(shape.window_s * FS), weight=weight,
+                                        patients=patients, named=shape is self.shapes[0]))
         if not self.groups:
             raise ValueError(f"no recording to train on in {', '.join(str(c.dir) for c in self.corpora)}: "
                              f"{self.skipped}")
 
     def _pools(self, corpus, weight, leaks, twice):
-        """Per lead group of one corpus: index rows sorted by patient, where each patient's rows begin, the corpus'
-        weight."""
+        """Per lead group of one corpus: its rows, sorted by patient, with each patient's first one and count; weight"""
         index = corpus.index
         train = index["split"] == SPLITS.index("train")
         self.skipped["not in split train"] += int((~train).sum())
@@ -554,10 +549,9 @@ class Sampler:
         for g, shape in enumerate(self.shapes):
             members = rows[(belongs == g) & (index["length"][rows] >= shape.window_s * FS)]
             if len(members):
-                patient = index["patient"][members]
-                first = np.flatnonzero(np.r_[True, patient[1:] != patient[:-1]])
+                _, first, count = np.unique(index["patient"][members], return_index=True, return_counts=True)
                 hours = float(index["length"][members].sum(dtype=np.int64)) / FS / 3600
-                pools[shape] = dict(rows=members, first=first, count=np.diff(np.append(first, len(members))),
+                pools[shape] = dict(rows=members, first=first, count=count, patients=len(first),
                                     weight=weight * (len(first) * hours) ** 0.25)
         self.skipped[self.too_short] += len(rows) - sum(len(pool["rows"]) for pool in pools.values())
         return pools
@@ -568,11 +562,6 @@ class Sampler:
         ids = [row["leads"][np.arange(MAX_LEADS) < row["n_leads"][:, None]] for row in rows]
         return [LEADS[i] for i in np.unique(np.concatenate([DERIVED, *ids])) if i] if rows else []
 
-    def _common_patients(self):
-        """(G, G): number of patients that two lead groups have in common; on the diagonal, of patients of each."""
-        people = [np.concatenate([self._people(m) for m in group["members"]]) for group in self.groups]
-        return np.array([[len(np.intersect1d(a, b, assume_unique=True)) for b in people] for a in people])
-
     def _people(self, member, patients=slice(None)):
         """A number for each patient of a member of a group; the same person has the same one in every group."""
         rows = member["rows"][member["first"][patients]]
@@ -580,7 +569,8 @@ class Sampler:
 
     def _share_batch(self, ranks):
         """Set the number of recordings of every group in the batch; ValueError that names a possible batch."""
-        common = self._common_patients()
+        people = [np.concatenate([self._people(m) for m in group["members"]]) for group in self.groups]
+        common = np.array([[np.isin(a, b, assume_unique=True).sum() for b in people] for a in people])         # (G, G)
         sizes = self._sizes(self.batch, ranks, common)
         if sizes is None:
             smaller, larger = range(self.batch - 1, 0, -1), range(self.batch + 1, 2 * self.batch + BATCH_GRAIN * ranks)
@@ -596,8 +586,8 @@ class Sampler:
             group.update(size=size, chance=capped(group["weight"], MAX_SHARE_OF_PEOPLE * group["patients"] / size))
 
     def _sizes(self, batch, ranks, common):
-        """Number of recordings of every group in a batch of this size, in grains of batch / BATCH_GRAIN, by the shares
-        of the groups: at least one grain each, and no more than its patients. None if that is not possible."""
+        """Number of recordings of every group in a batch of this size, by the shares of the groups: at least one grain
+        (batch / BATCH_GRAIN) each, and no more than its patients. None if that is not possible."""
         total = BATCH_GRAIN if len(self.groups) > 1 else 1
         share = np.array([g["shape"].share for g in self.groups])
         grain, owed = batch // total, share / share.sum() * total
@@ -606,11 +596,8 @@ class Sampler:
 
         def fit(grains):
             """Whether each group has enough patients, even if the groups before it took all that they share with it."""
-            for g, n in enumerate(grains):
-                taken = sum(min(grains[h] * grain, common[g, h]) for h in range(g))
-                if n * grain + taken > common[g, g]:
-                    return False
-            return True
+            return all(n * grain + np.minimum(grains[:g] * grain, common[g, :g]).sum() <= common[g, g]
+                       for g, n in enumerate(grains))
         grains = np.ones(len(self.groups), int)
         while grains.sum() < total:              # the next grain goes to the group that is owed most and can take it
             possible = np.array([fit(grains + one) for one in np.eye(len(grains), dtype=int)])
@@ -644,16 +631,14 @@ class Sampler:
     def draw(self, step, g, chosen, rows):
         """Recordings `rows` (slice) of group g, chosen for the batch of `step`.
 
-        Returns two stretches of each, int16 (B, 2, S, W), lead ids (B, S) and how many slots hold a lead (B,); further
-        slots repeat the first ones. In a group whose recordings differ in their leads the ids are 0 (unknown), because
-        a name would tell recordings apart.
+        Returns two stretches of each, int16 (B, 2, S, W), lead ids (B, S), 0 in a group whose recordings differ in
+        their leads because a name would tell them apart; and how many slots hold a lead (B,): others repeat these.
         """
         group = self.groups[g]
         places, slots = range(*rows.indices(group["size"])), np.arange(group["shape"].slots)
         signals, leads, _ = zip(*(self._stretches(step, g, place, *chosen[place]) for place in places))
-        repeated = [slots % len(ids) for ids in leads]
-        return (np.stack([signal[:, order] for signal, order in zip(signals, repeated)]),
-                np.stack([ids[order] for ids, order in zip(leads, repeated)]) * group["named"],
+        return (np.stack([signal[:, slots % len(ids)] for signal, ids in zip(signals, leads)]),
+                np.stack([ids[slots % len(ids)] for ids in leads]) * group["named"],
                 np.array([len(ids) for ids in leads]))
 
     def name(self, step):
@@ -668,11 +653,9 @@ class Sampler:
         return names
 
     def _stretches(self, step, g, place, m, patient):
-        """Two random stretches of a patient: (2, L, W) int16, lead ids (L,), and their place (row, first samples).
-
-        A pair with a missing sample is drawn again. A patient who has no whole pair, which is rare, gives way to the
-        next one: the only case in which a person can be in a batch twice.
-        """
+        """Two random stretches of a patient: (2, L, W) int16, lead ids (L,), and their place (row, first samples). A
+        pair with a missing sample is drawn again. A patient who has no whole pair, which is rare, gives way to the next
+        one: the only case in which a person can be in a batch twice."""
         rng, group = np.random.default_rng([self.seed, step, g, 1, place]), self.groups[g]
         member, corpus = group["members"][m], self.corpora[group["members"][m]["corpus"]]
         for attempt in range(WINDOW_TRIES * MAX_PATIENTS_TRIED):
