@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple, Sequence
 
 import numpy as np
+from scipy.io import loadmat
 from scipy.signal import firwin, resample_poly
 
 FS = 250                         # Hz: more than twice the 40 to 100 Hz that a diagnostic ECG needs; Icentia11k's own
@@ -456,7 +457,7 @@ RECORD_LINE = re.compile(r"[^\s/]+(?:/(\d+))?\s+(\d+)(?:\s+(\d+\.?\d*)(?:[/(]\S*
 SEGMENT_LINE = re.compile(r"(\S+)\s+(\d+)")
 SIGNAL_LINE = re.compile(r"(\S+)\s+(\d+)(?:x(\d+))?(?::(\d+))?(?:\+(\d+))?(?:\s+([-+\d.eE]+)(?:\(([-+\d.]+)\))?"
                          r"(?:/(\S+))?(?:\s+\d+(?:\s+(-?\d+)(?:\s+(-?\d+)(?:\s+-?\d+(?:\s+\d+(?:\s+(.*))?)?)?)?)?)?)?")
-WORDS = {"16": "<i2", "61": ">i2", "32": "<i4", "212": "u1"}
+WORDS = {"16": "<i2", "61": ">i2", "32": "<i4"}
 BITS = {"16": 16, "61": 16, "32": 32, "212": 12, "24": 24, "80": 8, "160": 16, "310": 10, "311": 10, "508": 8,
         "516": 16, "524": 24, "8": 0}                                # of a sample; its lowest value means "no sample"
 BYTES = {"8": 1, "16": 2, "24": 3, "32": 4, "61": 2, "80": 1, "160": 2, "212": 1.5, "310": 4 / 3, "311": 4 / 3}
@@ -720,7 +721,7 @@ def in_mv(channels, steps, fs, fastest):
 def read_frames(path, channels, first, last, n_frames):
     """Frames first to last of a signal file with n_frames: ADC values (samples per frame of all channels, frames)."""
     path, format, width = find_file(path), channels[0].format, sum(channel.per_frame for channel in channels)
-    if format not in WORDS:
+    if format not in {*WORDS, "212"}:
         return read_frames_by_wfdb(path, channels, first, last, n_frames)
     extra = first * width % 2 if format == "212" else 0            # blocks of two samples
     begin, n_bytes = first * width - extra, math.ceil(((last - first) * width + extra) * BYTES[format])
@@ -728,14 +729,11 @@ def read_frames(path, channels, first, last, n_frames):
         file.seek(channels[0].offset + int(begin * BYTES[format]))
         data = np.fromfile(file, np.uint8, n_bytes)
     if format == "212":                                            # 12 bits, two in three bytes; >> keeps the sign
-        data = np.pad(data, (0, -len(data) % 3)) if len(data) % 3 else data
-        low, both, high = data.reshape(-1, 3).T
-        data = np.empty((len(low), 2), np.int16)
-        data[:, 0], data[:, 1] = low, high
-        data[:, 0] |= both.astype(np.int16) << 12 >> 4
-        data[:, 1] |= (both.astype(np.int16) << 8 & -4096) >> 4
-        data = data.reshape(-1)[extra:][:(last - first) * width]
-    return np.ascontiguousarray(data.view(data.dtype if format == "212" else WORDS[format]).reshape(-1, width).T)
+        low, both, high = np.pad(data, (0, -len(data) % 3)).reshape(-1, 3).T
+        both = both.astype(np.int16)
+        pairs = np.stack((low | both << 12 >> 4, high | (both << 8 & -4096) >> 4), axis=1)
+        return np.ascontiguousarray(pairs.reshape(-1)[extra:][:(last - first) * width].reshape(-1, width).T)
+    return np.ascontiguousarray(data.view(WORDS[format]).reshape(-1, width).T)
 
 
 def read_frames_by_wfdb(path, channels, first, last, n_frames):
@@ -845,13 +843,8 @@ def only_array(arrays):
     return arrays.get("signal", next(iter(arrays.values()))), []
 
 
-def read_mat(path):
-    from scipy.io import loadmat
-    return only_array(loadmat(path))
-
-
-ARRAY_READERS = {".csv": read_csv, ".npy": lambda path: (np.load(path, mmap_mode="r"), []), ".mat": read_mat,
-                 ".npz": lambda path: only_array(np.load(path))}
+ARRAY_READERS = {".csv": read_csv, ".npy": lambda path: (np.load(path, mmap_mode="r"), []),
+                 ".npz": lambda path: only_array(np.load(path)), ".mat": lambda path: only_array(loadmat(path))}
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

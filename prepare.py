@@ -333,9 +333,8 @@ def shorten(name, n_bytes):
 
 
 class Lookup:
-    """Looks up a column of a CSV table by a key, for many million rows: it stores the 64-bit hash of a key, 16 bytes
-    per row in all. The table is in raw, or up to two folders below; without a table it is empty. Keys are compared
-    without suffix, and without folder unless `paths`. It counts what is found, for share()."""
+    """A column of a CSV table, in raw or up to two folders below, by the 64-bit hash of a key: 16 bytes per row. It is
+    empty if there is no table. Keys are compared without suffix, and without folder unless `paths`."""
 
     def __init__(self, raw, name, key, value, paths=False):
         self.name, self.paths, self.asked, self.found, self.example, self.held_out = name, paths, 0, 0, "", set()
@@ -404,10 +403,9 @@ def read_patients(path):
 def open_h5(path):
     """Open an exams_part*.hdf5 of CODE-15%. ValueError if it does not hold the two tables that are needed."""
     try:
-        import h5py                                                # only CODE-15% needs it
+        with as_refused(path):
+            import h5py                                            # only CODE-15% needs it
         file = h5py.File(path, "r")
-    except ImportError:
-        raise ValueError("CODE-15% comes as HDF5: run `pip install h5py` first") from None
     except OSError as error:
         raise ValueError(f"{path} is not an HDF5 file, or incomplete ({error}): download it again") from None
     exams, tracings = (getattr(file.get(name), "shape", ()) for name in ("exam_id", "tracings"))
@@ -590,8 +588,7 @@ def write_corpus(source, raw, out, args, command):
     part.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as at_end, lock_folder(part):
         at_end.callback(clean_up, part, made)                      # after the lock is released
-        begun = (part / "plan.json").exists()
-        if begun and not args.dry_run:
+        if (part / "plan.json").exists() and not args.dry_run:
             plan = json.loads((part / "plan.json").read_text())
             if plan.get("command") != command or plan.get("format_version") != FORMAT_VERSION:
                 raise ValueError(f"{part} holds an unfinished run of `{plan.get('command')}`, and this is `{command}`: "
