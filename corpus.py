@@ -43,7 +43,8 @@ FINGERPRINT_CHUNK, FINGERPRINT_MARGIN = 2**18, 2**11                     # sampl
 SLOPE, LANDMARK_SUM, LANDMARK_NEAR, LANDMARK_LEAST = 8, 24, 75, 20       # samples; the last is a ratio of energies
 FINGERPRINT_DTYPE = np.dtype([("row", "<u4"), ("sample", "<i4"), ("channel", "u1"), ("bits", "<u4", (3,))])
 NO_FINGERPRINTS = np.zeros(0, FINGERPRINT_DTYPE)
-TABLES = {"index": INDEX_DTYPE, "records": RECORD_DTYPE, "patients": PATIENT_DTYPE, "fingerprints": FINGERPRINT_DTYPE}
+TABLES = np.dtype([("index", INDEX_DTYPE), ("records", RECORD_DTYPE), ("patients", PATIENT_DTYPE),
+                   ("fingerprints", FINGERPRINT_DTYPE)])                 # of the files of these names
 MOST_DIFFERENT = {1: 16, 3: 4}   # bits, by the length of words / 16, in pairs that are looked at
 AGREEMENT, MISSED, NEAR_FINGERPRINTS = 16, 4, 16  # bits, bits, and how many on each side: see HeldOut.score
 MAX_SHIFT, EDGE = 4, 300         # samples by which noise moves a landmark, and at the start where one may be extra
@@ -132,8 +133,8 @@ def open_corpus(dir):
         for name, size in manifest["shard_bytes"].items():
             if (held := os.path.getsize(dir / "signal" / name)) != size:
                 raise ValueError(f"signal/{name} has {held} bytes, the manifest says {size}")
-        tables = [np.load(dir / f"{name}.npy", mmap_mode="r") for name in TABLES]
-        for name, table in zip(TABLES, tables):
+        tables = [np.load(dir / f"{name}.npy", mmap_mode="r") for name in TABLES.names]
+        for name, table in zip(TABLES.names, tables):
             if table.dtype != TABLES[name]:
                 raise ValueError(f"wrong types: {name}.npy is of type {table.dtype}, expected {TABLES[name]}")
         index, records, _, fingerprints = tables

@@ -149,8 +149,8 @@ def list_mitdb(raw, args, notes):
 
 def list_nstdb(raw, args, notes):
     """MIT-BIH Noise Stress Test Database: the noise records bw, em, ma, each in two parts (--download: 40 MB)"""
-    # The gain 0 of these headers means "uncalibrated". WFDB reads it as 200 adu/mV, so the millivolts are nominal.
-    # There is no patient: the two parts have no sample in common, so each counts as a patient.
+    # The gain 0 of these headers means "uncalibrated": 200 adu/mV, so the millivolts are nominal. There is no patient:
+    # the two parts have no sample in common, so each counts as one.
     for name in ("bw", "em", "ma"):
         for split, start, stop in NOISE_PARTS:
             yield Job(str(raw / name), name, f"nstdb/{name}/{split}", split, n_channels=2, part=(start, stop))
@@ -771,7 +771,7 @@ def assemble(source, part, plan, command):
         atomic_write(part / f"{name}.npy", functools.partial(np.save, arr=table))
     write_fingerprints(shards, part / "fingerprints.npy")
     sums = {name: digest for about in abouts for name, digest in about["sha256"].items()}
-    sums |= {name: sha256(part / name) for name in [*(f"{table}.npy" for table in TABLES), "rejects.csv"]}
+    sums |= {name: sha256(part / name) for name in [*(f"{table}.npy" for table in TABLES.names), "rejects.csv"]}
     manifest |= {"rejected": dict(sorted(rejected.items())),
                  "changed": dict(sorted(most_frequent(changes, NAMES_LISTED).items())),
                  "shard_bytes": {path.name: path.stat().st_size for path in sorted((part / "signal").iterdir())},
@@ -945,10 +945,8 @@ def parse_args(argv=None):
     add("--raw", type=Path, metavar="DIR", required=True,
         help="folder of the raw recordings, in their publisher's layout; synth and --download write to it")
     add("--out", type=Path, metavar="DIR", required=True, help="folder to make; delete an old one first")
-    add("--download", action="store_true",
-        help="first fetch the files that --raw lacks from PhysioNet, and check them by SHA-256")
-    add("--workers", type=int, default=0, metavar="N",
-        help="processes; any number gives the same result (default: one per CPU core)")
+    add("--download", action="store_true", help="first fetch what --raw lacks from PhysioNet, and check it by SHA-256")
+    add("--workers", type=int, default=0, metavar="N", help="processes, with equal results (default: one per CPU core)")
     add("--limit", type=int, default=0, metavar="N", help="prepare only the first N recordings (default: all)")
     add("--dry-run", action="store_true", help="only print the number of recordings, and the disk and time they need")
     add("--patients", type=Path, metavar="CSV",
@@ -956,8 +954,7 @@ def parse_args(argv=None):
     add("--table", type=Path, metavar="CSV", help="arrays only: what the files are (default: table.csv in --raw)")
     add("--rate", choices=("auto", "100", "500"), default="auto",
         help="ptbxl only: which copy to read, in Hz (default: 500 if all of it is there, otherwise 100)")
-    add("--records", type=int, default=SYNTH_RECORDS, metavar="N",
-        help="synth only: number of 12-lead recordings (default: %(default)s)")
+    add("--records", type=int, default=SYNTH_RECORDS, metavar="N", help="synth only: how many (default: %(default)s)")
     add("--seed", type=int, default=0, help="synth only: the same seed, the same recordings (default: %(default)s)")
     args = parser.parse_args(argv)
     source, is_synth = args.source, args.source == "synth"
@@ -1027,8 +1024,7 @@ def end_of_run(args, error):
 
 
 def run_command():
-    def interrupt(number, frame):
-        # Not an Exception, otherwise a reader would take it for a damaged file.
+    def interrupt(number, frame):                # not by an Exception: a reader would take it for a damaged file
         raise KeyboardInterrupt("interrupted" if number == os_signal.SIGINT else "terminated")
     for number in (os_signal.SIGINT, os_signal.SIGTERM):
         os_signal.signal(number, interrupt)
