@@ -35,7 +35,6 @@ EVENT_DTYPE = np.dtype([("sample", "<i4"), ("symbol", "S6")])  # sample at FS; a
 NO_EVENTS = np.zeros(0, EVENT_DTYPE)
 RECORD_DTYPE, PATIENT_DTYPE = np.dtype("S64"), np.dtype("S32")
 MAGIC, FORMAT_VERSION = "ecg-dino corpus", 4
-READABLE_VERSIONS = (2, 3, 4)    # 2 and 3 have one fingerprint per recording: others are then computed when needed
 OPEN_SHARDS = 500                # files that a reader keeps mapped; a process may have 1,024 file descriptors
 
 # Fingerprints. These values find most copies of real recordings, and hardly a stranger: python bench.py --duplicates
@@ -45,6 +44,8 @@ FINGERPRINT_CHUNK, FINGERPRINT_MARGIN = 2**18, 2**11                     # sampl
 SLOPE, LANDMARK_SUM, LANDMARK_NEAR, LANDMARK_LEAST = 8, 24, 75, 20       # samples; the last is a ratio of energies
 FINGERPRINT_DTYPE = np.dtype([("row", "<u4"), ("sample", "<i4"), ("channel", "u1"), ("bits", "<u4", (3,))])
 NO_FINGERPRINTS = np.zeros(0, FINGERPRINT_DTYPE)
+TABLES = np.dtype([("index", INDEX_DTYPE), ("records", RECORD_DTYPE), ("patients", PATIENT_DTYPE),
+                   ("fingerprints", FINGERPRINT_DTYPE)])                 # of the files of these names
 MOST_DIFFERENT = {1: 16, 3: 4}   # bits, by the length of words / 16, in pairs that are looked at
 AGREEMENT, MISSED, NEAR_FINGERPRINTS = 16, 4, 16  # bits, bits, and how many on each side: see HeldOut.score
 MAX_SHIFT, EDGE = 4, 300         # samples by which noise moves a landmark, and at the start where one may be extra
@@ -78,21 +79,13 @@ class Corpus:
     recordings those of two leads, of others those of every lead). .dir is None for fingerprints without signals.
     """
 
-    def __init__(self, dir, manifest, index, records, patients, fingerprints=None):
+    def __init__(self, dir, manifest, index, records, patients, fingerprints=NO_FINGERPRINTS):
         self.dir, self.manifest, self.index, self.records, self.patients = dir, manifest, index, records, patients
-        self._fingerprints = fingerprints
+        self.fingerprints = fingerprints
         self.shard = functools.lru_cache(OPEN_SHARDS)(self._open_shard)
 
     def _open_shard(self, number):
         return np.memmap(self.dir / "signal" / f"{number:05d}.i16", dtype="<i2", mode="r")
-
-    @functools.cached_property
-    def fingerprints(self):
-        if self._fingerprints is not None:
-            return self._fingerprints
-        print(f"{self.dir} is of an older format: the fingerprints of {len(self.index):,} recordings are computed now; "
-              "prepare it again to save this time", file=sys.stderr)
-        return fingerprints_of(self, self.index["split"] != SPLITS.index("train"))
 
     def read(self, i, start=0, length=None):
         """Recording i, samples start to start + length (default: to its end) of every lead: int16 (L, T), a view."""
@@ -128,40 +121,32 @@ def open_corpus(dir):
     try:
         manifest = json.loads((dir / "manifest.json").read_text())
     except (OSError, ValueError) as error:
-        unfinished = part_of(dir)
-        hint = (f"{unfinished} holds an unfinished one: run its command again" if unfinished.is_dir() else
+        hint = (f"{part_of(dir)} holds an unfinished one: run its command again" if part_of(dir).is_dir() else
                 f"make one with `python prepare.py SOURCE --raw DIR --out {dir}`")
         raise ValueError(f"{dir} holds no corpus (manifest.json: {error}): {hint}") from None
     manifest = manifest if isinstance(manifest, dict) else {}
     again = f"delete {dir} and run `{manifest.get('command', 'python prepare.py ...')}`"
-    version = manifest.get("format_version")
-    if manifest.get("magic") != MAGIC or version not in READABLE_VERSIONS:
-        raise ValueError(f"{dir} is format {version} of {manifest.get('magic')!r}, expected format {FORMAT_VERSION} of "
-                         f"{MAGIC!r}: {again}")
+    found = manifest.get("format_version"), manifest.get("magic")
+    if found != (FORMAT_VERSION, MAGIC):
+        raise ValueError(f"{dir} is format {found[0]} of {found[1]!r}, expected format {FORMAT_VERSION} of {MAGIC!r}: "
+                         f"{again}")
     try:
-        index, records, patients = (np.load(dir / f"{name}.npy", mmap_mode="r")
-                                    for name in ("index", "records", "patients"))
-        fingerprints = np.load(dir / "fingerprints.npy", mmap_mode="r") if version == FORMAT_VERSION else None
-        check_tables(dir, manifest, index, records, patients, fingerprints)
+        for name, size in manifest["shard_bytes"].items():
+            if (held := os.path.getsize(dir / "signal" / name)) != size:
+                raise ValueError(f"signal/{name} has {held} bytes, the manifest says {size}")
+        tables = [np.load(dir / f"{name}.npy", mmap_mode="r") for name in TABLES.names]
+        for name, table in zip(TABLES.names, tables):
+            if table.dtype != TABLES[name]:
+                raise ValueError(f"wrong types: {name}.npy is of type {table.dtype}, expected {TABLES[name]}")
+        index, records, _, fingerprints = tables
+        if not len(index) == len(records) == manifest.get("recordings"):
+            raise ValueError(f"{len(index)} index rows and {len(records)} names, the manifest says "
+                             f"{manifest.get('recordings')}")
+        if len(fingerprints) and fingerprints["row"][-1] >= len(index):
+            raise ValueError("fingerprints.npy is of another corpus")
     except (OSError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{dir} is damaged ({error}): {again}") from None
-    return Corpus(dir, manifest, index, records, patients, fingerprints)
-
-
-def check_tables(dir, manifest, index, records, patients, fingerprints):
-    """ValueError if the files of a corpus do not fit together."""
-    for name, size in manifest["shard_bytes"].items():
-        found = os.path.getsize(dir / "signal" / name)
-        if found != size:
-            raise ValueError(f"signal/{name} has {found} bytes, the manifest says {size}")
-    if (index.dtype, records.dtype, patients.dtype) != (INDEX_DTYPE, RECORD_DTYPE, PATIENT_DTYPE):
-        raise ValueError(f"wrong types: index {index.dtype}, records {records.dtype}, patients {patients.dtype}")
-    if not len(index) == len(records) == manifest.get("recordings"):
-        raise ValueError(f"{len(index)} index rows and {len(records)} names, the manifest says "
-                         f"{manifest.get('recordings')}")
-    if fingerprints is not None and (fingerprints.dtype != FINGERPRINT_DTYPE
-                                     or len(fingerprints) and fingerprints["row"][-1] >= len(index)):
-        raise ValueError(f"fingerprints.npy is of type {fingerprints.dtype}, or of another corpus")
+    return Corpus(dir, manifest, *tables)
 
 
 def index_faults(corpus):
@@ -179,33 +164,25 @@ def index_faults(corpus):
         if rows.any():
             yield f"{rows.sum():,} recordings, the first {corpus.records[np.argmax(rows)].decode()}: it {what}"
     pairs = np.unique(index["patient"].astype(np.int64) * len(SPLITS) + index["split"]) // len(SPLITS)
-    overlap = len(pairs) - len(np.unique(pairs))
-    if overlap:
+    if overlap := len(pairs) - len(np.unique(pairs)):
         yield f"{overlap} patients are in more than one split"
 
 
 def lock_folder(folder, wait_s=0):
     """Lock a folder for as long as the returned file is open and this process lives. ValueError if another process
     holds the lock for longer than wait_s seconds. On a file system without locks there is only a warning."""
-    def warn(error):
-        print(f"warning: {folder} cannot be locked ({error}); do not start a second process on it", file=sys.stderr)
-    try:
-        import fcntl
-    except ImportError as error:                 # Windows: it would not delete a file that is open, so none is made
-        warn(error)
-        return open(os.devnull)
     file = open(Path(folder) / "lock", "w")
     for second in range(wait_s + 1):
         try:
+            import fcntl                         # Windows has none
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
         except BlockingIOError:                  # EWOULDBLOCK; other errors say that there are no locks
-            if second < wait_s:
-                if not second:
-                    print(f"another process writes into {folder}; waiting for up to {wait_s} s", file=sys.stderr)
-                time.sleep(1)
-        except OSError as error:
-            warn(error)
+            if wait_s and not second:
+                print(f"another process writes into {folder}; waiting for up to {wait_s} s", file=sys.stderr)
+            time.sleep(min(1, wait_s - second))
+        except (ImportError, OSError) as error:
+            print(f"warning: {folder} cannot be locked ({error}); do not start a second process on it", file=sys.stderr)
             return file
     raise ValueError(f"another process writes into {folder}; wait for it, end it, or choose another --out")
 
@@ -229,7 +206,6 @@ def git(*command):
 # A fingerprint describes the 2.8 s of one lead that follow a landmark, most often an R wave. A landmark depends only on
 # the signal near it, so a piece of a recording has the landmarks and fingerprints of the whole, moved in time. Held-out
 # recordings have those of every lead, so that an export of one lead is found; others have those of two leads.
-BIT_COUNT = sum((np.arange(2**16, dtype=np.uint32) >> bit & 1).astype(np.uint8) for bit in range(16))
 # Signs from NumPy's frozen generator, and exact sums of integers: a fingerprint is the same on every machine.
 FINGERPRINT_SIGNS = 2.0 * np.random.RandomState(0).randint(0, 2, (FINGERPRINT_STEPS, FINGERPRINT_BITS)) - 1
 
@@ -249,9 +225,10 @@ def slopes(x):
 
 def filled(steps):
     """int16 steps (L, T) as int64, with the median of the lead where a sample is missing."""
-    x, missing = steps.astype(np.int64), steps == MISSING
-    for k in np.flatnonzero(missing.any(axis=1)):
-        x[k, missing[k]] = 0 if missing[k].all() else np.median(x[k, ~missing[k]])
+    x = steps.astype(np.int64)
+    for lead, missing in zip(x, steps == MISSING):
+        if missing.any():
+            lead[missing] = 0 if missing.all() else np.median(lead[~missing])
     return x
 
 
@@ -265,10 +242,9 @@ def fingerprint(steps, leads, every_lead=False):
         x = filled(steps[order, first:start + FINGERPRINT_CHUNK + FINGERPRINT_MARGIN])
         if x.shape[1] > FINGERPRINT_SAMPLES + 2 * (LANDMARK_SUM + SLOPE):
             lead, sample, bits = fingerprints_of_part(x)
-            mine = (sample + first >= start) & (sample + first < start + FINGERPRINT_CHUNK)
-            parts.append(np.zeros(mine.sum(), FINGERPRINT_DTYPE))
-            parts[-1]["channel"], parts[-1]["sample"] = order[lead[mine]], sample[mine] + first
-            parts[-1]["bits"] = bits[mine]
+            part = np.zeros(len(lead), FINGERPRINT_DTYPE)
+            part["channel"], part["sample"], part["bits"] = order[lead], sample + first, bits
+            parts.append(part[(part["sample"] >= start) & (part["sample"] < start + FINGERPRINT_CHUNK)])
     found = np.concatenate(parts)
     return found[np.lexsort((found["channel"], found["sample"]))]
 
@@ -306,10 +282,10 @@ def blocks(corpora, chosen, size=SEARCH_BLOCK):
     """Yield (number of the corpus, fingerprints) of the rows `chosen` (per corpus, bool by row): whole recordings, and
     about `size` fingerprints at a time."""
     for number, (corpus, rows) in enumerate(zip(corpora, chosen)):
-        start, end = 0, len(corpus.fingerprints)
-        while start < end:
-            part = np.array(corpus.fingerprints[start:start + size])
-            if start + len(part) < end and part["row"][0] != part["row"][-1]:
+        start, prints = 0, corpus.fingerprints
+        while start < len(prints):
+            part = np.array(prints[start:start + size])
+            if start + len(part) < len(prints) and part["row"][0] != part["row"][-1]:
                 part = part[:np.searchsorted(part["row"], part["row"][-1])]
             start += len(part)
             yield number, part[rows[part["row"]]]
@@ -317,8 +293,7 @@ def blocks(corpora, chosen, size=SEARCH_BLOCK):
 
 def differing(a, b):
     """How many bits differ between a and b, uint32 (..., 3)."""
-    counts = BIT_COUNT[(a ^ b).view(np.uint16)]
-    return sum(counts[..., k] for k in range(counts.shape[-1])).astype(np.int64)
+    return np.bitwise_count(a ^ b).sum(axis=-1, dtype=np.int64)
 
 
 def words_of(bits, n):
@@ -492,7 +467,7 @@ def open_held_out(path):
     if not path.is_file():
         print(f"warning: no {path}: copies of public test sets are found only if these are in a given corpus",
               file=sys.stderr)
-        return Corpus(None, {}, np.zeros(0, INDEX_DTYPE), np.zeros(0, RECORD_DTYPE), None, NO_FINGERPRINTS)
+        return Corpus(None, {}, np.zeros(0, INDEX_DTYPE), np.zeros(0, RECORD_DTYPE), None)
     with np.load(path) as file:
         prints = np.zeros(len(file["row"]), FINGERPRINT_DTYPE)
         for name in FINGERPRINT_DTYPE.names:
@@ -553,13 +528,11 @@ def rows_to_leave_out(corpora, excluded=(), held_out_file=HELD_OUT_FILE):
 class Sampler:
     """Draws pairs of stretches of recordings from several corpora, at most one per patient in a batch.
 
-    A corpus has the weight (patients x hours) ** 0.25, the root of the geometric mean of the two, times its entry in
-    `weights`. So neither many short recordings nor a few long ones dominate. (With the root of the hours alone, eleven
-    hours of MIT-BIH's 22 people would outweigh 1,400 people of PTB-XL.) All patients of a corpus have the same weight.
-    Each of `shapes` (augment.LeadGroup) has a fixed share of the batch, which `ranks` processes can divide, so tensor
-    shapes never change. A recording with all INDEPENDENT leads belongs to the first shape, any other to the largest
-    number of leads that it has; a group of too few people joins the next smaller one. ValueError if there are no
-    recordings, or not enough patients for the batch.
+    A corpus has the weight (patients x hours) ** 0.25 times its entry in `weights`, so that neither many short
+    recordings nor a few long ones dominate; all its patients have the same weight. Each of `shapes` (augment.LeadGroup)
+    has a fixed share of the batch, which `ranks` processes can divide, so tensor shapes never change. A recording with
+    all INDEPENDENT leads belongs to the first shape, any other to the largest number of leads that it has; a group of
+    too few people joins the next smaller one. ValueError if there are not enough recordings or patients for the batch.
     """
 
     def __init__(self, corpora, batch, seed, shapes, weights=None, excluded=(), ranks=1):
@@ -570,9 +543,8 @@ class Sampler:
             small = [g["shape"] for g in self.groups[:-1] if not g["named"]
                      and MAX_SHARE_OF_PEOPLE * g["patients"].sum() < batch / BATCH_GRAIN]
             if not small:
-                break
+                return self._share_batch(ranks)
             self.shapes.remove(small[0])         # its recordings then show fewer leads
-        self._share_batch(ranks)
 
     def _make_groups(self, weights, left_out):
         """The lead groups of self.shapes that have recordings, each with its members: a dict per corpus."""
@@ -583,17 +555,15 @@ class Sampler:
         for shape in self.shapes:
             members = [dict(pool[shape], corpus=c) for c, pool in enumerate(pools) if shape in pool]
             if members:
-                self.groups.append(dict(shape=shape, members=members, window=round(shape.window_s * FS),
-                                        named=shape is self.shapes[0],
-                                        weight=np.array([m["weight"] for m in members]),
-                                        patients=np.array([len(m["first"]) for m in members])))
+                weight, patients = (np.array([m[key] for m in members]) for key in ("weight", "patients"))
+                self.groups.append(dict(shape=shape, members=members, window=round(shape.window_s * FS), weight=weight,
+                                        patients=patients, named=shape is self.shapes[0]))
         if not self.groups:
             raise ValueError(f"no recording to train on in {', '.join(str(c.dir) for c in self.corpora)}: "
                              f"{self.skipped}")
 
     def _pools(self, corpus, weight, leaks, twice):
-        """Per lead group of one corpus: index rows sorted by patient, where each patient's rows begin, the corpus'
-        weight."""
+        """Per lead group of one corpus: its rows, sorted by patient, with each patient's first one and count; weight"""
         index = corpus.index
         train = index["split"] == SPLITS.index("train")
         self.skipped["not in split train"] += int((~train).sum())
@@ -609,10 +579,9 @@ class Sampler:
         for g, shape in enumerate(self.shapes):
             members = rows[(belongs == g) & (index["length"][rows] >= shape.window_s * FS)]
             if len(members):
-                patient = index["patient"][members]
-                first = np.flatnonzero(np.r_[True, patient[1:] != patient[:-1]])
+                _, first, count = np.unique(index["patient"][members], return_index=True, return_counts=True)
                 hours = float(index["length"][members].sum(dtype=np.int64)) / FS / 3600
-                pools[shape] = dict(rows=members, first=first, count=np.diff(np.append(first, len(members))),
+                pools[shape] = dict(rows=members, first=first, count=count, patients=len(first),
                                     weight=weight * (len(first) * hours) ** 0.25)
         self.skipped[self.too_short] += len(rows) - sum(len(pool["rows"]) for pool in pools.values())
         return pools
@@ -623,11 +592,6 @@ class Sampler:
         ids = [row["leads"][np.arange(MAX_LEADS) < row["n_leads"][:, None]] for row in rows]
         return [LEADS[i] for i in np.unique(np.concatenate([DERIVED, *ids])) if i] if rows else []
 
-    def _common_patients(self):
-        """(G, G): number of patients that two lead groups have in common; on the diagonal, of patients of each."""
-        people = [np.concatenate([self._people(m) for m in group["members"]]) for group in self.groups]
-        return np.array([[len(np.intersect1d(a, b, assume_unique=True)) for b in people] for a in people])
-
     def _people(self, member, patients=slice(None)):
         """A number for each patient of a member of a group; the same person has the same one in every group."""
         rows = member["rows"][member["first"][patients]]
@@ -635,7 +599,8 @@ class Sampler:
 
     def _share_batch(self, ranks):
         """Set the number of recordings of every group in the batch; ValueError that names a possible batch."""
-        common = self._common_patients()
+        people = [np.concatenate([self._people(m) for m in group["members"]]) for group in self.groups]
+        common = np.array([[np.isin(a, b, assume_unique=True).sum() for b in people] for a in people])         # (G, G)
         sizes = self._sizes(self.batch, ranks, common)
         if sizes is None:
             smaller, larger = range(self.batch - 1, 0, -1), range(self.batch + 1, 2 * self.batch + BATCH_GRAIN * ranks)
@@ -651,8 +616,8 @@ class Sampler:
             group.update(size=size, chance=capped(group["weight"], MAX_SHARE_OF_PEOPLE * group["patients"] / size))
 
     def _sizes(self, batch, ranks, common):
-        """Number of recordings of every group in a batch of this size, in grains of batch / BATCH_GRAIN, by the shares
-        of the groups: at least one grain each, and no more than its patients. None if that is not possible."""
+        """Number of recordings of every group in a batch of this size, by the shares of the groups: at least one grain
+        (batch / BATCH_GRAIN) each, and no more than its patients. None if that is not possible."""
         total = BATCH_GRAIN if len(self.groups) > 1 else 1
         share = np.array([g["shape"].share for g in self.groups])
         grain, owed = batch // total, share / share.sum() * total
@@ -661,11 +626,8 @@ class Sampler:
 
         def fit(grains):
             """Whether each group has enough patients, even if the groups before it took all that they share with it."""
-            for g, n in enumerate(grains):
-                taken = sum(min(grains[h] * grain, common[g, h]) for h in range(g))
-                if n * grain + taken > common[g, g]:
-                    return False
-            return True
+            return all(n * grain + np.minimum(grains[:g] * grain, common[g, :g]).sum() <= common[g, g]
+                       for g, n in enumerate(grains))
         grains = np.ones(len(self.groups), int)
         while grains.sum() < total:              # the next grain goes to the group that is owed most and can take it
             possible = np.array([fit(grains + one) for one in np.eye(len(grains), dtype=int)])
@@ -699,16 +661,14 @@ class Sampler:
     def draw(self, step, g, chosen, rows):
         """Recordings `rows` (slice) of group g, chosen for the batch of `step`.
 
-        Returns two stretches of each, int16 (B, 2, S, W), lead ids (B, S) and how many slots hold a lead (B,); further
-        slots repeat the first ones. In a group whose recordings differ in their leads the ids are 0 (unknown), because
-        a name would tell recordings apart.
+        Returns two stretches of each, int16 (B, 2, S, W), lead ids (B, S), 0 in a group whose recordings differ in
+        their leads because a name would tell them apart; and how many slots hold a lead (B,): others repeat these.
         """
         group = self.groups[g]
         places, slots = range(*rows.indices(group["size"])), np.arange(group["shape"].slots)
         signals, leads, _ = zip(*(self._stretches(step, g, place, *chosen[place]) for place in places))
-        repeated = [slots % len(ids) for ids in leads]
-        return (np.stack([signal[:, order] for signal, order in zip(signals, repeated)]),
-                np.stack([ids[order] for ids, order in zip(leads, repeated)]) * group["named"],
+        return (np.stack([signal[:, slots % len(ids)] for signal, ids in zip(signals, leads)]),
+                np.stack([ids[slots % len(ids)] for ids in leads]) * group["named"],
                 np.array([len(ids) for ids in leads]))
 
     def name(self, step):
@@ -723,11 +683,9 @@ class Sampler:
         return names
 
     def _stretches(self, step, g, place, m, patient):
-        """Two random stretches of a patient: (2, L, W) int16, lead ids (L,), and their place (row, first samples).
-
-        A pair with a missing sample is drawn again. A patient who has no whole pair, which is rare, gives way to the
-        next one: the only case in which a person can be in a batch twice.
-        """
+        """Two random stretches of a patient: (2, L, W) int16, lead ids (L,), and their place (row, first samples). A
+        pair with a missing sample is drawn again. A patient who has no whole pair, which is rare, gives way to the next
+        one: the only case in which a person can be in a batch twice."""
         rng, group = np.random.default_rng([self.seed, step, g, 1, place]), self.groups[g]
         member, corpus = group["members"][m], self.corpora[group["members"][m]["corpus"]]
         for attempt in range(WINDOW_TRIES * MAX_PATIENTS_TRIED):

@@ -18,12 +18,13 @@ import re
 import tempfile
 import time
 import warnings
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
 import numpy as np
+from scipy.io import loadmat
 from scipy.signal import firwin, resample_poly
 
 FS = 250                         # Hz: more than twice the 40 to 100 Hz that a diagnostic ECG needs; Icentia11k's own
@@ -218,13 +219,10 @@ def leave_out_channels(x, names, ids, notes):
 
 
 def check_values(x, fs, units, notes, integers):
-    """Judge amplitude and offset of x (L, T) mV, for preprocess: the one place for prepare.py, embed and the probes.
-
-    A lead whose span, offset or share of samples beyond +-MAX_MV no ECG has becomes NaN; Refused is raised if all are
-    like this. Other samples beyond +-MAX_MV become NaN. They are counted from 0 or, where a
-    lead rides on more than half of MAX_MV, from its offset, which is its median. What looks normalised or wrong by 10
-    is counted in `notes`. integers: whether the numbers came as integers, as those of an ADC do.
-    """
+    """Judge amplitude and offset of x (L, T) mV. A lead whose span, offset or share of samples beyond +-MAX_MV no ECG
+    has becomes NaN; Refused is raised if all are like this. Other samples beyond +-MAX_MV become NaN, counted from 0
+    or, where a lead rides on more than half of MAX_MV, from its offset, its median. What looks normalised or wrong by
+    10 is counted in `notes`. integers: whether the numbers came as integers, as those of an ADC do."""
     starts = np.arange(0, x.shape[1], max(1, round(SPAN_S * fs)))
     high, low = np.fmax.reduceat(x, starts, axis=1), np.fmin.reduceat(x, starts, axis=1)
     spans = np.where(high > low, high - low, np.nan)               # a block where a value is held says nothing
@@ -244,11 +242,10 @@ def check_values(x, fs, units, notes, integers):
                     | (beyond > MAX_BEYOND))
     if (wrong == live).all():
         k = np.nanargmax(span)
-        largest = span[k]
-        real = next((f"; in {unit} it would be {largest * share:.2g} mV" for unit, share in
-                     (("uV", 1e-3), ("V", 1e3)) if 0.2 < largest * share < 10), "")
+        real = "".join(f"; in {unit} it would be {span[k] * share:.2g} mV" for unit, share in
+                       (("uV", 1e-3), ("V", 1e3)) if 0.2 < span[k] * share < 10)
         hint = " (the numbers are integers: divide ADC steps by the gain, in steps per mV)" if integers else ""
-        raise Refused("amplitude", f"the signal spans {largest:.2g} mV within {SPAN_S} s, on an offset of "
+        raise Refused("amplitude", f"the signal spans {span[k]:.2g} mV within {SPAN_S} s, on an offset of "
                                    f"{offset[k]:.3g} mV, if it is in {units}{real}; an ECG spans {SPAN_LIMITS_MV[0]} "
                                    f"to {SPAN_LIMITS_MV[1]:g} mV, on at most {MAX_OFFSET_MV:g}: check the units{hint}")
     if wrong.any():
@@ -295,12 +292,9 @@ def resample(x, ratio):
 
 
 def mark_missing(x, fs):
-    """Write NaN into x (L, T) mV at fs wherever there is a value but no signal.
-
-    These are zeros at either end for PAD_S, any value held exactly for FLAT_S, and leads with a spread below
-    FLAT_STD_MV. Of 26,000 real leads (PTB-XL, MIT-BIH, Challenges 2017 and 2021) none holds a value for
-    1 s unless it is completely flat: a real electrode always has noise, so the rule removes no signal.
-    """
+    """Write NaN into x (L, T) mV at fs wherever there is a value but no signal: zeros at either end for PAD_S, any
+    value held exactly for FLAT_S, and leads with a spread below FLAT_STD_MV. Of 26,000 real leads (PTB-XL, MIT-BIH,
+    Challenges 2017 and 2021) none holds a value for 1 s unless it is completely flat: the rule removes no signal."""
     # A value held for FLAT_S fills a block of half that length. Few leads have such a block, and to look for it takes a
     # tenth of the time that it takes to measure all runs of equal values.
     block = max(1, int(min(FLAT_S, 2 * PAD_S) * fs) // 2)
@@ -329,13 +323,10 @@ def bridge_gaps(x, missing):
 
 
 def resample_missing(missing, ratio):
-    """missing (L, T) at fs -> (L, T') at FS: an output sample is missing if any input sample near it is missing.
-
-    Near are the two input samples around it and, if there are more, all within half an output step. In integer
-    arithmetic: output sample n lies at n * down / up input samples.
-    """
-    n_in = missing.shape[1]
-    up, down = ratio.numerator, ratio.denominator
+    """missing (L, T) at fs -> (L, T') at FS: an output sample is missing if any input sample near it is missing. Near
+    are the two input samples around it and, if there are more, all within half an output step. Output sample n lies at
+    n * down / up input samples, in integer arithmetic."""
+    n_in, up, down = missing.shape[1], ratio.numerator, ratio.denominator
     n = np.arange(-(-n_in * up // down))
     first = np.minimum(n * down // up, -((1 - 2 * n) * down // (2 * up)))
     last = np.maximum(-(-n * down // up), (1 + 2 * n) * down // (2 * up))
@@ -352,12 +343,9 @@ def as_recordings(signal, fs=None, leads=None, units="mV"):
     """
     if isinstance(signal, Recording):
         return [signal], False
-    if hasattr(leads, "__next__"):               # an iterator of names: every recording needs them
-        leads = list(leads)
-    if getattr(signal, "dtype", None) == object:
-        signal = list(signal)
-    about = (fs, leads, units)
-    shared = (np.ndim(fs) == 0, is_lead_set(leads), isinstance(units, str) or units is None)
+    leads = list(leads) if hasattr(leads, "__next__") else leads   # an iterator of names: every recording needs them
+    signal = list(signal) if getattr(signal, "dtype", None) == object else signal
+    about, shared = (fs, leads, units), (np.ndim(fs) == 0, is_lead_set(leads), isinstance(units, str) or units is None)
     if hasattr(signal, "ndim"):
         many = signal.ndim > 2
     else:
@@ -405,8 +393,7 @@ def complete(signal, fs, leads, units):
     """A Recording; ValueError if its rate or its leads are not given."""
     if isinstance(signal, Recording):
         return signal
-    if leads is None and hasattr(signal, "columns"):             # a pandas table names its leads
-        leads = list(signal.columns)
+    leads = list(signal.columns) if leads is None and hasattr(signal, "columns") else leads          # a pandas table
     if fs is None or leads is None:
         raise ValueError("fs or leads is absent: give fs, the sampling rate in Hz, and leads, a name per lead")
     return Recording(signal, fs, leads, units)
@@ -414,9 +401,9 @@ def complete(signal, fs, leads, units):
 
 # ---- a recording to windows, and their features back to the recording -----------------------------------------------
 def cut_patches(recording, patch_samples, notes):
-    """Preprocess a Recording and cut it into N patches of P samples at FS. Returns patches float32 (L, N, P), NaN where
-    samples are missing; valid (L, N) bool, the patches without a missing sample; lead ids (L,). Samples after the last
-    whole patch are left out. ValueError if no patch is valid or the unit is wrong. notes: see preprocess."""
+    """Preprocess a Recording and cut it into N whole patches of P samples at FS. Returns patches float32 (L, N, P), NaN
+    where samples are missing; valid (L, N) bool, the patches without a missing sample; lead ids (L,). ValueError if no
+    patch is valid or the unit is wrong. notes: see preprocess."""
     notes.update(recording.notes)
     signal_mv, lead_ids = preprocess(*recording[:4], notes)
     N = signal_mv.shape[1] // patch_samples
@@ -541,10 +528,12 @@ RECORD_LINE = re.compile(r"[^\s/]+(?:/(\d+))?\s+(\d+)(?:\s+(\d+\.?\d*)(?:[/(]\S*
 SEGMENT_LINE = re.compile(r"(\S+)\s+(\d+)")
 SIGNAL_LINE = re.compile(r"(\S+)\s+(\d+)(?:x(\d+))?(?::(\d+))?(?:\+(\d+))?(?:\s+([-+\d.eE]+)(?:\(([-+\d.]+)\))?"
                          r"(?:/(\S+))?(?:\s+\d+(?:\s+(-?\d+)(?:\s+(-?\d+)(?:\s+-?\d+(?:\s+\d+(?:\s+(.*))?)?)?)?)?)?)?")
-WORDS = {"16": "<i2", "61": ">i2", "32": "<i4", "212": "u1"}
+WORDS = {"16": "<i2", "61": ">i2", "32": "<i4"}
 BITS = {"16": 16, "61": 16, "32": 32, "212": 12, "24": 24, "80": 8, "160": 16, "310": 10, "311": 10, "508": 8,
         "516": 16, "524": 24, "8": 0}                                # of a sample; its lowest value means "no sample"
 BYTES = {"8": 1, "16": 2, "24": 3, "32": 4, "61": 2, "80": 1, "160": 2, "212": 1.5, "310": 4 / 3, "311": 4 / 3}
+EDF_FIELDS = {"name": 16, "transducer": 80, "unit": 8, "low": 8, "high": 8, "first": 8, "last": 8, "filter": 80,
+              "per_frame": 8, "reserved": 32}                        # of all channels; see edfplus.info/specs/edf.html
 # A signal line of a header. key: its name, and how many channels of this name came before; offset: bytes (FLAC:
 # samples) before the first frame; skew: frames by which it comes too early; mv: of a unit, None for other quantities;
 # stated: whether the header says the gain.
@@ -558,9 +547,8 @@ OpenRecord = namedtuple("OpenRecord", "fs frames parts keys per_frame notes")
 
 def read_wfdb(path, start_s=0, stop_s=math.inf):
     """Read a WFDB record, or a stretch of it: a Recording with signal (T, L) in mV. Raises Refused if its files are
-    absent or damaged, or if it holds no ECG. All formats (FLAC needs soundfile), several samples in a frame, skew, and
-    segments of both layouts. Channels slower than the fastest are resampled to its rate. A segment that cannot be read
-    is missing samples, and a note."""
+    absent or damaged, or if it holds no ECG. FLAC needs soundfile. Channels slower than the fastest are resampled to
+    its rate. A segment that cannot be read is missing samples, and a note."""
     with as_refused(path):
         record = open_record(str(path))
         start, stop = (round(min(max(0, at), record.frames / record.fs) * record.fs) for at in (start_s, stop_s))
@@ -576,10 +564,9 @@ def open_record(path):
 
 
 def read_pieces(path):
-    """Yield (start in s, Recording or Refused) of a record in pieces of at most PIECE_S and PIECE_SAMPLES, one after
-    another, all but the last of whole seconds. To prepare one takes at most 0.5 GB (measured: 0.24 GB for 24 h of 3
-    leads at 250 Hz), below 100 Hz up to 0.9 GB, whatever the record's length; only format 8 is read from its start each
-    time."""
+    """Yield (start in s, Recording or Refused) of a record in pieces of at most PIECE_S and PIECE_SAMPLES, all but the
+    last of whole seconds. To prepare one takes at most 0.5 GB (24 h of 3 leads at 250 Hz: 0.24), below 100 Hz up to 0.9
+    GB, whatever the record's length; only format 8 is read from its start each time."""
     with as_refused(path):
         record = open_record(str(path))
     samples = record.frames * record.per_frame * len(record.keys)
@@ -634,15 +621,11 @@ def open_wfdb(path):
         at += frames
     if failed and not parts:
         raise failed[0]
-    keys, fastest = choose_channels(fs, [channel.key for channel in layout], parts, notes)
-    if not 0 < at <= MAX_RECORD_S * fs:
-        raise ValueError(f"it lasts {at:,} frames at {fs} Hz: expected at least one, and at most {MAX_RECORD_S:,} s")
-    return OpenRecord(fs, at, parts, keys, fastest, +notes)
+    return choose_channels(fs, at, [channel.key for channel in layout], parts, notes)
 
 
-def choose_channels(fs, order, parts, notes):
-    """The keys of the ECG channels of `parts`, in `order` as far as this goes, and the samples per frame of the
-    fastest. Counts the others."""
+def choose_channels(fs, frames, order, parts, notes):
+    """The OpenRecord of the ECG channels of `parts`, in `order` as far as this goes. Counts the others."""
     rates, dropped = dict.fromkeys(order, 0), {}
     for channel in (channel for part in parts for some in part.files.values() for channel in some):
         if not channel.mv or is_no_ecg(channel.key[0]):
@@ -658,8 +641,11 @@ def choose_channels(fs, order, parts, notes):
     if not FS_RANGE[0] <= fastest * fs <= FS_RANGE[1]:
         raise Refused("sampling rate", f"{fastest * fs:g} samples per second: expected {FS_RANGE[0]} to {FS_RANGE[1]}")
     slow = {key: f"{key[0]:.40} at {n * fs:g} Hz" for key, n in rates.items() if 0 < n * fs < FS_RANGE[0]}
-    notes.update(f"channels left out: {name}" for name in (dropped | slow).values())
-    return [key for key, n in rates.items() if n and key not in slow], fastest
+    notes.update(f"channels left out: {name}" for name in (dropped | slow).values() if "EDF Annotations" not in name)
+    if not 0 < frames <= MAX_RECORD_S * fs:
+        raise ValueError(f"it lasts {frames:,} frames at {fs} Hz: expected one or more, and at most {MAX_RECORD_S:,} s")
+    keys = [key for key, n in rates.items() if n and key not in slow]
+    return OpenRecord(fs, frames, parts, keys, fastest, +notes)
 
 
 def read_header(path, record_fs=None):
@@ -698,9 +684,8 @@ def read_header(path, record_fs=None):
 
 def header_lines(path):
     """The lines of a WFDB header that are no comments."""
-    with open(find_file(path)[0], "rb") as file:
-        data = file.read()
-    return [line for line in map(str.strip, as_text(data).split("\n")) if line and not line.startswith("#")]
+    text = as_text(Path(find_file(path)).read_bytes())
+    return [line for line in map(str.strip, text.split("\n")) if line and not line.startswith("#")]
 
 
 def as_text(data):
@@ -712,32 +697,28 @@ def as_text(data):
 
 
 def find_file(path):
-    """A path and the size of its file; if it is absent, of the one file whose name differs in upper and lower case."""
-    try:
-        return path, os.path.getsize(path)
-    except FileNotFoundError:
-        folder, name = os.path.split(path)
-        same = names_by_lower(folder or ".", os.stat(folder or ".").st_mtime_ns).get(name.lower(), ())
-        if len(same) != 1:
-            raise
-        return os.path.join(folder, same[0]), os.path.getsize(os.path.join(folder, same[0]))
+    """A path or, if there is no such file, the one in the same folder that differs from it only in capitals."""
+    if os.path.exists(path):
+        return path
+    folder, name = os.path.split(path)
+    same = names_by_lower(folder or ".", os.stat(folder or ".").st_mtime_ns)[name.lower()]
+    return os.path.join(folder, same[0]) if len(same) == 1 else path
 
 
 @functools.lru_cache(1)
 def names_by_lower(folder, changed_ns):
     """{name in lower case: names in a folder}; it is listed again only when it changes."""
-    names = {}
+    names = defaultdict(list)
     for name in os.listdir(folder):
-        names.setdefault(name.lower(), []).append(name)
+        names[name.lower()].append(name)
     return names
 
 
 def by_file(channels):
     """{file: its Channels}, in the order of the header."""
-    files = {}
-    for channel in channels:
-        if channel.file != "~":                                    # "~" has no samples
-            files.setdefault(channel.file, []).append(channel)
+    files = defaultdict(list)
+    for channel in (channel for channel in channels if channel.file != "~"):       # "~" has no samples
+        files[channel.file].append(channel)
     return files
 
 
@@ -745,11 +726,12 @@ def frames_held(folder, channels, stated):
     """Number of frames: `stated`, or what the smallest file holds if that is 0. ValueError if a file is too short."""
     held = []
     for name, some in by_file(channels).items():
-        (path, size), (format, offset) = find_file(os.path.join(folder, name)), (some[0].format, some[0].offset)
+        path, format, offset = find_file(os.path.join(folder, name)), some[0].format, some[0].offset
         if len({(channel.format, channel.offset) for channel in some}) > 1:
             raise ValueError(f"the channels of {name} differ in format or offset: expected one for a file")
         if format in BYTES:
-            held.append(int(max(0, size - offset) / BYTES[format]) // sum(channel.per_frame for channel in some))
+            n_samples = int(max(0, os.path.getsize(path) - offset) / BYTES[format])
+            held.append(n_samples // sum(channel.per_frame for channel in some))
         else:
             import soundfile
             held.append((soundfile.info(path).frames - offset) // some[0].per_frame)
@@ -767,12 +749,11 @@ def read_stretch(record, start, stop):
     for part in record.parts:
         first, last = max(start, part.start) - part.start, min(stop, part.stop) - part.start
         for name, channels in part.files.items() if first < last else ():
-            groups, column = {}, 0                                 # the same operation for all channels of a kind
+            groups, column = defaultdict(lambda: ([], [])), 0      # the same operation for all channels of a kind
             for channel in channels:
                 if channel.key in rows and channel.mv:
-                    group = groups.setdefault((channel.per_frame, channel.skew), ([], []))
-                    group[0].append(channel)
-                    group[1].extend(range(column, column + channel.per_frame))
+                    groups[channel.per_frame, channel.skew][0].append(channel)
+                    groups[channel.per_frame, channel.skew][1].extend(range(column, column + channel.per_frame))
                 column += channel.per_frame
             skews = [skew for _, skew in groups] or [part.frames]
             low, high = min(first + min(skews), part.frames), min(last + max(skews), part.frames)
@@ -810,8 +791,8 @@ def in_mv(channels, steps, fs, fastest):
 
 def read_frames(path, channels, first, last, n_frames):
     """Frames first to last of a signal file with n_frames: ADC values (samples per frame of all channels, frames)."""
-    path, format, width = find_file(path)[0], channels[0].format, sum(channel.per_frame for channel in channels)
-    if format not in WORDS:
+    path, format, width = find_file(path), channels[0].format, sum(channel.per_frame for channel in channels)
+    if format not in {*WORDS, "212"}:
         return read_frames_by_wfdb(path, channels, first, last, n_frames)
     extra = first * width % 2 if format == "212" else 0            # blocks of two samples
     begin, n_bytes = first * width - extra, math.ceil(((last - first) * width + extra) * BYTES[format])
@@ -819,14 +800,11 @@ def read_frames(path, channels, first, last, n_frames):
         file.seek(channels[0].offset + int(begin * BYTES[format]))
         data = np.fromfile(file, np.uint8, n_bytes)
     if format == "212":                                            # 12 bits, two in three bytes; >> keeps the sign
-        data = np.pad(data, (0, -len(data) % 3)) if len(data) % 3 else data
-        low, both, high = data.reshape(-1, 3).T
-        data = np.empty((len(low), 2), np.int16)
-        data[:, 0], data[:, 1] = low, high
-        data[:, 0] |= both.astype(np.int16) << 12 >> 4
-        data[:, 1] |= (both.astype(np.int16) << 8 & -4096) >> 4
-        data = data.reshape(-1)[extra:][:(last - first) * width]
-    return np.ascontiguousarray(data.view(data.dtype if format == "212" else WORDS[format]).reshape(-1, width).T)
+        low, both, high = np.pad(data, (0, -len(data) % 3)).reshape(-1, 3).T
+        both = both.astype(np.int16)
+        pairs = np.stack((low | both << 12 >> 4, high | (both << 8 & -4096) >> 4), axis=1)
+        return np.ascontiguousarray(pairs.reshape(-1)[extra:][:(last - first) * width].reshape(-1, width).T)
+    return np.ascontiguousarray(data.view(WORDS[format]).reshape(-1, width).T)
 
 
 def read_frames_by_wfdb(path, channels, first, last, n_frames):
@@ -849,22 +827,21 @@ def open_edf(path):
     with open(path, "rb") as file:
         head = file.read(256).decode("latin-1")
         n_channels, seconds, n_records = int(head[252:256]), float(head[244:252]), int(head[236:244])
-        text = file.read(256 * n_channels).decode("latin-1")
-    columns, at = [], 0                          # one list per field of the channels; see edfplus.info/specs/edf.html
-    for width in (16, 80, 8, 8, 8, 8, 8, 80, 8):
-        fields = [text[at + i * width:][:width].strip() for i in range(n_channels)]
-        columns.append([field.replace("\xc2", "") for field in fields])                # half of a micro sign in UTF-8
-        at += n_channels * width
-    counts, ranges, channels = [int(n) for n in columns[8]], np.array(columns[3:7], float), []
-    offset, seen, held = 256 * (n_channels + 1), Counter(), os.path.getsize(path)
-    n_records = n_records if n_records >= 0 else (held - offset) // (2 * sum(counts))       # -1: not stated
+        dtype = [(name, f"S{width}", (n_channels,)) for name, width in EDF_FIELDS.items()]
+        fields = np.frombuffer(file.read(256 * n_channels), dtype)[0]
+    names, units = ([text.decode("latin-1").strip().replace("\xc2", "") for text in fields[name]]
+                    for name in ("name", "unit"))                  # \xc2: half of a micro sign in UTF-8
+    counts, seen, channels = fields["per_frame"].astype(int).tolist(), Counter(), []
+    offset, held, width = 256 * (n_channels + 1), os.path.getsize(path), sum(counts)
+    n_records = n_records if n_records >= 0 else (held - offset) // (2 * width)             # -1: not stated
     if head[:8].strip() != "0" or not 0 < min(counts) or not 0 < seconds < math.inf or not n_records:
-        raise ValueError(f"version {head[:8]!r}, {n_records} records of {sum(counts)} samples in {seconds:g} s: "
+        raise ValueError(f"version {head[:8]!r}, {n_records} records of {width} samples in {seconds:g} s: "
                          "expected EDF's version 0, and samples")
-    if 2 * sum(counts) * n_records > held - offset:
-        raise ValueError(f"it is cut short: {n_records} records of {2 * sum(counts)} bytes should follow the header, "
+    if 2 * width * n_records > held - offset:
+        raise ValueError(f"it is cut short: {n_records} records of {2 * width} bytes should follow the header, "
                          f"and {held - offset} bytes do")
-    for name, unit, per_frame, (low, high, first, last) in zip(columns[0], columns[2], counts, ranges.T):
+    ranges = np.array([fields[name].astype(float) for name in ("low", "high", "first", "last")])
+    for name, unit, per_frame, (low, high, first, last) in zip(names, units, counts, ranges.T):
         gain = (last - first) / (high - low) if high != low else 0.0
         unit = unit if 0 < abs(gain) < math.inf else f"{unit}, of no range"
         channels.append(Channel((name, seen[name]), path, "16", per_frame, 0, offset, gain, first - low * gain,
@@ -872,23 +849,18 @@ def open_edf(path):
         seen[name] += 1
     starts = np.arange(n_records)
     if head[192:197] == "EDF+D":                 # the first note of a record says when it begins
-        begin = sum(counts[:columns[0].index("EDF Annotations")])
-        notes = np.memmap(path, "<i2", "r", offset, (n_records, sum(counts)))[:, begin:]
-        onsets = np.array([float(note.tobytes().partition(b"\x14")[0]) for note in notes])
+        begin = sum(counts[:names.index("EDF Annotations")])
+        texts = np.memmap(path, "<i2", "r", offset, (n_records, width))[:, begin:]
+        onsets = np.array([float(text.tobytes().partition(b"\x14")[0]) for text in texts])
         starts = np.rint((onsets - onsets[0]) / seconds).astype(int)
     if (np.diff(starts) < 1).any():
         raise ValueError("data records overlap, or are not in the order of time: expected one after another")
-    parts, notes, edges = [], Counter(), [0, *np.flatnonzero(np.diff(starts) > 1) + 1, n_records]
+    parts, edges = [], [0, *(np.flatnonzero(np.diff(starts) > 1) + 1).tolist(), n_records]
     for first, stop in zip(edges, edges[1:]):
-        some = [channel._replace(offset=offset + 2 * sum(counts) * int(first)) for channel in channels]
-        begin, n = int(starts[first]), int(stop - first)
+        begin, n = int(starts[first]), stop - first
+        some = [channel._replace(offset=offset + 2 * width * first) for channel in channels]
         parts.append(Part(begin, begin + n, n, "", {path: some}))
-    keys, fastest = choose_channels(1 / seconds, [], parts, notes)
-    for name in [name for name in notes if "EDF Annotations" in name]:
-        del notes[name]
-    if parts[-1].stop > MAX_RECORD_S / seconds:
-        raise ValueError(f"it lasts {parts[-1].stop * seconds:,.0f} s: expected at most {MAX_RECORD_S:,} s")
-    return OpenRecord(1 / seconds, parts[-1].stop, parts, keys, fastest, notes)
+    return choose_channels(1 / seconds, parts[-1].stop, [], parts, Counter())
 
 
 def read_array(path, fs, units, leads):
@@ -944,13 +916,8 @@ def only_array(arrays):
     return arrays.get("signal", next(iter(arrays.values()))), []
 
 
-def read_mat(path):
-    from scipy.io import loadmat
-    return only_array(loadmat(path))
-
-
-ARRAY_READERS = {".csv": read_csv, ".npy": lambda path: (np.load(path, mmap_mode="r"), []), ".mat": read_mat,
-                 ".npz": lambda path: only_array(np.load(path))}
+ARRAY_READERS = {".csv": read_csv, ".npy": lambda path: (np.load(path, mmap_mode="r"), []),
+                 ".npz": lambda path: only_array(np.load(path)), ".mat": lambda path: only_array(loadmat(path))}
 
 
 def read_any(path, fs=None, units="mV", leads=""):
@@ -1024,20 +991,21 @@ def list_recordings(place, notes, arrays=False):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 def atomic_write(path, content):
-    """Write a file whole or not at all, even if the machine stops.
-
-    content: bytes, text, or a function that writes into the open binary file.
-    """
-    path = Path(path)
-    part = path.with_name(f"{path.name}.tmp")
-    with open(part, "wb") as file:
-        if callable(content):
-            content(file)
-        else:
-            file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    """Write a file whole or not at all, even if the machine stops. content: bytes, text, or a function that writes into
+    the open binary file."""
+    part = Path(path).with_name(f"{Path(path).name}.tmp")
+    try:
+        with open(part, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:                              # on a full disk this frees some space
+        part.unlink(missing_ok=True)
+        raise
 
 
 def sha256(path):

@@ -4,11 +4,10 @@ Every recording goes through ecg.preprocess, which the probes and encoder.embed 
 is printed first: a sample takes 2 bytes, 10 s of 12 leads take 60 kB. Files are in OUT/.part until all are done. After
 an interruption run the same command again: it continues there and ends with the same bytes.
 
-the result, in OUT (for synth in OUT/ptbxl, OUT/mitdb and OUT/nstdb)
+the result, in OUT (for synth in OUT/ptbxl, OUT/mitdb and OUT/nstdb); corpus.py says what a row holds
   signal/        int16 at 250 Hz, 1 uV per step, -32768 = missing; for every recording one (leads, samples) block
   events/        only for icentia11k: beats and rhythms, by sample at 250 Hz
-  index.npy      a row per recording: its place in signal/, its leads, split, patient and label; in the same order
-                 records.npy (names); fingerprints.npy: to find copies, see corpus.py; patients.npy: names of patients
+  *.npy          a row per recording (index, records), names of patients, fingerprints to find copies
   manifest.json  counts, hours, what was rejected or changed, leak rules, checksums, the command
   rejects.csv    every recording that could not be used, and why
 
@@ -49,9 +48,9 @@ import wfdb
 from joblib import cpu_count                                       # of this job: affinity and containers count
 from tqdm import tqdm
 
-from corpus import (EVENT_DTYPE, FINGERPRINT_DTYPE, FORMAT_VERSION, INDEX_DTYPE, MAGIC, NO_EVENTS, NO_FINGERPRINTS,
-                    PATIENT_DTYPE, RECORD_DTYPE, SPLITS, SUPERCLASSES, fingerprint, index_faults, lock_folder,
-                    open_corpus, part_of, rows_to_leave_out, write_held_out)
+from corpus import (EVENT_DTYPE, FINGERPRINT_DTYPE, FORMAT_VERSION, MAGIC, NO_EVENTS, NO_FINGERPRINTS, SPLITS,
+                    SUPERCLASSES, TABLES, fingerprint, index_faults, lock_folder, open_corpus, part_of,
+                    rows_to_leave_out, write_held_out)
 from ecg import (ARRAY_READERS, FS, LEAD_IDS, LEADS, MAX_LEADS, MAX_MV, MISSING, NOT_READ, PAD_S, UV_PER_MV, Recording,
                  Refused, as_refused, atomic_write, find_files, list_recordings, preprocess, read_array, read_pieces,
                  sha256)
@@ -63,7 +62,7 @@ SHARDS_AT_LEAST = 64             # if there are as many recordings, so that a sm
 ESTIMATE_RECORDINGS = 5          # recordings that are read first, to estimate disk and time
 NAMES_LISTED = 20                # of unknown leads or channels left out, in the manifest: the most frequent
 OVERVIEW_RECORDINGS = 2000       # chosen at random, for the histograms of check.png
-ROW_DTYPE = np.dtype([("index", INDEX_DTYPE), ("records", RECORD_DTYPE), ("patients", PATIENT_DTYPE)])  # in done/
+ROW_DTYPE = np.dtype([(name, TABLES[name]) for name in ("index", "records", "patients")])  # of the files in done/
 # MIT-BIH inter-patient split: de Chazal et al., IEEE TBME 51(7), 2004. The rest of the 48 are the four paced records.
 MITDB_DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
 MITDB_DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
@@ -71,8 +70,9 @@ MITDB_HELD_OUT = {*MITDB_DS2, "201"}  # 201 is the same person as 202, which is 
 # A folder of loose WFDB records may hold copies of the test sets under the names that public tools give them: Challenge
 # 2021's HRn is PTB-XL's ecg_id n; 00018_hr_I is a lead, 100_3 a part; PhysioBank ATM writes 100m.
 HELD_OUT_COPY = re.compile(
-    r"((HR\d{5}|(ptb-?xl[_-]?)?\d{5}_[lh]r)(_\w{1,4})?|(mit-?(bih|db)?[_-]?)?"
-    rf"({'|'.join(sorted(MITDB_HELD_OUT))})(m|a|skew|[_-](ecg|mlii|v\d|\d\d?))?)(\.(dat|mat))?", re.IGNORECASE)
+    r"(.*[/\\])?((HR\d{5}|(ptb-?xl[_-]?)?\d{5}_[lh]r)(_\w{1,4})?|(mit-?(bih|db)?[_-]?)?"
+    rf"({'|'.join(sorted(MITDB_HELD_OUT))})(m|a|skew|[_-](ecg|mlii|v\d|\d\d?))?)(\.(dat|mat|hea|edf|csv|np[yz]))*",
+    re.IGNORECASE)
 NOISE_S = 30 * 60                # s of an NSTDB record that are used
 NOISE_PARTS = (("train", 0, 2 / 3), ("test", 2 / 3, 1))  # minutes 0-20 and 20-30; a shorter record has the same shares
 SYNTH_RECORDS = 600              # default number of synthetic 12-lead recordings
@@ -111,16 +111,13 @@ class Job(NamedTuple):
     label: int = 0
     n_channels: int = 0          # that the source promises; 0 = anything
     part: tuple | None = None    # start and end, as shares of the first NOISE_S
-    row: int = -1                # in the HDF5 file
-    scale: float = 1.0           # factor to mV
+    tracing: tuple | None = None  # of an HDF5 file: row, and factor to mV
+    array: tuple | None = None   # of an array: rate in Hz, unit and names of leads, as the table has them
     reject: tuple | None = None  # reason and detail, if the lister knows already that it cannot be used
-    about: tuple | None = None   # of an array: rate in Hz, unit and names of leads, as the table has them
 
 
 # A lister yields the jobs of a source in an order that depends only on the raw files, and writes into `notes` what a
-# user should know about them. It holds the publisher's tables in memory, but never a list of all recordings. --help
-# shows its docstring.
-
+# user should know. It holds the publisher's tables in memory, but never all recordings. --help shows its docstring.
 def list_ptbxl(raw, args, notes):
     """PTB-XL 1.0.3: 21,799 12-lead ECGs of 10 s with labels; folds 1-8 train, 9 val, 10 test (--download: 3 GB)"""
     for name in ("ptbxl_database.csv", "scp_statements.csv"):
@@ -142,17 +139,16 @@ def list_ptbxl(raw, args, notes):
 
 def list_mitdb(raw, args, notes):
     """MIT-BIH Arrhythmia Database: 48 two-lead recordings of 30 min; DS2 is test (--download: 100 MB)"""
-    listed = raw / "RECORDS"
-    paced = "102 104 107 217".split()
-    for name in listed.read_text().split() if listed.is_file() else sorted(MITDB_DS1 + MITDB_DS2 + paced):
+    known = sorted([*MITDB_DS1, *MITDB_DS2, "102", "104", "107", "217"])
+    for name in (raw / "RECORDS").read_text().split() if (raw / "RECORDS").is_file() else known:
         patient = f"mitdb/{'201' if name == '202' else name}"      # one person
         yield Job(str(raw / name), name, patient, "test" if name in MITDB_HELD_OUT else "train", n_channels=2)
 
 
 def list_nstdb(raw, args, notes):
     """MIT-BIH Noise Stress Test Database: the noise records bw, em, ma, each in two parts (--download: 40 MB)"""
-    # The gain 0 of these headers means "uncalibrated". WFDB reads it as 200 adu/mV, so the millivolts are nominal.
-    # There is no patient: the two parts have no sample in common, so each counts as a patient.
+    # The gain 0 of these headers means "uncalibrated": 200 adu/mV, so the millivolts are nominal. There is no patient:
+    # the two parts have no sample in common, so each counts as one.
     for name in ("bw", "em", "ma"):
         for split, start, stop in NOISE_PARTS:
             yield Job(str(raw / name), name, f"nstdb/{name}/{split}", split, n_channels=2, part=(start, stop))
@@ -160,16 +156,12 @@ def list_nstdb(raw, args, notes):
 
 def list_heedb(raw, args, notes):
     """Harvard-Emory ECG Database: 11.6 million 12-lead ECGs; --raw holds ECG/WFDB and the publisher's tables"""
-    patient_of = Lookup(raw, "demographics_ECG.csv", "FileName", "BDSPPatientID")
-    duplicates = Lookup(raw, "duplicated.csv", "file_name", "file_name")
-    notes["patients"] = patient_of or "no demographics_ECG.csv: every file counts as a patient of its own"
-    notes["duplicates"] = duplicates or ""
+    notes["patients"] = patient_of = Lookup(raw, "demographics_ECG.csv", "FileName", "BDSPPatientID")
+    notes["duplicates"] = twice = Lookup(raw, "duplicated.csv", "file_name", "file_name")
     folder = raw / "ECG" / "WFDB"
     for path in find_files(folder if folder.is_dir() else raw, notes):
-        patient, reject = patient_of.find(path.name), None
-        if duplicates.find(path.name) is not None:
-            reject = "duplicate", "named in the publisher's duplicated.csv"
-        yield hashed_job(path, raw, f"heedb/{path.name if patient is None else patient}", reject)
+        reject = ("duplicate", "named in the publisher's duplicated.csv") if twice.find(path.name) else None
+        yield hashed_job(path, raw, f"heedb/{patient_of.find(path.name) or path.name}", reject)
 
 
 def list_code15(raw, args, notes):
@@ -179,7 +171,7 @@ def list_code15(raw, args, notes):
         raise ValueError(f"no {'exams.csv' if parts else 'exams_part*.hdf5'} in {raw}: expected the files of Zenodo "
                          "record 4916206, unpacked")
     table = pd.concat(read_table(raw / "exams.csv", ["exam_id", "patient_id", "trace_file"]))
-    patient_of = dict(zip(table.exam_id, table.patient_id))
+    patient_of = dict(zip(table.exam_id, "code15/" + table.patient_id))
     unit, median_mv = code15_unit(parts)
     notes["units"] = (f"read as {unit}: the median R wave of lead II is then {median_mv:.2f} mV (the publisher's own "
                       "statements differ)")
@@ -187,17 +179,15 @@ def list_code15(raw, args, notes):
     for path in parts:
         expected = dict.fromkeys(table.exam_id[table.trace_file == path.name])  # a set that keeps the order
         for row, exam in enumerate(map(str, open_h5(str(path))["exam_id"][:].tolist())):
-            reject = None
+            reject, patient = None, patient_of.get(exam, "")
             if exam == "0":
                 reject = "padding row", f"row {row} of {path.name} has exam_id 0"
             elif exam not in expected:                             # without the patient it could be in the wrong split
                 reject = "unknown or repeated exam", f"exams.csv has no exam {exam} in {path.name}, or it came before"
             expected.pop(exam, None)
-            patient = f"code15/{patient_of.get(exam)}"
-            yield Job(str(path), exam, patient, hashed_split(patient), n_channels=12, row=row, scale=CODE_SCALES[unit],
-                      reject=reject)
+            yield Job(str(path), exam, patient, hashed_split(patient), tracing=(row, CODE_SCALES[unit]), reject=reject)
         for exam in expected:
-            yield Job(str(path), exam, f"code15/{patient_of[exam]}", "train",
+            yield Job(str(path), exam, patient_of[exam], "train",
                       reject=("absent exam", f"exams.csv says {path.name}, which does not hold it"))
 
 
@@ -209,32 +199,31 @@ def list_code(raw, args, notes):
     for path in find_files(raw, notes):
         exam, reject = re.fullmatch(r"TNMG(\d+)_N\d+", path.name), None
         patient = exam and patient_of.find(exam[1])
-        if not exam:
-            reject = "file name", f"{path.name}.hea: expected TNMG and the exam, _N and the tracing"
-        elif patient is None:                                      # without the patient it could be in the wrong split
-            reject = "unknown patient", f"annotations.csv has no exam {exam[1]}"
+        if not patient:                                            # without it the record could be in the wrong split
+            reject = (("unknown patient", f"annotations.csv has no exam {exam[1]}") if exam else
+                      ("file name", f"{path.name}.hea: expected TNMG and the exam, _N and the tracing"))
         yield hashed_job(path, raw, f"code/{patient}", reject)
 
 
 def list_icentia11k(raw, args, notes):
     """Icentia11k: 11,000 patients, one lead, 541,794 segments of 70 minutes; events/ gets beats and rhythms"""
     for path in find_files(raw, notes):
-        known = re.fullmatch(r"(p\d{5})_s\d\d", path.name)
+        known = re.fullmatch(r"p\d{5}_s\d\d", path.name)
         reject = None if known else ("file name", f"{path.name}.hea: expected p, patient, _s and the segment")
-        yield hashed_job(path, raw, f"icentia11k/{known[1] if known else path.parent.name}", reject)
+        yield hashed_job(path, raw, f"icentia11k/{path.name[:6]}", reject)
 
 
 def list_wfdb(raw, args, notes):
     """any folder of WFDB records (*.hea) and EDF or EDF+ files (*.edf), in all subfolders; every channel in
               volts is a lead; a record with a name from PTB-XL or DS2 goes to the test split; --patients names the
               patient of each record"""
-    patient_of, held_out = read_patients(args.patients)
-    notes["patients"] = patient_of if args.patients else ""
+    if args.patients:
+        notes["patients"] = patient_of = read_patients(args.patients)
     for path in list_recordings(raw, notes):
         record = path.relative_to(raw).as_posix()
         patient = patient_of.find(record, path.name) if args.patients else None
-        copy = HELD_OUT_COPY.fullmatch(re.sub(r"(?i)\.edf\Z", "", path.name)) or patient in held_out
-        patient = f"wfdb/{record}" if patient is None else f"wfdb-patient/{patient}"
+        copy = HELD_OUT_COPY.fullmatch(path.name) or patient and patient in patient_of.held_out
+        patient = f"wfdb-patient/{patient}" if patient else f"wfdb/{record}"
         yield Job(str(path), shorten(record, 64), shorten(patient, 32), "test" if copy else "train")
 
 
@@ -242,12 +231,12 @@ def list_arrays(raw, args, notes):
     """any folder of CSV, .npy, .npz and .mat files; --table has a row for each: file, rate (Hz), unit (mV, uV or
               V), leads (I II V1, or I;II;V1; empty if the CSV has a header with them), and, if you like, patient
               (otherwise each file is one) and split (train, val or test)"""
-    path = args.table or raw / "table.csv"
+    path, table = args.table or raw / "table.csv", pd.DataFrame()
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="replace")
         found = f"has {len(table)} rows with the columns {', '.join(table)}"
     except (OSError, ValueError) as error:
-        table, found = pd.DataFrame(), f"cannot be read ({error})"
+        found = f"cannot be read ({error})"
     if not len(table) or not {*ARRAY_COLUMNS[:4]} <= {*table} or {*table.get("split", "")} - {"", *SPLITS}:
         raise ValueError(f"{path} {found}: expected a table (--table FILE.csv) with {', '.join(ARRAY_COLUMNS[:4])}, "
                          f"and perhaps patient and split; a split is {', '.join(SPLITS)} or empty")
@@ -258,7 +247,7 @@ def list_arrays(raw, args, notes):
     notes["files"] = text = f"{path} names {len(found & {*table.file}):,} of {len(found):,} files"
     if not found & {*table.file}:
         raise ValueError(f"{text} in {raw}: it says {table.file[0]!r}, and there is {min(found, default='none')!r}")
-    is_copy = table.file.map(lambda name: bool(HELD_OUT_COPY.fullmatch(Path(name).stem)))
+    is_copy = table.file.map(HELD_OUT_COPY.fullmatch).notna()
     is_copy |= table.patient.isin({*table.patient[is_copy]} - {""})        # with a copy, all of its patient is held out
     table["split"] = table.split.where(table.split != "", "train").mask(is_copy, "test")
     sides = table[table.patient != ""].groupby("patient").split.nunique()
@@ -268,8 +257,8 @@ def list_arrays(raw, args, notes):
         reject = None if row.file in found else ("absent file", f"{path} names it, and it is not in {raw}")
         reject = ("file named twice", f"in {path}; the first row counts") if again else reject
         patient = f"arrays-patient/{row.patient}" if row.patient else f"arrays/{row.file}"
-        yield Job(str(raw / row.file), shorten(row.file, 64), shorten(patient, 32),
-                  row.split, reject=reject, about=(row.rate, row.unit, row.leads))
+        yield Job(str(raw / row.file), shorten(row.file, 64), shorten(patient, 32), row.split,
+                  array=(row.rate, row.unit, row.leads), reject=reject)
     for name in sorted(found - {*table.file}):
         yield Job(name, shorten(name, 64), "", "train", reject=("not in the table", f"{path} has no row for it"))
 
@@ -303,19 +292,20 @@ def shorten(name, n_bytes):
 
 
 class Lookup:
-    """Looks up a column of a CSV table by a key, for many million rows: it stores the 64-bit hash of a key, 16 bytes
-    per row in all. The table is in raw, or up to two folders below; without a table it is empty. Keys are compared
-    without suffix, and without folder unless `paths`. It counts what is found, for share()."""
+    """A column of a CSV table, in raw or up to two folders below, by the 64-bit hash of a key: 16 bytes per row. It is
+    empty if there is no table. Keys are compared without suffix, and without folder unless `paths`."""
 
     def __init__(self, raw, name, key, value, paths=False):
-        self.name, self.paths, self.asked, self.found, self.example = name, paths, 0, 0, ""
+        self.name, self.paths, self.asked, self.found, self.example, self.held_out = name, paths, 0, 0, "", set()
         self.may_miss = key == value               # a list of duplicates: a part of a database may hold none of them
-        keys, values, folders = [np.zeros(0, np.uint64)], [np.zeros(0, "S1")], ("", "*/", "*/*/")
-        for path in [raw / name] if paths else sorted(path for folder in folders for path in raw.glob(folder + name)):
+        keys, values = [np.zeros(0, np.uint64)], [np.zeros(0, "S1")]
+        found = sorted(path for depth in ("", "*/", "*/*/") for path in raw.glob(depth + name))
+        for path in [raw / name] if paths else found:
             for part in read_table(path, [key, value]):
                 keys.append(np.fromiter(map(self.hash, part[key]), np.uint64, len(part)))
                 values.append(np.char.encode(part[value].to_numpy(str)))
                 self.example = self.example or next(iter(part[key]), "")
+                self.held_out |= {*part[value][part[key].map(HELD_OUT_COPY.fullmatch).notna()]} if paths else set()
         self.keys, first = np.unique(np.concatenate(keys), return_index=True)
         self.values = np.concatenate(values)[first]
 
@@ -338,6 +328,8 @@ class Lookup:
 
     def share(self):
         """How many recordings the table names, as text. ValueError if it names none."""
+        if not self.keys.size and not self.paths:
+            return "" if self.may_miss else f"no {self.name}: every file counts as a patient of its own"
         if self.asked and not self.found and not self.may_miss:
             raise ValueError(f"{self.name} names none of the {self.asked:,} recordings: it says {self.example!r}, and "
                              f"there is {self.stranger!r}; expected the same names")
@@ -357,28 +349,22 @@ def read_table(path, columns):
 
 
 def read_patients(path):
-    """--patients: a Lookup (None without a table), and the patients who have a copy of a held-out recording."""
-    if path is None:
-        return None, set()
+    """The Lookup of a table for --patients."""
     found = pd.read_csv(path, nrows=0).columns
     record, patient = (next((name for name in names if name in found), None) for names in PATIENT_COLUMNS)
     if not record or not patient:
         raise ValueError(f"--patients {path} has the columns {', '.join(found)}: expected one of "
                          f"{', '.join(PATIENT_COLUMNS[0])}, and one of {', '.join(PATIENT_COLUMNS[1])}")
-    table = pd.concat(read_table(path, [record, patient]))
-    names = table[record].str.replace(r"(?i).*[/\\]|\.(?:hea|edf)$", "", regex=True)
-    return (Lookup(path.parent, path.name, record, patient, paths=True),
-            {who for name, who in zip(names, table[patient]) if HELD_OUT_COPY.fullmatch(name)})
+    return Lookup(path.parent, path.name, record, patient, paths=True)
 
 
 @functools.lru_cache(1)
 def open_h5(path):
     """Open an exams_part*.hdf5 of CODE-15%. ValueError if it does not hold the two tables that are needed."""
     try:
-        import h5py                                                # only CODE-15% needs it
+        with as_refused(path):
+            import h5py                                            # only CODE-15% needs it
         file = h5py.File(path, "r")
-    except ImportError:
-        raise ValueError("CODE-15% comes as HDF5: run `pip install h5py` first") from None
     except OSError as error:
         raise ValueError(f"{path} is not an HDF5 file, or incomplete ({error}): download it again") from None
     exams, tracings = (getattr(file.get(name), "shape", ()) for name in ("exam_id", "tracings"))
@@ -442,13 +428,12 @@ def prepare_piece(job, start_s, recording, annotator):
         raise recording
     if job.n_channels and len(recording.leads) != job.n_channels:
         raise Refused("channel count", f"{len(recording.leads)} channels, expected {job.n_channels}")
-    changes = Counter(recording.notes)
+    changes, events = Counter(recording.notes), NO_EVENTS
     signal_mv, ids = preprocess(*recording[:4], changes)
     if job.part:
         n = min(signal_mv.shape[1], NOISE_S * FS)
         signal_mv = signal_mv[:, round(job.part[0] * n):round(job.part[1] * n)]
     steps, ids, start = drop_unusable_leads(signal_mv, ids, changes)
-    events = NO_EVENTS
     if annotator:
         start += round(start_s * FS)
         events = read_events(f"{job.path}.{annotator}", recording.fs, start, steps.shape[1], changes)
@@ -457,13 +442,13 @@ def prepare_piece(job, start_s, recording, annotator):
 
 def read(job):
     """(start in s, Recording) of the pieces of a job. Raises Refused if its file is absent or damaged."""
-    if job.about:
-        return [(0, read_array(job.path, *job.about))]
-    if job.row < 0:
+    if job.array:
+        return [(0, read_array(job.path, *job.array))]
+    if not job.tracing:
         return read_pieces(job.path)
+    row, scale = job.tracing
     with as_refused(job.path):
-        tracing = open_h5(job.path)["tracings"][job.row]
-    return [(0, Recording(tracing.astype(np.float64) * job.scale, CODE_FS, CODE_LEADS))]
+        return [(0, Recording(open_h5(job.path)["tracings"][row].astype(float) * scale, CODE_FS, CODE_LEADS))]
 
 
 def drop_unusable_leads(signal_mv, ids, changes):
@@ -562,8 +547,7 @@ def write_corpus(source, raw, out, args, command):
     part.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as at_end, lock_folder(part):
         at_end.callback(clean_up, part, made)                      # after the lock is released
-        begun = (part / "plan.json").exists()
-        if begun and not args.dry_run:
+        if (part / "plan.json").exists() and not args.dry_run:
             plan = json.loads((part / "plan.json").read_text())
             if plan.get("command") != command or plan.get("format_version") != FORMAT_VERSION:
                 raise ValueError(f"{part} holds an unfinished run of `{plan.get('command')}`, and this is `{command}`: "
@@ -575,9 +559,8 @@ def write_corpus(source, raw, out, args, command):
         if not (part / "manifest.json").exists():
             finish_shards(source, part, plan, args.workers or cpu_count())
             assemble(source, part, plan, command)
-        # No reader takes OUT for a corpus before the manifest is there, so it is moved last. Then the plan is deleted.
         working = {"done", "dry.jsonl", "jobs.jsonl", "lock", "plan.json", "manifest.json"}
-        for name in (*sorted({*os.listdir(part)} - working), "manifest.json"):
+        for name in (*sorted({*os.listdir(part)} - working), "manifest.json"):     # which makes a corpus of it: last
             (part / name).rename(part.parent / name)
         (part / "plan.json").unlink()
     return json.loads((out / "manifest.json").read_text())
@@ -594,12 +577,13 @@ def clean_up(part, made):
 def make_plan(source, raw, part, args, command):
     """Write the list of jobs into OUT/.part, and estimate disk and time. Returns the plan, None for a dry run."""
     jobs, notes, n = part / ("dry.jsonl" if args.dry_run else "jobs.jsonl"), {}, 0
-    listed = itertools.islice(LISTERS[source](raw, args, notes), args.limit or None)
+    listed = tqdm(LISTERS[source](raw, args, notes), desc="listing", unit=" records", disable=None)
     with open(jobs, "w") as file:
-        for n, job in enumerate(tqdm(listed, desc="listing", unit=" records", disable=None), 1):
+        for n, job in enumerate(itertools.islice(listed, args.limit or None), 1):
             file.write(json.dumps(job) + "\n")
     notes[NOT_READ] = ", ".join(f"{k:,} {kind}" for kind, k in sorted(notes.pop(NOT_READ, {}).items()))
-    notes = {what: note.share() if isinstance(note, Lookup) else note for what, note in notes.items() if note != ""}
+    notes = {what: note.share() if isinstance(note, Lookup) else note for what, note in notes.items()}
+    notes = {what: note for what, note in notes.items() if note}
     if not n:
         raise ValueError(f"no {source} recordings under {raw}: expected WFDB headers (*.hea) there, for wfdb also EDF "
                          f"files (*.edf); found {notes.get(NOT_READ, 'nothing like these')}")
@@ -631,17 +615,16 @@ def finish_shards(source, part, plan, workers):
     n_jobs, per_shard, totals = plan["jobs"], plan["shard_jobs"], Counter()
     if done := {int(path.stem) for path in (part / "done").glob("*.npz")}:
         print(f"{part}: continuing, {len(done)} shards are finished")
-    file = open(part / "jobs.jsonl")
-    shards = iter(lambda: [Job(*json.loads(line)) for line in itertools.islice(file, per_shard)], [])
-    tasks = ((source, part, number, jobs) for number, jobs in enumerate(shards) if number not in done)
-    results = run_tasks(tasks, min(workers, -(-n_jobs // per_shard) - len(done)))
-    with (file, contextlib.closing(results),                       # at once, so that an interruption ends the workers
-          tqdm(total=n_jobs, initial=min(n_jobs, len(done) * per_shard), unit=" records", disable=None) as bar):
-        for result in results:
-            totals.update(result)
-            bar.set_postfix(hours=f"{totals['samples'] / FS / 3600:.1f}", GB=f"{totals['bytes'] / 1e9:.2f}",
-                            rejected=totals["rejected"], refresh=False)
-            bar.update(result["jobs"])
+    with open(part / "jobs.jsonl") as file:
+        shards = iter(lambda: [Job(*json.loads(line)) for line in itertools.islice(file, per_shard)], [])
+        tasks = ((source, part, number, jobs) for number, jobs in enumerate(shards) if number not in done)
+        results = run_tasks(tasks, min(workers, -(-n_jobs // per_shard) - len(done)))
+        with (contextlib.closing(results),                         # at once, so that an interruption ends the workers
+              tqdm(total=n_jobs, initial=min(n_jobs, len(done) * per_shard), unit=" records", disable=None) as bar):
+            for n, result in results:
+                totals.update(result)
+                bar.set_postfix(totals, refresh=False)
+                bar.update(n)
 
 
 def run_tasks(tasks, workers):
@@ -679,45 +662,38 @@ def start_worker():
 
 
 def prepare_shard(source, part, number, jobs):
-    """Prepare the recordings of a shard and write it. Returns its totals."""
-    rows, events, rejects, changes, offset, n_events = [], [NO_EVENTS], [], Counter(), 0, 0
-    fingerprints = [NO_FINGERPRINTS]
-    path = part / "signal" / f"{number:05d}.i16"
-    try:
-        with open(path, "wb") as file:
-            for job in jobs:
-                try:
-                    for got in prepare_recording(job, ANNOTATED.get(source)):
-                        file.write(got.steps.tobytes())
-                        n_leads, length = got.steps.shape
-                        leads, patient = np.pad(got.leads, (0, MAX_LEADS - n_leads)), 0  # assemble numbers the patients
-                        row = (number, offset, length, n_leads, leads, SPLITS.index(job.split), job.label, patient,
-                               got.fs_hz, n_events, len(got.events))
-                        fingerprints.append(fingerprint(got.steps, got.leads, every_lead=job.split != "train"))
-                        fingerprints[-1]["row"] = len(rows)        # assemble adds the recordings of the shards before
-                        rows.append((row, job.record.encode(), job.patient.encode()))
-                        events.append(got.events)
-                        offset, n_events = offset + got.steps.size, n_events + len(got.events)
-                        changes += got.changes
-                except Refused as error:                           # before its first row, never after it
-                    rejects.append((job.record, error.reason, str(error)))
-            file.flush()
-            os.fsync(file.fileno())
-        sums = {f"signal/{path.name}": sha256(path)}
-        if source in ANNOTATED:
-            target = part / "events" / f"{number:05d}.npy"
-            atomic_write(target, lambda file: np.save(file, np.concatenate(events)))
-            sums[f"events/{target.name}"] = sha256(target)
-    except OSError:
-        path.unlink(missing_ok=True)                               # on a full disk this frees some space
-        raise
-    rows = np.array(rows, ROW_DTYPE)
-    about = json.dumps({"rejects": rejects, "changes": most_frequent(changes, 10 * NAMES_LISTED), "sha256": sums,
-                        "bytes": 2 * offset}).encode()
-    atomic_write(part / "done" / f"{number:05d}.npz",
-                 lambda file: np.savez(file, rows=rows, fingerprints=np.concatenate(fingerprints),
-                                       about=np.frombuffer(about, np.uint8)))
-    return {"jobs": len(jobs), "samples": rows["index"]["length"].sum(), "rejected": len(rejects), "bytes": 2 * offset}
+    """Prepare the recordings of a shard and write it. Returns the number of jobs, and totals."""
+    rows, events, fingerprints, rejects, changes = [], [NO_EVENTS], [NO_FINGERPRINTS], [], Counter()
+
+    def write(file):
+        for job in jobs:
+            try:
+                for got in prepare_recording(job, ANNOTATED.get(source)):
+                    n_leads, length = got.steps.shape
+                    row = (number, file.tell() // 2, length, n_leads, np.pad(got.leads, (0, MAX_LEADS - n_leads)),
+                           SPLITS.index(job.split), job.label, 0, got.fs_hz, 0, len(got.events))       # 0: see below
+                    file.write(got.steps.tobytes())
+                    fingerprints.append(fingerprint(got.steps, got.leads, every_lead=job.split != "train"))
+                    fingerprints[-1]["row"] = len(rows)            # assemble adds the recordings of the shards before
+                    rows.append((row, job.record.encode(), job.patient.encode()))
+                    events.append(got.events)
+                    changes.update(got.changes)
+            except Refused as error:                               # before its first row, never after it
+                rejects.append((job.record, error.reason, str(error)))
+    files = {f"signal/{number:05d}.i16": write}
+    if source in ANNOTATED:
+        files[f"events/{number:05d}.npy"] = lambda file: np.save(file, np.concatenate(events))
+    for name, content in files.items():
+        atomic_write(part / name, content)
+    rows = np.array(rows, ROW_DTYPE)                               # assemble numbers the patients
+    index = rows["index"]
+    index["first_event"] = np.cumsum(index["n_events"]) - index["n_events"]
+    about = {"rejects": rejects, "changes": most_frequent(changes, 10 * NAMES_LISTED),
+             "sha256": {name: sha256(part / name) for name in files}}
+    atomic_write(part / "done" / f"{number:05d}.npz", lambda file: np.savez(
+        file, rows=rows, fingerprints=np.concatenate(fingerprints), about=json.dumps(about)))
+    n_bytes, hours = 2 * (index["length"] * index["n_leads"]).sum(), index["length"].sum() / FS / 3600
+    return len(jobs), {"hours": hours, "GB": n_bytes / 1e9, "rejected": len(rejects)}
 
 
 def most_frequent(changes, n):
@@ -734,12 +710,11 @@ def assemble(source, part, plan, command):
     """Join the shards: write index.npy, records.npy, patients.npy, fingerprints.npy, rejects.csv, manifest.json. Needs
     200 bytes of memory per recording."""
     shards = sorted((part / "done").glob("*.npz"))
-    abouts = [json.loads(np.load(path)["about"].tobytes()) for path in shards]
+    abouts = [json.loads(str(np.load(path)["about"])) for path in shards]
     rejects = [row for about in abouts for row in about["rejects"]]
     rejects = pd.DataFrame(rejects, columns=["record", "reason", "detail"])
     rejects.to_csv(part / "rejects.csv", index=False, lineterminator="\r\n", errors="backslashreplace")
     rejected, changes = Counter(rejects.reason), sum((Counter(about["changes"]) for about in abouts), Counter())
-    changes = most_frequent(changes, NAMES_LISTED)
     try:
         if len(rejects) == plan["jobs"]:
             raise ValueError(f"none of the {plan['jobs']} recordings could be used: {dict(rejected)}; the first: "
@@ -751,29 +726,26 @@ def assemble(source, part, plan, command):
     except ValueError:                                             # the same command would fail again
         shutil.rmtree(part)
         raise
-    sums = {name: digest for about in abouts for name, digest in about["sha256"].items()}
     for name, table in zip(ROW_DTYPE.names, (index, records, patients)):
         atomic_write(part / f"{name}.npy", functools.partial(np.save, arr=table))
-    atomic_write(part / "fingerprints.npy", functools.partial(write_fingerprints, shards))
-    for name in (*ROW_DTYPE.names, "fingerprints"):
-        sums[f"{name}.npy"] = sha256(part / f"{name}.npy")
-    sums["rejects.csv"] = sha256(part / "rejects.csv")
-    manifest |= {"rejected": dict(sorted(rejected.items())), "changed": dict(sorted(changes.items())),
-                 "shard_bytes": {f"{path.stem}.i16": about["bytes"] for path, about in zip(shards, abouts)},
+    write_fingerprints(shards, part / "fingerprints.npy")
+    sums = {name: digest for about in abouts for name, digest in about["sha256"].items()}
+    sums |= {name: sha256(part / name) for name in [*(f"{table}.npy" for table in TABLES.names), "rejects.csv"]}
+    manifest |= {"rejected": dict(sorted(rejected.items())),
+                 "changed": dict(sorted(most_frequent(changes, NAMES_LISTED).items())),
+                 "shard_bytes": {path.name: path.stat().st_size for path in sorted((part / "signal").iterdir())},
                  "sha256": sums}
     atomic_write(part / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_fingerprints(shards, file):
+def write_fingerprints(shards, path):
     """Join the fingerprints of the shards, one at a time because they may be larger than the index."""
-    n, rows = sum(len(np.load(path)["fingerprints"]) for path in shards), 0
-    about = {"descr": FINGERPRINT_DTYPE.descr, "fortran_order": False, "shape": (n,)}
-    np.lib.format.write_array_header_1_0(file, about)
-    for shard in map(np.load, shards):
-        fingerprints = shard["fingerprints"]
-        fingerprints["row"] += np.uint32(rows)
-        file.write(fingerprints.tobytes())
-        rows += len(shard["rows"])
+    n, rows = [[len(np.load(shard)[name]) for shard in shards] for name in ("fingerprints", "rows")]
+    joined = np.lib.format.open_memmap(path, "w+", FINGERPRINT_DTYPE, (sum(n),))
+    for shard, part, row in zip(map(np.load, shards), np.split(joined, np.cumsum(n)[:-1]), np.cumsum(rows) - rows):
+        part[:] = shard["fingerprints"]
+        part["row"] += row.astype(np.uint32)
+    joined.flush()
 
 
 def make_manifest(source, index, records, notes, command):
@@ -799,10 +771,8 @@ def make_manifest(source, index, records, notes, command):
 # ---- download -------------------------------------------------------------------------------------------------------
 def damaged_files(raw, wanted=".*"):
     """Names in raw/SHA256SUMS.txt that match the pattern `wanted` in full, and whose file is absent or differs."""
-    if not (raw / "SHA256SUMS.txt").is_file():
-        raise ValueError(f"no SHA256SUMS.txt in {raw}: --download fetches the publisher's")
-    lines = [line.split(maxsplit=1) for line in (raw / "SHA256SUMS.txt").read_text().splitlines() if line.strip()]
-    sums = {name: digest for digest, name in lines if re.fullmatch(wanted, name)}
+    listed = re.findall(r"(\S+)[^\S\n]+(.*\S)", (raw / "SHA256SUMS.txt").read_text())
+    sums = {name: digest for digest, name in listed if re.fullmatch(wanted, name)}
     if not sums:
         raise ValueError(f"{raw / 'SHA256SUMS.txt'} lists no file like {wanted}: it belongs to another database")
     return [name for name, _ in differences(raw, sums)]
@@ -859,8 +829,8 @@ def check(dirs, held_out=None):
             print(f"  overview: {corpus.dir / 'check.png'}")
     if faults:
         print("copies are looked for when nothing is damaged")
-    for corpus, (leaks, twice) in zip(corpora, [] if faults else rows_to_leave_out(corpora)):
-        for rows, what in ((leaks, "are copies of held-out recordings"), (twice, "are second copies")):
+    for corpus, found in zip(corpora, [] if faults else rows_to_leave_out(corpora)):
+        for rows, what in zip(found, ("are copies of held-out recordings", "are second copies")):
             if len(rows):
                 names = ", ".join(corpus.records[rows[:5]].astype(str)) + (" ..." if len(rows) > 5 else "")
                 print(f"{corpus.dir}: {len(rows):,} recordings of split train {what}, of these corpora or of public "
@@ -874,8 +844,7 @@ def check(dirs, held_out=None):
 def heart_rate_bpm(lead):
     """60 / the median time between R waves of a lead (T,) in mV at FS; NaN if there are fewer than three R waves."""
     band = scipy.signal.butter(2, (5, 20), "band", fs=FS, output="sos")
-    steep = scipy.signal.sosfiltfilt(band, lead) ** 2
-    steep = np.convolve(steep, np.ones(FS // 10) / (FS // 10), "same")
+    steep = np.convolve(scipy.signal.sosfiltfilt(band, lead) ** 2, np.ones(FS // 10) / (FS // 10), "same")
     peaks, _ = scipy.signal.find_peaks(steep, height=0.3 * np.percentile(steep, 98), distance=FS // 4)
     return 60 * FS / np.median(np.diff(peaks)) if len(peaks) > 2 else np.nan
 
@@ -896,17 +865,16 @@ def draw_overview(corpus, path):
     for key, what, labels in (("a", "leads", names[of_set.ravel()]), ("b", "original rate, Hz", index["fs_hz"]),
                               ("c", "length, s", lengths)):
         top = hours.groupby(labels, observed=True).sum().nlargest(6)[::-1]
-        bars = axes[key].barh(top.index.astype(str), top, color="0.4")
-        axes[key].bar_label(bars, fmt=" %.3g", fontsize=8)
+        axes[key].bar_label(axes[key].barh(top.index.astype(str), top, color="0.4"), fmt=" %.3g", fontsize=8)
         axes[key].set(xlabel=f"hours by {what}", xmargin=0.2)
     rows = np.sort(rng.choice(len(index), min(OVERVIEW_RECORDINGS, len(index)), replace=False))
     leads = [shown_lead(corpus, i) for i in rows]
     peaks = [np.percentile(np.abs(x - np.median(x)), 99.5) for x, _ in leads]
     rates = [heart_rate_bpm(x) for x, _ in leads if len(x) > 3 * FS]
-    axes["d"].hist(np.clip(peaks, 0, 4), 60, range=(0, 4), color="0.4")
-    axes["d"].set_xlabel("lead II, 99.5th percentile, mV (last bar: 4 and more)")
-    axes["e"].hist(np.clip(rates, 0, 200), 60, range=(0, 200), color="0.4")
-    axes["e"].set_xlabel("heart rate, 1/min")
+    for key, values, most, what in (("d", peaks, 4, "lead II, 99.5th percentile, mV (last bar: 4 and more)"),
+                                    ("e", rates, 200, "heart rate, 1/min")):
+        axes[key].hist(np.clip(values, 0, most), 60, range=(0, most), color="0.4")
+        axes[key].set_xlabel(what)
     for key, k in zip("fghijk", np.sort(rng.choice(len(rows), min(6, len(rows)), replace=False))):
         x, name = leads[k]
         axes[key].plot(np.arange(len(x[:10 * FS])) / FS, x[:10 * FS], color="k", lw=0.7)
@@ -936,10 +904,8 @@ def parse_args(argv=None):
     add("--raw", type=Path, metavar="DIR", required=True,
         help="folder of the raw recordings, in their publisher's layout; synth and --download write to it")
     add("--out", type=Path, metavar="DIR", required=True, help="folder to make; delete an old one first")
-    add("--download", action="store_true",
-        help="first fetch the files that --raw lacks from PhysioNet, and check them by SHA-256")
-    add("--workers", type=int, default=0, metavar="N",
-        help="processes; any number gives the same result (default: one per CPU core)")
+    add("--download", action="store_true", help="first fetch what --raw lacks from PhysioNet, and check it by SHA-256")
+    add("--workers", type=int, default=0, metavar="N", help="processes, with equal results (default: one per CPU core)")
     add("--limit", type=int, default=0, metavar="N", help="prepare only the first N recordings (default: all)")
     add("--dry-run", action="store_true", help="only print the number of recordings, and the disk and time they need")
     add("--patients", type=Path, metavar="CSV",
@@ -947,8 +913,7 @@ def parse_args(argv=None):
     add("--table", type=Path, metavar="CSV", help="arrays only: what the files are (default: table.csv in --raw)")
     add("--rate", choices=("auto", "100", "500"), default="auto",
         help="ptbxl only: which copy to read, in Hz (default: 500 if all of it is there, otherwise 100)")
-    add("--records", type=int, default=SYNTH_RECORDS, metavar="N",
-        help="synth only: number of 12-lead recordings (default: %(default)s)")
+    add("--records", type=int, default=SYNTH_RECORDS, metavar="N", help="synth only: how many (default: %(default)s)")
     add("--seed", type=int, default=0, help="synth only: the same seed, the same recordings (default: %(default)s)")
     args = parser.parse_args(argv)
     source, is_synth = args.source, args.source == "synth"
@@ -1018,8 +983,7 @@ def end_of_run(args, error):
 
 
 def run_command():
-    def interrupt(number, frame):
-        # Not an Exception, otherwise a reader would take it for a damaged file.
+    def interrupt(number, frame):                # not by an Exception: a reader would take it for a damaged file
         raise KeyboardInterrupt("interrupted" if number == os_signal.SIGINT else "terminated")
     for number in (os_signal.SIGINT, os_signal.SIGTERM):
         os_signal.signal(number, interrupt)

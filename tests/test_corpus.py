@@ -13,9 +13,9 @@ import pytest
 from scipy.signal import resample_poly
 
 from augment import lead_groups
-from conftest import RECORDS, TWELVE, names_of, real_ptbxl, run, rows_of
+from conftest import TWELVE, names_of, real_ptbxl, run, rows_of
 from corpus import (DERIVED, FINGERPRINT_DTYPE, HELD_OUT_FILE, INDEPENDENT, INDEX_DTYPE, MAX_PATIENTS_TRIED,
-                    MAX_SHARE_OF_PEOPLE, NEAR_S, NO_FINGERPRINTS, SPLITS, Corpus, Sampler, capped, find_duplicates,
+                    MAX_SHARE_OF_PEOPLE, NEAR_S, SPLITS, Corpus, Sampler, capped, find_duplicates,
                     fingerprint, fingerprints_of, known_by_content, lead_group, near_starts, open_corpus, open_held_out,
                     rows_to_leave_out, standard_leads, write_held_out)
 from ecg import FS, LEAD_IDS, LEADS, MISSING, Recording
@@ -44,6 +44,7 @@ def test_read_gives_windows_without_copying(synth):
     (lambda d: (d / "manifest.json").write_text("{"), "holds no corpus"),
     (lambda d: rewrite(d, magic="cat pictures"), "format 4 of 'cat pictures', expected format 4 of 'ecg-dino corpus'"),
     (lambda d: rewrite(d, format_version=0), "is format 0 of"),
+    (lambda d: rewrite(d, format_version=3), "is format 3 of"),
     (lambda d: rewrite(d, recordings=99), "the manifest says 99"),
     (lambda d: rewrite(d, recordings=None), "the manifest says None"),
     (lambda d: rewrite(d, shard_bytes=None), "is damaged"),
@@ -72,19 +73,6 @@ def test_open_corpus_refuses_damage_and_names_the_command(small_corpus, tmp_path
 def rewrite(folder, **changes):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
-
-
-@pytest.mark.parametrize("version, name", [(2, "prints"), (3, "fingerprints")])
-def test_a_corpus_of_an_older_format_still_opens(synth, tmp_path, capsys, version, name):
-    """Formats 2 and 3 hold one fingerprint per recording, of another kind: they are computed from the signals."""
-    old = Path(shutil.copytree(synth / "data" / "ptbxl", tmp_path / "old"))
-    (old / "fingerprints.npy").unlink()
-    np.save(old / f"{name}.npy", np.zeros((RECORDS, 30), np.uint8))
-    rewrite(old, format_version=version)
-    old, new = open_corpus(old), open_corpus(synth / "data" / "ptbxl")
-    np.testing.assert_array_equal(old.fingerprints, new.fingerprints)
-    assert "the fingerprints of 80 recordings are computed now" in capsys.readouterr().err
-    np.testing.assert_array_equal(old.index, new.index)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +155,7 @@ def test_a_held_out_piece_of_a_recording_that_is_trained_on(synth, tmp_path):
     absent = tmp_path / "absent"
     assert [rows.tolist() for rows in rows_to_leave_out([whole], [piece], absent)[0]] == [[2], []]
     piece.index["split"] = SPLITS.index("val")
-    piece._fingerprints = fingerprints_of(piece, [True])
+    piece.fingerprints = fingerprints_of(piece, [True])
     assert [rows.tolist() for rows in rows_to_leave_out([piece, whole], (), absent)[1]] == [[2], []]
     assert [len(rows) for rows in rows_to_leave_out([piece, whole], (), absent)[0]] == [0, 0]
 
@@ -261,8 +249,10 @@ def made(folder, recordings, fingerprints=False):
     np.concatenate([np.asarray(signal, np.int16).ravel() for _, _, signal in recordings]).tofile(
         folder / "signal" / "00000.i16")
     people = [f"person {i}" for i in range(index["patient"].max() + 1)]
-    return Corpus(folder, {}, index, np.array([f"r{i}" for i in range(len(index))], "S64"), np.array(people, "S32"),
-                  None if fingerprints else NO_FINGERPRINTS)
+    corpus = Corpus(folder, {}, index, np.array([f"r{i}" for i in range(len(index))], "S64"), np.array(people, "S32"))
+    if fingerprints:
+        corpus.fingerprints = fingerprints_of(corpus, index["split"] > 0)
+    return corpus
 
 
 def of_leads(folder, people, leads, seconds=12):
