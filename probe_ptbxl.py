@@ -337,7 +337,8 @@ def draw(result, arrays):
     draw_bars(bars, [f"{task}\n{tasks[task]['n_labels']} labels" for task in TASKS],
               {name: [[tasks[task][of] for task in TASKS] for of in (key, SCORES[key])] for name, key in keys.items()})
     bars.set_ylabel("macro AUROC, fold 10")
-    bars.set_title(f"PTB-XL, {result['n']['test']} test recordings; lines: 95 %, patient bootstrap", loc="left")
+    bars.set_title(f"PTB-XL, {result['n']['test']} test recordings; lines: 95 % over "
+                   f"{'seeds and ' * (len(result['encoder']) > 1)}patients", loc="left")
     bars.legend(frameon=False, loc="upper left", ncols=2)
     labels, y, p = (arrays[f"superdiagnostic_{key}"] for key in ("labels", "y", "p_platt"))
     draw_reliability(reliability, labels, y, p if p.ndim == 2 else p[0])
