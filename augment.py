@@ -300,7 +300,8 @@ def snr_of_leads(recordings, noise, patch_samples, seed):
             for lead, x, n in zip(clean.leads, clean.signal, other.signal - clean.signal):
                 if np.isfinite(x).any() and np.nanstd(x) > 0 and np.nanstd(n) > 0:
                     db = 20 * np.log10(np.nanstd(x) / np.nanstd(n)), nst_db(x, n)
-                    found.setdefault(kind, {}).setdefault(lead, []).append(db)
+                    if np.isfinite(db).all():    # nst_db finds no R wave in a step
+                        found.setdefault(kind, {}).setdefault(lead, []).append(db)
     return {kind: {lead: np.median(db, axis=0).tolist() for lead, db in of.items()} for kind, of in found.items()}
 
 

@@ -494,7 +494,7 @@ def known_by_content(recordings, held_out_file=HELD_OUT_FILE):
     for number, recording in enumerate(recordings):
         index.append(np.zeros(1, INDEX_DTYPE))
         try:
-            signal_mv, lead_ids = preprocess(*recording[:4], {})
+            signal_mv, lead_ids = (x[:MAX_LEADS] for x in preprocess(*recording[:4], {}))
         except Refused:
             continue
         steps = np.nan_to_num(np.rint(signal_mv * UV_PER_MV).clip(MISSING + 1, -MISSING - 1), nan=MISSING)

@@ -499,7 +499,7 @@ class FeatureTable:
             return
         try:
             with np.load(path) as found:
-                earlier = json.loads(str(found["about"]))
+                earlier = dict(json.loads(str(found["about"])))
                 self.rows = {name: row for name, *row in zip(*(found[column] for column in self.COLUMNS))}
         except Exception as error:               # a foreign file may raise anything
             raise ValueError(f"{path} is no table of features ({type(error).__name__}: {error}); choose another "
@@ -972,21 +972,25 @@ def list_recordings(place, notes, arrays=False):
     belongs to, or itself."""
     (stem, kind), suffixes = os.path.splitext(place), {".hea", ".edf", *(ARRAY_READERS if arrays else ())}
     if not os.path.isdir(place):
-        of_record = kind.lower() not in ("", ".edf") and not os.path.isfile(f"{place}.hea")
+        of_record = kind.lower() not in ("", ".edf", *ARRAY_READERS) and not os.path.isfile(f"{place}.hea")
+        of_record = of_record or Path(place).name.lower() in files_named_by(f"{stem}.hea")
         yield Path(stem if kind.lower() == ".hea" or of_record and os.path.isfile(f"{stem}.hea") else place)
         return
     for _, group in itertools.groupby(find_files(place, notes, suffixes), key=lambda path: path.parent):
         paths, parts = list(group), set()
-        headed = {path.name.lower() for path in paths}
         for path in paths:
-            kind = path.suffix.lower()
-            if kind in ARRAY_READERS and path.stem.lower() in headed:
-                parts.add(path.name.lower())
-            with contextlib.suppress(OSError):   # it is refused when it is read
-                lines = [] if kind == ".edf" else header_lines(f"{path}.hea")
-                if lines and "/" in lines[0].split()[0]:           # NAME/SEGMENTS, then their lines
-                    parts |= {line.split()[0].lower() for line in lines[1:]}
+            parts |= files_named_by(f"{path}.hea")
         yield from (path for path in paths if path.name.lower() not in parts)
+
+
+def files_named_by(header):
+    """Names, in small letters, of the segments of a WFDB record, or of the arrays that hold its signals (.mat)."""
+    with contextlib.suppress(OSError):           # it is refused when it is read
+        first, *lines = header_lines(header) or [""]
+        named = {line.split()[0].lower() for line in lines}
+        segments = "/" in "".join(first.split()[:1])                   # NAME/SEGMENTS, then their lines
+        return named if segments else {name for name in named if os.path.splitext(name)[1] in ARRAY_READERS}
+    return set()
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

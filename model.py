@@ -609,7 +609,6 @@ def first_line(error):
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
 
 
-
 # ---- command line ---------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     description, text = inspect.getdoc(main).split("\n\n", 1)
@@ -650,7 +649,8 @@ def main(args):
     array, notes = (args.fs, args.units, args.leads), {}
     table = FeatureTable(args.out, dict(
         encoder=args.encoder, sha256=sha256(file) if file.is_file() else None, commit=encoder.about.get("commit"),
-        config=encoder.config, precision=precision_of(args.device), fs_units_leads=array, use=INTENDED_USE))
+        config=encoder.config, precision=precision_of(args.device), fs_units_leads=array, folder=os.getcwd(),
+        use=INTENDED_USE))
     paths = [*dict.fromkeys(str(path) for place in args.files for path in list_recordings(place, notes, bool(args.fs)))]
     above = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths] or ["/"])
     try:
@@ -660,12 +660,11 @@ def main(args):
                 continue
             try:
                 table.rows[path], first = features_of_pieces(encoder.embed, read_any(path, *array))
+                table.save(SAVE_S)
+                if picture:
+                    draw_recording(encoder, first, picture)
             except ValueError as error:
                 table.failed[path] = str(error)
-                continue
-            table.save(SAVE_S)
-            if picture:
-                draw_recording(encoder, first, picture)
     finally:
         table.save()
     read = sum(path in table.rows for path in paths)
@@ -679,5 +678,5 @@ if __name__ == "__main__":
     os_signal.signal(os_signal.SIGTERM, os_signal.default_int_handler)
     try:
         sys.exit(main(parse_args()))
-    except (ValueError, OSError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:
         sys.exit(f"model.py: {str(error) or 'interrupted; the same command goes on from what is written'}")

@@ -549,9 +549,10 @@ def write_corpus(source, raw, out, args, command):
         at_end.callback(clean_up, part, made)                      # after the lock is released
         if (part / "plan.json").exists() and not args.dry_run:
             plan = json.loads((part / "plan.json").read_text())
-            if plan.get("command") != command or plan.get("format_version") != FORMAT_VERSION:
-                raise ValueError(f"{part} holds an unfinished run of `{plan.get('command')}`, and this is `{command}`: "
-                                 f"finish that one, or delete it (rm -r {part})")
+            if (plan.get("command"), plan.get("format_version"), plan.get("fields")) != (
+                    command, FORMAT_VERSION, [*Job._fields]):
+                raise ValueError(f"{part} holds an unfinished run of `{plan.get('command')}`, and this is `{command}`, "
+                                 f"perhaps of another version: finish that one, or delete it (rm -r {part})")
         else:
             plan = make_plan(source, raw, part, args, command)
         if args.dry_run:
@@ -603,7 +604,8 @@ def make_plan(source, raw, part, args, command):
         raise ValueError(f"{n:,} recordings need about {n_bytes * n / 1e9:.1f} GB, but the disk of {part.parent} has "
                          f"{free / 1e9:.1f} GB free: name another --out, or prepare fewer (--limit)")
     per_shard = max(1, min(int(SHARD_BYTES // max(n_bytes, 1)), -(-n // SHARDS_AT_LEAST)))
-    plan = {"command": command, "format_version": FORMAT_VERSION, "jobs": n, "shard_jobs": per_shard, "notes": notes}
+    plan = {"command": command, "format_version": FORMAT_VERSION, "jobs": n, "shard_jobs": per_shard, "notes": notes,
+            "fields": Job._fields}
     for name in ("signal", "done", *(["events"] if source in ANNOTATED else [])):
         (part / name).mkdir(exist_ok=True)
     atomic_write(part / "plan.json", json.dumps(plan))
@@ -731,9 +733,11 @@ def assemble(source, part, plan, command):
     write_fingerprints(shards, part / "fingerprints.npy")
     sums = {name: digest for about in abouts for name, digest in about["sha256"].items()}
     sums |= {name: sha256(part / name) for name in [*(f"{table}.npy" for table in TABLES.names), "rejects.csv"]}
+    n_bytes = np.bincount(index["shard"], 2.0 * index["n_leads"] * index["length"], len(shards))
     manifest |= {"rejected": dict(sorted(rejected.items())),
                  "changed": dict(sorted(most_frequent(changes, NAMES_LISTED).items())),
-                 "shard_bytes": {path.name: path.stat().st_size for path in sorted((part / "signal").iterdir())},
+                 "shard_bytes": {path.name: int(n_bytes[int(path.stem)]) for path in sorted(
+                     (part / "signal").iterdir())},
                  "sha256": sums}
     atomic_write(part / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 

@@ -37,8 +37,8 @@ from augment import NOISE_TYPES, add_test_noise, load_noise
 from corpus import open_corpus
 from ecg import FS, LEAD_IDS, LEADS, Recording, Refused, preprocess, read_wfdb
 from evaluate import (CALIBRATION_NOTE, COLORS, NOISE_DB, calibration, draw_bars, draw_examples, interval,
-                      interval_of_seeds, label_auroc, load_encoders, macro, mean_of, only_random, parser_of, plain_auroc,
-                      resample, selective, standardized, table, to_json, write_results)
+                      interval_of_seeds, label_auroc, load_encoders, macro, mean_of, only_random, parser_of,
+                      plain_auroc, resample, selective, standardized, table, to_json, write_results)
 from model import AROUND_S, BEAT_WINDOW_S, place_windows, token_features
 from prepare import MITDB_DS1, MITDB_DS2
 
@@ -355,7 +355,7 @@ def examples(encoder, raw, data, beats, c, p):
         record, beat_s = data["record"][test][row], data["beat_s"][test][[row]]
         signal_mv, ids = preprocess(*read_wfdb(raw / record)[:4], {})
         (start,), N = place_windows(encoder, *signal_mv.shape, beat_s)
-        from_r = (start + (np.arange(N) + 0.5) * P) / FS - beat_s
+        from_r = (start + (np.arange(N) + 0.5) * P - np.rint(beat_s * FS)) / FS
         window = Recording(signal_mv[:, start:start + N * P], FS, [LEADS[i] for i in ids])
         return f"record {record}, {beat_s[0]:.1f} s", window, (from_r >= AROUND_S[0]) & (from_r <= AROUND_S[1])
     x = data[0][~test]
@@ -406,7 +406,7 @@ def main(args):
                           beats=args.beats or 0, n=n, mapping=mapping, mappings=counted,
                           snr_db=NOISE_DB if args.noise else [], **found))
     print(report(result))
-    p = stored["p_neighbourhood"]
+    p = stored["p_calibrated_neighbourhood"]
     shown = examples(encoders[0], args.raw, data, papers, result["features"]["neighbourhood"]["c"][0],
                      p if p.ndim == 2 else p[0])
     write_results(args, "mitbih", result, stored, draw(result), report(result), encoders,

@@ -155,8 +155,7 @@ def fit_labels(x, y):
 
     weights = np.full((len(C_GRID), x.shape[1] + 1, columns.shape[1]), np.nan)
     weights[:, :, todo] = fit_logistic(scaled(x), columns[:, todo], C_GRID)
-    weights = weights[:, :, where.ravel()]
-    return lambda rows: scaled(rows) @ weights[:, :-1] + weights[:, -1:]
+    return lambda rows: (scaled(rows) @ weights[:, :-1] + weights[:, -1:])[..., where.ravel()]
 
 
 def choose_c(logits, y):
@@ -309,8 +308,9 @@ def report(result):
     return "\n".join((
         f"PTB-XL at {n['rate_hz']} Hz: folds 1-8 train ({n['train']}), fold 9 chooses C and calibrates ({n['val']}), "
         f"fold 10 is scored ({n['test']} recordings, {n['test_patients']} patients); no refit with fold 9",
-        f"encoders: {' '.join(result['encoder'])}; " + ("one seed: intervals are over patients alone" if len(
-            result["encoder"]) == 1 else "means, intervals over seeds and patients"),
+        f"encoders: {' '.join(result['encoder'])}; " + (
+            "means, intervals over seeds and patients" if len(result["encoder"]) > 1 else
+            "one seed: intervals are over patients (with few labels also over draws)"),
         f"leads: {' '.join(result['leads']) or 'all'}; of folds 9 and 10: {' '.join(result['leads_scored']) or 'all'}",
         f"{n['features']} features; {n['with_gaps']} recordings with missing samples (mean over valid patches), "
         f"{n['unusable']} without a valid patch (taken as the mean recording)",

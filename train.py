@@ -128,7 +128,8 @@ PROBE_C = (0.01, 0.1, 1.0)
 RUNNING = {"DEMO_STEPS", "DEMO_BEATS", "KEEP_LAST", "CHECKPOINT_S", "CHECKPOINT_GB_PER_DAY", "HANG_S",
            "MAX_SKIPPED", "LOCK_S", "EXIT_STOPPED", "OUT_OF_MEMORY", "OPEN_SHARDS", "MAX_EMBED_TOKENS", "FORMAT",
            "FORMAT_VERSION", "GIVE", "SIZES", "WINDOW_PATCHES", "FINGERPRINTS_FILE", "PREPROCESSING",
-           "MAX_BATCHED_TOKENS", "MAX_SCALED_WEIGHT", "ONE_BY_ONE_WIDTH", "RECIPES",
+           "MAX_BATCHED_TOKENS", "MAX_SCALED_WEIGHT", "ONE_BY_ONE_WIDTH", "RECIPES", "READABLE_VERSIONS", "FS",
+           "UV_PER_MV", "NOT_READ", "BEAT_WINDOW_S", "BEAT_BATCH", "AROUND_S", "SAVE_S", "INTENDED_USE",
            "PROBE_RECORDINGS", "PROBE_AT_LEAST", "PROBE_LEADS", "PROBE_POSITIVES", "PROBE_BATCH", "PROBE_C",
            "COLLAPSED_RANK", "SHARED_AT_LEAST", "SAME_FEATURES", "COLLAPSED_ENTROPY", "UNIFORM_ENTROPY",
            "ONE_HOT_ENTROPY"}
@@ -530,7 +531,8 @@ def check_resume(meta, same, args):
         return " ".join(map(str, value)) or "nothing" if isinstance(value, list) else value
     before = meta["same"]
     differ = [f"{k if '.' in k else '--' + k.replace('_', '-')} {shown(before.get(k))} (now {shown(same.get(k))})"
-              for k in before | same if nameless(k, before.get(k)) != nameless(k, same.get(k))]
+              for k in before | same if nameless(k, before.get(k)) != nameless(k, same.get(k))
+              and k.rpartition(".")[2] not in RUNNING]                  # an earlier version may have kept more
     if differ:
         raise ValueError(f"{args.out} was started with {', '.join(differ)}; resume with the same flags, data and "
                          "constants, or choose another --out")
