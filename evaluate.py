@@ -761,9 +761,12 @@ def all_numbers(result):
     for name, part in result.items():
         if isinstance(part, dict) and part and all(isinstance(value, dict) for value in part.values()):
             frame = pd.json_normalize(list(part.values()), sep=" ").set_axis(list(part)).T.replace({np.nan: None})
-            names = frame.index.astype(str)
-            number = names.str.replace("_ci95", "")                  # an interval is shown with its number
-            frame = frame.map(as_text).groupby(np.where(number.isin(names), number, names), sort=False).agg(" ".join)
+            number, of = None, {}                # an interval is shown with its number, or else with the one before
+            for name in frame.index:
+                number = number if "ci95" in name else name
+                own, repeated = name.replace("_ci95", ""), name != number and f"{number}_ci95" in frame.index
+                of[name] = own if own != name and own in frame.index else None if repeated else number
+            frame = frame.map(as_text).groupby(of, sort=False).agg(" ".join)
             page += f"<details><summary>{escape(name)}</summary><div>{frame.to_html(border=0)}</div></details>"
     return page
 

@@ -774,15 +774,18 @@ def test_an_absent_device_and_an_absent_encoder_are_named(tmp_path):
 
 
 def test_encoders_of_one_seed_share_their_control(tmp_path):
-    for name, seed in (("a", 0), ("b", 1), ("c", 0)):
+    for name, seed, step in (("a", 0, 1.0), ("b", 1, 2.0), ("c", 0, 3.0), ("d", 0, 3.0)):
         encoder = Encoder(width=WIDTH, depth=1, heads=1, layer_scale=1.0, init_seed=seed)
-        encoder.cls_token.data += 1
+        encoder.cls_token.data += step
         save_encoder(encoder, tmp_path / name)
     networks, control_of = evaluate.load_encoders([tmp_path / name for name in "abc"], "cpu", "fp32")
     assert len(networks) == 5 and control_of == [3, 4, 3]
     for number, control in enumerate(control_of):
         moved = networks[number].cls_token - networks[control].cls_token
-        torch.testing.assert_close(moved, torch.ones_like(moved))
+        torch.testing.assert_close(moved, torch.full_like(moved, 1.0 + number))
+    for same in ([tmp_path / "c", tmp_path / "d"], ["random:tiny", "random:tiny:0"]):      # would count as two seeds
+        with pytest.raises(ValueError, match="expected different files"):
+            evaluate.load_encoders(same, "cpu")
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
