@@ -27,7 +27,7 @@ from torch import nn
 import ecg
 import model
 from conftest import ROOT, TWELVE, draw_ecg, write
-from ecg import FS, LEADS, Recording, RecordingFeatures, lead_id, read_any, read_wfdb
+from ecg import FS, LEADS, Recording, RecordingFeatures, lead_id, list_recordings, read_any, read_wfdb
 from model import (BASELINE_PATCHES, COMPRESS_MV, FORMAT, PATCH_S, REGISTERS, ROPE_PERIODS_S, SIZES, Attention, Encoder,
                    attend, build_encoder, load_encoder, precision_of, rope_table, rotate, save_encoder, scaled_linear,
                    untrained_like)
@@ -1492,7 +1492,7 @@ def mine(tmp_path, saved):
     np.save(folder / "flat.npy", np.zeros((1, 3000)))
     (folder / "bad.hea").write_text("bad 1 250 1000\nbad.dat 16 200 16 0 0 0 0 II\n")
     (folder / "scan.pdf").write_bytes(b"%PDF")
-    (folder / "a.mat").write_bytes(b"of record a")
+    (folder / "a.mat").write_bytes(b"not of record a")
     return folder, saved
 
 
@@ -1517,7 +1517,7 @@ def test_features_of_files(mine, tmp_path, capsys):
 
 
 def test_arrays_and_single_files(mine, tmp_path):
-    """Arrays need a rate; a file beside a header is a part of its record; each recording counts once."""
+    """Arrays need a rate; a file that a header names is a part of its record; each recording counts once."""
     folder, saved = mine
     out, csv = tmp_path / "f.npz", folder / "sub" / "a.csv"
     files = [folder / "a.hea", folder / "a", folder / "a.dat", folder / "a.mat", csv, folder / "flat.npy",
@@ -1528,11 +1528,16 @@ def test_arrays_and_single_files(mine, tmp_path):
     expected = load_encoder(saved).embed(draw_ecg(200, 9, ("II", "V1")), fs=200, leads=["II", "V1"])
     assert_close(found["features"][1], expected.global_feature)
     reasons = dict(zip(found["failed"].tolist(), found["reasons"].tolist()))
-    assert set(reasons) == {str(folder / name) for name in ("flat.npy", "scan.pdf", "none")}
+    assert set(reasons) == {str(folder / name) for name in ("a.mat", "flat.npy", "scan.pdf", "none")}
     assert "no names of leads" in reasons[str(folder / "flat.npy")]
     assert ".pdf is not read here: expected a WFDB record" in reasons[str(folder / "scan.pdf")]
     assert "none.hea is not there" in reasons[str(folder / "none")]
     assert command(csv, "--encoder", saved, "--out", tmp_path / "g.npz") == 1              # without a rate
+    (folder / "k.hea").write_text("k 1 250 10\nk.mat 16+24 200 16 0 0 0 0 II\n")
+    (folder / "k.mat").write_bytes(bytes(44))
+    assert [*list_recordings(folder / "k.mat", {}, True)] == [folder / "k"]
+    listed = {path.name for path in list_recordings(folder, {}, True)}
+    assert {"a", "a.mat", "a.csv", "k", "s"} <= listed and not {"k.mat", "s1", "s2"} & listed
     assert "expected the sampling rate" in np.load(tmp_path / "g.npz")["reasons"][0]
     words = ["--encoder", saved, "--out", tmp_path / "h.npz", "--fs", 200, "--leads", "I"]
     assert command(folder / "flat.npy", *words) == 1
