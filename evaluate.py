@@ -590,7 +590,7 @@ def draw_reliability(axis, labels, y, p_platt):
         axis.vlines(said, *np.quantile(perfect, (0.025, 0.975), axis=0), color=line.get_color(), alpha=0.3, linewidth=4)
     axis.plot((0, 1), (0, 1), color="#999999", linewidth=1, linestyle="--")
     axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="calibrated probability", ylabel="share with the label")
-    axis.set_title("Reliability of the superclasses; bars: a perfect model", loc="left")
+    axis.set_title("superclasses; bars: of a perfect model", loc="left")
     axis.legend(frameon=False, fontsize=8, loc="upper left")
 
 
@@ -762,10 +762,10 @@ def all_numbers(result):
         if isinstance(part, dict) and part and all(isinstance(value, dict) for value in part.values()):
             frame = pd.json_normalize(list(part.values()), sep=" ").set_axis(list(part)).T.replace({np.nan: None})
             number, of = None, {}                # an interval is shown with its number, or else with the one before
-            for name in frame.index:
-                number = number if "ci95" in name else name
-                own, repeated = name.replace("_ci95", ""), name != number and f"{number}_ci95" in frame.index
-                of[name] = own if own != name and own in frame.index else None if repeated else number
+            for key in frame.index:
+                number = number if "ci95" in key else key
+                own, repeated = key.replace("_ci95", ""), key != number and f"{number}_ci95" in frame.index
+                of[key] = own if own != key and own in frame.index else None if repeated else number
             frame = frame.map(as_text).groupby(of, sort=False).agg(" ".join)
             page += f"<details><summary>{escape(name)}</summary><div>{frame.to_html(border=0)}</div></details>"
     return page

@@ -728,7 +728,7 @@ def test_the_report_holds_all_that_it_shows(report):
     assert not page.links and "script" not in page.tags and "http" not in text and "@import" not in text
     assert 'name="viewport" content="width=device-width' in text and "img{max-width:100%;height:auto}" in text
     for said in ("The protocol, with <angles> & so", "all    0.812       0.100", "scored 7 times", "untrained",
-                 "Of 2 test recordings 0 are known"):
+                 "Of 2 test recordings 0 are known", "All numberstasks"):
         assert said in page.text, said
     assert [cell.strip() for cell in page.cells] == [
         "all", "some", "n", "3", "auroc", "0.812 [0.700, ]", "0.500 [0.250, 0.750]", "deep z", "1.500"]
