@@ -318,7 +318,7 @@ def report(result):
         "classes by symbol: " + "; ".join(f"{name}: {' '.join(symbols)}" for name, symbols in result["mapping"].items())
         + f"; Q is neither trained nor scored; C, temperature and thresholds by {FOLDS} folds of DS1 records",
         *(f"beats with e and j as {k}: " + "; ".join(
-            f"{part} " + " ".join(f"{cls} {count:,.0f}" for cls, count in counts.items()) for part, counts in of.items())
+            f"{part} " + " ".join(f"{cls} {n:,.0f}" for cls, n in counts.items()) for part, counts in of.items())
           for k, of in zip("NS", result["mappings"].values())),
         *(f"{title}\n{table(*of)}" for title, of in tables.items() if table(*of))))
 
