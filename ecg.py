@@ -829,9 +829,9 @@ def open_edf(path):
         n_channels, seconds, n_records = int(head[252:256]), float(head[244:252]), int(head[236:244])
         dtype = [(name, f"S{width}", (n_channels,)) for name, width in EDF_FIELDS.items()]
         fields = np.frombuffer(file.read(256 * n_channels), dtype)[0]
-    names, units = ([text.decode("latin-1").strip().replace("\xc2", "") for text in fields[name]]
-                    for name in ("name", "unit"))                  # \xc2: half of a micro sign in UTF-8
-    counts, seen, channels = fields["per_frame"].astype(int).tolist(), Counter(), []
+    texts = {name: [text.decode("latin-1").strip().replace("\xc2", "") for text in fields[name]]
+             for name in EDF_FIELDS}             # \xc2: half of a micro sign in UTF-8
+    names, counts, seen, channels = texts["name"], [int(text) for text in texts["per_frame"]], Counter(), []
     offset, held, width = 256 * (n_channels + 1), os.path.getsize(path), sum(counts)
     n_records = n_records if n_records >= 0 else (held - offset) // (2 * width)             # -1: not stated
     if head[:8].strip() != "0" or not 0 < min(counts) or not 0 < seconds < math.inf or not n_records:
@@ -840,8 +840,8 @@ def open_edf(path):
     if 2 * width * n_records > held - offset:
         raise ValueError(f"it is cut short: {n_records} records of {2 * width} bytes should follow the header, "
                          f"and {held - offset} bytes do")
-    ranges = np.array([fields[name].astype(float) for name in ("low", "high", "first", "last")])
-    for name, unit, per_frame, (low, high, first, last) in zip(names, units, counts, ranges.T):
+    ranges = np.array([[float(text) for text in texts[name]] for name in ("low", "high", "first", "last")])
+    for name, unit, per_frame, (low, high, first, last) in zip(names, texts["unit"], counts, ranges.T):
         gain = (last - first) / (high - low) if high != low else 0.0
         unit = unit if 0 < abs(gain) < math.inf else f"{unit}, of no range"
         channels.append(Channel((name, seen[name]), path, "16", per_frame, 0, offset, gain, first - low * gain,
@@ -850,8 +850,8 @@ def open_edf(path):
     starts = np.arange(n_records)
     if head[192:197] == "EDF+D":                 # the first note of a record says when it begins
         begin = sum(counts[:names.index("EDF Annotations")])
-        texts = np.memmap(path, "<i2", "r", offset, (n_records, width))[:, begin:]
-        onsets = np.array([float(text.tobytes().partition(b"\x14")[0]) for text in texts])
+        notes = np.memmap(path, "<i2", "r", offset, (n_records, width))[:, begin:]
+        onsets = np.array([float(note.tobytes().partition(b"\x14")[0]) for note in notes])
         starts = np.rint((onsets - onsets[0]) / seconds).astype(int)
     if (np.diff(starts) < 1).any():
         raise ValueError("data records overlap, or are not in the order of time: expected one after another")
