@@ -269,25 +269,17 @@ def add_noise_levels(recordings, noise, patch_samples, seed, levels_db):
     """Yield each ecg.Recording under the mixture of draw_views and then each of NOISE_TYPES alone, at every level, at
     FS, in whole patches; what is missing stays missing. A recording has the same noise of a kind at every level.
     """
-    K, H = 1 + len(NOISE_TYPES), len(levels_db)
-    snr_db = torch.tensor(levels_db, dtype=torch.float32).repeat(K)
+    levels = list(itertools.product(("mixture", *NOISE_TYPES), levels_db))
     for number, recording in enumerate(recordings):
         try:
             signal_mv, lead_ids = preprocess(*recording[:4], {})
         except Refused:                          # embed refuses it too
-            yield from [recording] * (K * H)
+            yield from [recording] * len(levels)
             continue
-        L, N = len(signal_mv), signal_mv.shape[1] // patch_samples
-        T = N * patch_samples
-        clean = np.ma.masked_invalid(signal_mv[:, :T])
-        filled = np.where(clean.mask, clean.mean(axis=1, keepdims=True).filled(0), clean.data).astype(np.float32)
-        draws = draw_views([seed, number], range(1), ViewSpec(1, L, N, True), lead_ids[None], np.array([L]), T,
-                           noise.shape[-1], patch_samples)
-        amplitude = np.append(draws["amplitude"][0], np.eye(K - 1, dtype=np.float32), axis=0).repeat(H, axis=0)
-        arrays = filled, lead_ids, *(draws[name][0, 0] for name in ("sign", "channel", "offset"))
-        x, leads, *same = (torch.from_numpy(a).expand(K * H, *a.shape) for a in arrays)
-        for noisy in add_noise(x, leads, noise, snr_db, torch.from_numpy(amplitude), *same).numpy():
-            yield Recording(np.where(clean.mask, np.nan, noisy), FS, [LEADS[i] for i in lead_ids])
+        whole = torch.from_numpy(signal_mv[None, :, :signal_mv.shape[1] // patch_samples * patch_samples])
+        for kind, db in levels:
+            noisy = add_test_noise(whole, torch.from_numpy(lead_ids[None]), range(1), noise, kind, db, [seed, number])
+            yield Recording(noisy[0].numpy(), FS, [LEADS[i] for i in lead_ids])
 
 
 def snr_of_leads(recordings, noise, patch_samples, seed):

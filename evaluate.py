@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from html import escape
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -263,7 +262,7 @@ def local_features(encoder, recordings, n, leads, seconds):
     M = leads * round(seconds * FS / encoder.patch_samples)
     tokens = np.memmap(tempfile.TemporaryFile(), np.float16, "w+", shape=(n, M, encoder.width))
     for first in range(0, n, CHUNK):
-        for row, out in enumerate(encoder.embed(list(islice(recordings, CHUNK)), on_error="nan"), first):
+        for row, out in enumerate(encoder.embed(list(itertools.islice(recordings, CHUNK)), on_error="nan"), first):
             found = np.zeros((0, encoder.width)) if out.local_features is None else np.concatenate(out.local_features)
             tokens[row] = np.pad(found[:M], ((0, M - len(found[:M])), (0, 0)), constant_values=np.nan)
     return tokens

@@ -33,11 +33,11 @@ from sklearn.metrics import precision_recall_curve
 from sklearn.model_selection import GroupKFold
 from tqdm import tqdm
 
-from augment import NOISE_TYPES, add_test_noise, load_noise
+from augment import add_test_noise, load_noise
 from corpus import open_corpus
 from ecg import FS, LEAD_IDS, LEADS, Recording, Refused, preprocess, read_wfdb
-from evaluate import (CALIBRATION_NOTE, COLORS, NOISE_DB, calibration, draw_bars, draw_examples, interval,
-                      interval_of_seeds, label_auroc, load_encoders, macro, mean_of, only_random, parser_of,
+from evaluate import (CALIBRATION_NOTE, COLORS, NOISE_DB, NOISE_KINDS, calibration, draw_bars, draw_examples,
+                      interval, interval_of_seeds, label_auroc, load_encoders, macro, mean_of, only_random, parser_of,
                       plain_auroc, resample, selective, standardized, table, to_json, write_results)
 from model import AROUND_S, BEAT_WINDOW_S, place_windows, token_features
 from prepare import MITDB_DS1, MITDB_DS2
@@ -57,7 +57,6 @@ MIN_BEATS = 5                    # of a class and of all others, to score the cl
 LOCAL_BEATS = 10                 # beats whose mean RR interval a beat is compared with
 RR_S, RR_RATIO = (0.2, 3.0), (0.5, 1.5)  # s; beyond these are gaps, pauses and artefacts: they count as the limit
 DOMINANT = ("213", "232")        # hold nine in ten of DS2's F beats, and three quarters of its S beats
-NOISE_KINDS = ("mixture", *NOISE_TYPES)  # that of training, and each type alone
 
 
 # ---- beats and their features ---------------------------------------------------------------------------------------
@@ -407,11 +406,12 @@ def main(args):
     result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=only_random(args),
                           beats=args.beats or 0, n=n, mapping=mapping, mappings=counted,
                           snr_db=NOISE_DB if args.noise else [], **found))
-    print(report(result))
+    text = report(result)
+    print(text)
     p = stored["p_calibrated_neighbourhood"]
     shown = examples(encoders[0], args.raw, data, papers, result["features"]["neighbourhood"]["c"][0],
                      p if p.ndim == 2 else p[0])
-    write_results(args, "mitbih", result, stored, draw(result), report(result), encoders,
+    write_results(args, "mitbih", result, stored, draw(result), text, encoders,
                   (read_wfdb(args.raw / record) for record in sorted(set(stored["record"]))), shown)
 
 

@@ -403,10 +403,11 @@ def main(args):
     result |= dict(leads_curve=leads_curve(encoders, paths, fits, data)) if args.leads_curve else {}
     result = to_json(result | (dict(attention=attention(encoders, paths, leads, data)) if args.attention else {}))
     stored |= dict(ecg_id=table.index.to_numpy()[data.test], patient_id=data.patients[data.test])
-    print(report(result))
+    text = report(result)
+    print(text)
     shown_ecgs = examples(encoders[0], features[0][data.train], fits[0], table, data, tasks["superdiagnostic"]["c"][0],
                           stored, shown)
-    write_results(args, "ptbxl", result, stored, draw(result, stored), report(result), encoders,
+    write_results(args, "ptbxl", result, stored, draw(result, stored), text, encoders,
                   read_recordings(paths[data.test]), shown_ecgs)
 
 

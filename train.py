@@ -56,7 +56,7 @@ from augment import NEAR_OFFSETS, Batches, lead_groups, load_noise
 from corpus import SPLITS, Sampler, git, lock_folder, open_corpus
 from dino import (STUDENT_TEMPERATURE, build_networks, diagnose, distributed, gather_rows, health, num_ranks, objective,
                   reduce_, update_teacher)
-from ecg import FS, LEADS, Recording, atomic_write, sha256
+from ecg import LEADS, Recording, atomic_write, sha256
 from evaluate import draw_curves, draw_recording, plain_auroc, standardized
 from model import PATCH_S, SIZES, Encoder, build_encoder, load_encoder, low_precision, precision_of, save_encoder
 
@@ -128,7 +128,7 @@ PROBE_C = (0.01, 0.1, 1.0)
 RUNNING = {"DEMO_STEPS", "DEMO_BEATS", "KEEP_LAST", "CHECKPOINT_S", "CHECKPOINT_GB_PER_DAY", "HANG_S",
            "MAX_SKIPPED", "LOCK_S", "EXIT_STOPPED", "OUT_OF_MEMORY", "OPEN_SHARDS", "MAX_EMBED_TOKENS", "FORMAT",
            "FORMAT_VERSION", "GIVE", "SIZES", "WINDOW_PATCHES", "FINGERPRINTS_FILE", "PREPROCESSING",
-           "MAX_BATCHED_TOKENS", "MAX_SCALED_WEIGHT", "ONE_BY_ONE_WIDTH", "RECIPES", "READABLE_VERSIONS", "FS",
+           "MAX_BATCHED_TOKENS", "MAX_SCALED_WEIGHT", "ONE_BY_ONE_WIDTH", "RECIPES", "READABLE_VERSIONS",
            "UV_PER_MV", "NOT_READ", "BEAT_WINDOW_S", "BEAT_BATCH", "AROUND_S", "SAVE_S", "INTENDED_USE",
            "PROBE_RECORDINGS", "PROBE_AT_LEAST", "PROBE_LEADS", "PROBE_POSITIVES", "PROBE_BATCH", "PROBE_C",
            "COLLAPSED_RANK", "SHARED_AT_LEAST", "SAME_FEATURES", "COLLAPSED_ENTROPY", "UNIFORM_ENTROPY",
@@ -862,7 +862,7 @@ def show_demo(args):
     # A normal ECG has every wave.
     normal = (corpus.index["split"] == SPLITS.index("test")) & (corpus.index["label"] == 1)
     row = int(np.flatnonzero(normal)[0])
-    recording = Recording(corpus.read(row), FS, [LEADS[i] for i in corpus.lead_ids(row)], "uV")
+    recording = Recording(corpus.read(row), ecg.FS, [LEADS[i] for i in corpus.lead_ids(row)], "uV")
     draw_recording(load_encoder("tiny"), recording, out / "features.png")
     print("\nsynthetic recordings, linear probes of frozen features; the same network untrained; difference [95 %]")
     for name, row in zip(("lead I alone, all statements: AUROC", "a heartbeat, RR interval before it: correlation"),
