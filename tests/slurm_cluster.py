@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 
-PATH = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
+# This Python's own programs (torchrun) come first, wherever it was started from.
+PATH = ":".join((str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin",
+                 "/sbin", "/usr/bin", "/bin"))
 NODES = ("node1", "node2")
 SETTINGS = {
     "ClusterName": "test", "SlurmctldHost": "{host}(127.0.0.1)", "SlurmctldPort": "{port}",

@@ -68,7 +68,6 @@ def test_nothing_that_a_cluster_does_changes_the_run(corpora, tmp_path):
         env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     errors = reference.communicate(timeout=2 * LONG_S)[1]
     assert reference.returncode == 0, errors[-3000:]
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"                  # torchrun's
     # The path is short, because sockets lie in it. An srun that lost its node lives on for KillWait + 2 s, and would
     # then end the step of the next turn, which starts after cred_expire; on a busy machine the 2 s become many.
     with Cluster(Path("/tmp") / f"slurm{os.getpid()}", KillWait=10,
