@@ -29,9 +29,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure             # no pyplot: it draws without a display
 from scipy.special import expit
-from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA
-from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
@@ -305,13 +303,12 @@ def fit_attention(tokens, y, train, val, test, seed):
 def platt(logit, y, logit_new):
     """Platt's (1999) sigmoid, fitted on logit (R,) and y (R,) bool: probabilities (R',) of logit_new (R',). If y has
     only one class, nothing can be fitted: the probabilities are then those of the logits themselves."""
-    identity = LogisticRegression()              # its decision function is its input
-    identity.classes_, identity.coef_, identity.intercept_ = np.array([False, True]), np.ones((1, 1)), np.zeros(1)
     if y.all() or not y.any():
-        return identity.predict_proba(logit_new[:, None])[:, 1]
-    rows = np.arange(len(y))                     # one fold with all rows: a frozen classifier needs no held-out rows
-    model = CalibratedClassifierCV(FrozenEstimator(identity), method="sigmoid", cv=[(rows, rows)], ensemble=False)
-    return model.fit(logit[:, None], y).predict_proba(logit_new[:, None])[:, 1]
+        return expit(logit_new)
+    share = np.where(y, (y.sum() + 1) / (y.sum() + 2), 1 / ((~y).sum() + 2))           # of each row in the positives
+    model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10)
+    model.fit(np.tile(logit, 2)[:, None], np.repeat([True, False], len(y)), np.append(share, 1 - share))
+    return model.predict_proba(logit_new[:, None])[:, 1]
 
 
 def calibration(p, y, prevalence, group):
@@ -477,11 +474,9 @@ def draw_recording(encoder, recording, path):
         "local features: principal components as red, green, blue": 0.85 * principal_colours(features)[:, nearest],
         "attention of CLS in the last block, mean over heads": shades.to_rgba(attention)[:, nearest]},
         f"{Path(path).stem}, from {start_s:g} s; 25 mm/s, 10 mm/mV; no medical device")
-    place, inch = figure.axes[-1].get_position(), 1 / figure.get_figheight()          # its scale comes under it
-    bar = figure.add_axes([place.x0, place.y0 - 0.25 * inch, 0.4 * place.width, 0.1 * inch])
-    figure.colorbar(shades, cax=bar, orientation="horizontal")
-    bar.tick_params(labelsize=7)
-    bar.set_xlabel("1: as much as to the mean patch", fontsize=8)
+    axis = figure.axes[-1]                       # its scale comes under it, in mm as all on paper
+    bar = axis.inset_axes((0, axis.get_ylim()[0] - 6, 80, 2.5), transform=axis.transData)
+    figure.colorbar(shades, cax=bar, orientation="horizontal", label="1: as much as to the mean patch")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)
 
@@ -510,8 +505,8 @@ def draw_ecg_paper(signal_mv, leads, panels, title="", standard=False):
     figure.text(8 / size[0], 1 - 6 / size[1], title, size=9, weight="bold", parse_math=False)
     for number, (what, colours) in enumerate(panels.items()):
         corner = (8, size[1] - 16) + (low - high) * (0, 1) + number * step
-        axis = figure.add_axes([*corner / size, *(high - low) / size], facecolor="#fffaf9", xticks=(), yticks=())
-        axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+        axis = figure.add_axes([*corner / size, *(high - low) / size], facecolor="#fffaf9", xticks=(), yticks=(),
+                               xlim=(low[0], high[0]), ylim=(low[1], high[1]))
         axis.set_title(what, size=8, loc="left")
         axis.spines[:].set_color("#e8b2aa")
         for colour, step_mm in (("#f7dfdb", 1), ("#e8b2aa", 5)):
@@ -529,8 +524,7 @@ def draw_trace(axis, points, rgb, band):
     """A line through points (T, 2) in the colours rgb (T, 3 or 4), or a black one before a band of these colours."""
     starts = np.flatnonzero(np.diff(rgb, axis=0, prepend=-1).any(axis=1))             # of stretches of one colour
     lines = [points[a:b + 1] for a, b in zip(starts, [*starts[1:], len(points)])]
-    width, below = (8, 0) if band else (1.5, 2)                                       # the grid is at 0.5
-    axis.add_collection(LineCollection(lines, colors=rgb[starts], linewidths=width, zorder=below))
+    axis.add_collection(LineCollection(lines, colors=rgb[starts], linewidths=8 if band else 1.5, zorder=2 - 2 * band))
     if band:
         axis.plot(*points.T, color="black", linewidth=0.8)
 
@@ -544,8 +538,8 @@ def draw_bars(axis, labels, series):
         bars = axis.bar(at, value - 0.5, 0.94 * width, bottom=0.5, color=COLORS[name], label=name)
         axis.bar_label(bars, [f"{v:.3f}" for v in value], label_type="center", fontsize=8)
         axis.vlines(at, *ci.T, color="#333333", linewidth=1)
-    axis.set(xticks=range(len(labels)), xticklabels=labels, ylim=(min(0.5, axis.get_ylim()[0]), 1))
-    axis.tick_params(axis="x", labelsize=9)
+    axis.set_xticks(range(len(labels)), labels, fontsize=9)
+    axis.set_ylim(min(0.5, axis.get_ylim()[0]), 1)
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -610,8 +604,7 @@ def load_encoders(paths, device, precision="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     networks = [load_encoder(path, device) for path in paths]                         # this checks the device
-    kinds = {(network.width, network.patch_samples, str(path).startswith("random:"))
-             for path, network in zip(paths, networks)}
+    kinds = {(of.width, of.patch_samples, str(path).startswith("random:")) for path, of in zip(paths, networks)}
     weights = {tuple(p.double().sum().item() for p in network.parameters()) for network in networks}
     if len(kinds) > 1 or len(weights) < len(paths):
         raise ValueError(f"encoders {' '.join(map(str, paths))}: expected different files of one size, or "

@@ -14,10 +14,11 @@ import PIL.Image
 import pytest
 import torch
 from matplotlib.figure import Figure
+from scipy.optimize import minimize
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
 import dino
 import evaluate
@@ -92,13 +93,25 @@ def test_interval_leaves_out_what_could_not_be_scored():
     assert np.isnan(evaluate.interval(np.full(3, np.nan))).all()
 
 
-def test_platt_is_that_of_sklearn():
+@pytest.mark.parametrize("scale, positives", [(1, None), (10, None), (0.1, 1)])
+def test_platt_is_that_of_sklearn_and_the_optimum_of_its_definition(scale, positives):
+    """Platt's (1999) targets; the optimum by another program. Scikit-learn stops a little before it."""
     _, y, score = scores(1, 200)
-    model = LogisticRegression().fit(score[:, None], y)
-    logit = model.decision_function(score[:, None])
-    expected = CalibratedClassifierCV(FrozenEstimator(model), method="sigmoid").fit(score[:100, None], y[:100])
-    np.testing.assert_allclose(evaluate.platt(logit[:100], y[:100], logit[100:]),
-                               expected.predict_proba(score[100:, None])[:, 1], atol=2e-4)
+    y = np.arange(200) == 3 if positives == 1 else y
+    identity = LogisticRegression()              # its decision function is its input
+    identity.classes_, identity.coef_, identity.intercept_ = np.array([False, True]), np.ones((1, 1)), np.zeros(1)
+    train, test, y_train = scale * score[:100], scale * score[100:], y[:100]
+    found = evaluate.platt(train, y_train, test)
+    sklearns = CalibratedClassifierCV(FrozenEstimator(identity), method="sigmoid").fit(train[:, None], y_train)
+    np.testing.assert_allclose(found, sklearns.predict_proba(test[:, None])[:, 1], atol=1e-6)
+    n = y_train.sum()
+    target = [(n + 1) / (n + 2) if positive else 1 / (100 - n + 2) for positive in y_train]
+
+    def loss(ab):
+        return sum(-t * math.log(p) - (1 - t) * math.log(1 - p)
+                   for t, p in zip(target, 1 / (1 + np.exp(-ab[0] * train / scale - ab[1]))))
+    a, b = minimize(loss, (1, 0), method="Nelder-Mead", options=dict(xatol=1e-9, fatol=1e-12, maxiter=5000)).x
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-a * test / scale - b)), atol=1e-6)
 
 
 def test_platt_keeps_raw_probabilities_where_nothing_can_be_fitted():
@@ -165,6 +178,16 @@ def test_attention_finds_the_token_that_tells():
     np.testing.assert_array_equal(z, evaluate.fit_attention(tokens.astype(np.float16), changed, *parts, seed=0))
 
 
+@pytest.mark.parametrize("kind", ["constant", "coin"])
+def test_attention_finds_nothing_where_nothing_is(kind):
+    rng = np.random.default_rng(8)
+    tokens, y = rng.normal(size=(1600, 4, 3)), rng.random((1600, 4)) < 0.4
+    parts = np.split(rng.permutation(1600), [600, 700])
+    z = evaluate.fit_attention((tokens if kind == "coin" else np.ones_like(tokens)).astype(np.float16), y, *parts, 0)
+    found = evaluate.plain_auroc(y[parts[2]], z)
+    np.testing.assert_allclose(found, 0.5, atol=0.07 if kind == "coin" else 1e-12)         # a coin: 3.5 standard errors
+
+
 def test_local_features_are_those_of_embed(monkeypatch):
     monkeypatch.setattr(evaluate, "CHUNK", 2)
     encoder, made = small_encoder(), recordings(lost=True)
@@ -210,9 +233,11 @@ def test_calibration_is_its_definition():
         rows.append((ece, reliability, resolution + y[:, k].mean() * (1 - y[:, k].mean()) / 299))
     for key, expected in zip(("ece", "reliability", "resolution"), np.mean(rows, axis=0)):
         assert found[key] == pytest.approx(expected, abs=1e-9), key
-    assert found["brier"] == pytest.approx(np.mean([brier_score_loss(y[:, k], p[:, k]) for k in range(5)]))
-    assert found["nll"] == pytest.approx(-np.mean(np.log(np.where(y, p, 1 - p))))
-    assert found["brier_skill"] == pytest.approx(1 - found["brier"] / np.mean((0.3 - y) ** 2))
+    for key, score in dict(brier=brier_score_loss, nll=log_loss).items():
+        of_model, of_constant = (np.mean([score(y[:, k], said[:, k]) for k in range(5)])
+                                 for said in (p, np.full(p.shape, 0.3)))
+        assert found[key] == pytest.approx(of_model, abs=1e-9)
+        assert found[f"{key}_skill"] == pytest.approx(1 - of_model / of_constant, abs=1e-9)
     spread = ((y - p) * (1 - 2 * p)).sum(axis=1)
     assert found["z"] == pytest.approx(spread.sum() / np.sqrt((spread ** 2).sum()))
     # Brier = reliability - resolution + uncertainty, up to the spread of p within a bin.
