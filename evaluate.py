@@ -63,8 +63,8 @@ FOR, AGAINST = np.array([[1.0, 0.55, 0.15], [0.35, 0.65, 1.0]])  # RGB of patche
 COLOURS = """25 mm/s and 10 mm/mV, true to scale in print at 100 %. Orange patches raise the logit of the named label,
 blue ones lower it: the weights of the linear probe for the mean local feature, times the difference of the patch from
 its mean in training; full colour for the strongest twentieth of a picture. What other features add is not shown."""
-CALIBRATION_NOTE = ("Brier skill: 1 - Brier score / that of the constant prevalence of the training set; ECE, and that "
-                    "of a perfect model; z: of a perfect model between -2 and 2, larger if overconfident")
+CALIBRATION_NOTE = ("(Brier) skill: 1 - Brier score / that of the constant prevalence of the training set; ECE, and "
+                    "that of a perfect model; z: of a perfect model between -2 and 2, larger if overconfident")
 NOISE_NOTE = ("SNR: mean square of the ECG to that of the noise, each without its mean, over 10 s; the median over the "
               "leads of a recording. The program nst has another: A^2 / 8, A the peak-to-peak voltage of a QRS, to the "
               "square of the mean RMS of the noise in a second")
@@ -73,7 +73,7 @@ dt{font-weight:bold}dd{margin:0;white-space:pre-line;overflow-wrap:anywhere}pre,
 img{max-width:100%;height:auto}figure{margin:1rem 0;break-inside:avoid}summary{cursor:pointer}
 table{border-collapse:collapse}td,th{text-align:right;padding:0 .6rem;border-bottom:1px solid #ddd;white-space:nowrap}
 @page{size:A4 landscape;margin:10mm}
-@media print{body{font-size:9pt;padding:0}pre{font-size:5.5pt}}"""
+@media print{body{font-size:9pt;padding:0}pre{font-size:4.7pt}}"""
 
 
 # ---- scores and intervals -------------------------------------------------------------------------------------------
@@ -628,20 +628,22 @@ def as_texts(rows):
     the keys on the way to it as its name. KEY_ci95 stands next to KEY, and ci95 next to the number before it."""
     def text(value):
         if isinstance(value, list):
-            return f"[{', '.join(map(text, value))}]"
-        return "" if value is None else f"{value:.3f}".removesuffix(".000") if isinstance(value, float) else str(value)
+            return f"[{', '.join(map(text, value))}]" if value.count(None) < len(value) else ""
+        return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
-    frame, of, number = pd.json_normalize(list(rows.values())).set_axis(list(rows)).T.replace({np.nan: None}), {}, ""
+    of, number = {}, ""
+    frame = pd.concat({name: pd.json_normalize(row).astype(object).T[0] for name, row in rows.items()}, axis=1)
     for key in frame.index:
         number, own = number if "ci95" in key else key, key.replace("_ci95", "")
         repeated = number != key and f"{number}_ci95" in frame.index
         of[key] = own if own != key and own in frame.index else None if repeated else number
-    return frame.map(text).groupby(of, sort=False).agg(lambda texts: " ".join(filter(None, texts)) or "-")
+    texts = frame.replace({np.nan: None}).map(text).groupby(of, sort=False)
+    return texts.agg(lambda parts: " ".join(filter(None, parts)) or "-")
 
 
 def table(rows, columns):
     """Text of a table of results {name: dict}: columns {heading: row of as_texts}, without those that nobody has."""
-    found = as_texts(rows)
+    found = as_texts(rows) if rows else pd.DataFrame()
     headings = {key: heading for heading, key in columns.items() if key in found.index}
     return found.loc[[*headings]].T.rename(columns=headings).to_string() if headings else ""
 
@@ -712,7 +714,8 @@ def write_results(args, name, result, arrays, figure, text, networks, recordings
     printed = ("<pre>" + "\n".join(of) + "</pre>" if table else "<p>" + "<p>".join(of) for table, of in lines)
     numbers = "".join(
         f"<details><summary>{escape(key)}</summary><div>{as_texts(part).to_html(border=0)}</div></details>"
-        for key, part in result.items() if isinstance(part, dict) and all(isinstance(of, dict) for of in part.values()))
+        for key, part in result.items()
+        if isinstance(part, dict) and part and all(isinstance(of, dict) for of in part.values()))
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>probe_{name}.py</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>
 <h1>probe_{name}.py</h1><dl>{"".join(f"<dt>{escape(key)}<dd>{escape(value)}" for key, value in run.items())}</dl>

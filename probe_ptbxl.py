@@ -292,13 +292,13 @@ def report(result):
     scores = {"untrained": "untrained"} | ({} if result["untrained_only"] else {
         "encoder": "macro_auroc", "difference": "difference"})
     attention = {"superdiagnostic, attention": result["attention"]} if "attention" in result else {}
-    calibrated = {"Brier skill": "brier_skill", "ECE": "ece", "perfect": "ece_perfect", "z": "z"}
+    calibrated = {"skill": "brier_skill", "ECE": "ece", "perfect": "ece_perfect", "z": "z"}
     of_tasks = {"labels": "n_labels", "of": "n_labels_defined", "C": "c", **scores, "10+": "n_labels_min10",
                 "encoder, 10+": "macro_auroc_min10"}
-    for kind, note in (("raw", ""), ("platt", "Platt: ")):
+    for kind, note in (("raw", ""), ("platt", "Platt's ")):
         of_tasks |= {note + heading: f"calibration.{kind}.{key}" for heading, key in calibrated.items()}
-    of_curves = {f"{heading}{note}": f"{task}.{key}" for heading, key in scores.items()
-                 for task, note in (("superdiagnostic", ""), ("all", ", all 10+"))}
+    of_curves = {f"{heading}{note}": f"{task}.{key}" for task, note in (("superdiagnostic", ""), ("all", ", all 10+"))
+                 for heading, key in scores.items()}
     curves = {f"{float(share):.0%} of the training patients": of for share, of in result["fractions"].items()}
     for kind, levels in result.get("noise", {}).items():
         curves |= {f"{kind}, {level}" + " dB" * (level != "area"): entries for level, entries in levels.items()}
@@ -318,7 +318,7 @@ def report(result):
         f"{n['unusable']} without a valid patch (taken as the mean recording)",
         "macro AUROC [95 %] over the labels with both classes in folds 1-8 and in fold 10 (of those defined); "
         f"10+: over those with {MIN_POSITIVES} positives or more in fold 10",
-        CALIBRATION_NOTE + "; Platt: the same after a sigmoid fitted on fold 9",
+        CALIBRATION_NOTE + "; Platt's: the same after a sigmoid fitted on fold 9",
         *["few test patients: the intervals are wide, and labels with few positives change the macro over all labels"]
         * (n["test_patients"] < FEW_PATIENTS),
         table(tasks | attention, of_tasks),

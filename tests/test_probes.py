@@ -157,7 +157,7 @@ def test_what_knows_nothing_gets_no_score_in_any_column(who):
         for found in entry["calibration"].values() if who != "untrained" else ():
             assert -0.05 < found["brier_skill"] < 0.005 and -0.05 < found["nll_skill"] < 0.005
             assert abs(found["resolution"]) < 2e-3 and abs(found["ece"] - found["ece_perfect"]) < 0.05
-            assert abs(found["reliability"]) < 0.01 and abs(found["z"]) < 4  # the prevalence of 300 rows is not that of 600
+            assert abs(found["reliability"]) < 0.01 and abs(found["z"]) < 4  # 300 rows set the prevalence
         assert who == "shuffled" or entry["untrained_calibration"]["raw"]["brier_skill"] > 0.1
 
 
