@@ -649,11 +649,15 @@ def table(rows, columns):
 
 
 def as_html(figure, caption=""):
-    """A matplotlib Figure as HTML, in its true size where the page is wide enough: 96 pixels are an inch there."""
-    image = io.BytesIO()
-    figure.savefig(image, format="webp", dpi=96, bbox_inches="tight", pad_inches=0.02, pil_kwargs=dict(lossless=True))
-    return (f'<figure><img alt="" src="data:image/webp;base64,{base64.b64encode(image.getvalue()).decode()}">'
-            f"<figcaption>{escape(caption)}</figcaption></figure>")
+    """A matplotlib Figure as HTML, an image for each of its axes, side by side where the page is wide enough, in their
+    true size: 96 pixels are an inch there."""
+    figure.draw_without_rendering()              # this places the axes
+    images = ""
+    for axis in figure.axes:
+        image, box = io.BytesIO(), axis.get_tightbbox().transformed(figure.dpi_scale_trans.inverted()).padded(0.02)
+        figure.savefig(image, format="webp", dpi=96, bbox_inches=box, pil_kwargs=dict(lossless=True))
+        images += f'<img alt="" src="data:image/webp;base64,{base64.b64encode(image.getvalue()).decode()}">'
+    return f"<figure>{images}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def draw_examples(encoder, x, fit, names, p, y, group, show_row):

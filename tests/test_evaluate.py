@@ -712,8 +712,9 @@ class Page(HTMLParser):
 def report(tmp_path_factory):
     """What write_results writes, with two wrong examples and two right ones, and the result that it got."""
     *arguments, made, _, _ = example()
-    figure = Figure(figsize=(16, 4), layout="constrained")
-    figure.subplots().plot([0, 1])
+    figure = Figure(figsize=(32, 4), layout="constrained")
+    for axis in figure.subplots(1, 2):
+        axis.plot([0, 1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "EXAMPLES", 2)
         examples = evaluate.draw_examples(*arguments)
@@ -731,8 +732,8 @@ def test_the_report_holds_all_that_it_shows(report):
     text = (out / "report.html").read_text()
     page = Page(text)
     assert {path.name for path in out.iterdir()} == {"ptbxl.json", "ptbxl.png", "predictions.npz", "report.html"}
-    assert len(page.images) == 5 == text.count("<figure>") and len(page.captions) == 4
-    for image, width_mm in zip(page.images, [None] + 4 * [95 + 4]):
+    assert len(page.images) == 6 and text.count("<figure>") == 5 and len(page.captions) == 4
+    for image, width_mm in zip(page.images, 2 * [None] + 4 * [95 + 4]):          # an image for each part of a figure
         with PIL.Image.open(io.BytesIO(image)) as found:
             # A browser shows 96 pixels an inch, so ECG paper is true to scale.
             assert abs(found.width / 96 * 25.4 - (width_mm or 16 * 25.4)) < (2 if width_mm else 20) < found.height
@@ -768,7 +769,7 @@ def test_nothing_in_the_report_is_wider_than_the_page(report, tmp_path):
                          capture_output=True, text=True, timeout=120).stdout
     found = json.loads(out[out.index("[["):out.rindex("]]") + 2])
     assert [width for width, *_ in found] == 3 * [390, 1280]
-    fits = [scrolled <= width and len(images) == 5 and all(own > 0 and right <= width for own, right in images)
+    fits = [scrolled <= width and len(images) == 6 and all(own > 0 and right <= width for own, right in images)
             for width, scrolled, images in found]
     assert fits == [True, True, False, False, False, False]
 
