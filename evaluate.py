@@ -13,7 +13,6 @@ import base64
 import io
 import itertools
 import json
-import math
 import shlex
 import sys
 import tempfile
@@ -30,15 +29,14 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure             # no pyplot: it draws without a display
 from scipy.special import expit
-from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA
-from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from torch.nn import functional as F
 
 from augment import NOISE_TYPES, add_noise_levels
 from corpus import git, known_by_content
-from ecg import FS, LEADS, MAX_LEADS, atomic_write, preprocess
+from ecg import FS, LEADS, MAX_LEADS, atomic_write, cut_patches, preprocess
 from model import load_encoder, rotate, untrained_like
 
 BOOTSTRAPS = 1000                # resamples of patients or records
@@ -55,23 +53,27 @@ COLORS = {"untrained": "#c4c4c4", "pre-trained": "#7fb2e5", "RR intervals alone"
 
 SHIFT_SAMPLES = 5                # samples at FS between the local features in draw_recording
 MM_PER_S, MM_PER_MV, MM_PER_INCH = 25, 10, 25.4  # of ECG paper
+MARGIN_MM, NAME_MM, MIN_WIDTH_MM = 4, 4, 95  # left and right of an ECG; of the names above a row; room for a title
 PAPER_MARGINS_MM = 16, 34        # of a figure, both sides together: width, height
-MAX_SHOWN_MV = 4.0               # about a lead's median; what is beyond is cut off in draw_recording
+MAX_SHOWN_MV = 4.0               # about a lead's median; what is beyond is cut off
 ATTENTION_COLOURS = LinearSegmentedColormap.from_list("attention", ["#9aa7b5", "#f08a3c", "#8b0000"])
-
-ROW_MM, MARGIN_MM = 25, 4        # from a row of leads to the next, and left and right of them
 SMALL_STEP = 1e-3                # of a feature, to find the weight of a probe for it
 EXAMPLES = 10                    # in report.html, confidently wrong ones, and as many right ones
 FOR, AGAINST = np.array([[1.0, 0.55, 0.15], [0.35, 0.65, 1.0]])  # RGB of patches that raise and lower a logit
 COLOURS = """25 mm/s and 10 mm/mV, true to scale in print at 100 %. Orange patches raise the logit of the named label,
 blue ones lower it: the weights of the linear probe for the mean local feature, times the difference of the patch from
 its mean in training; full colour for the strongest twentieth of a picture. What other features add is not shown."""
+CALIBRATION_NOTE = ("(Brier) skill: 1 - Brier score / that of the constant prevalence of the training set; ECE, and "
+                    "that of a perfect model; z: of a perfect model between -2 and 2, larger if overconfident")
+NOISE_NOTE = ("SNR: mean square of the ECG to that of the noise, each without its mean, over 10 s; the median over the "
+              "leads of a recording. The program nst has another: A^2 / 8, A the peak-to-peak voltage of a QRS, to the "
+              "square of the mean RMS of the noise in a second")
 STYLE = """body{font:16px/1.5 sans-serif;color:#222;max-width:72rem;margin:auto;padding:0 1rem}p{margin:.4rem 0}
 dt{font-weight:bold}dd{margin:0;white-space:pre-line;overflow-wrap:anywhere}pre,div{overflow-x:auto;font-size:.8rem}
 img{max-width:100%;height:auto}figure{margin:1rem 0;break-inside:avoid}summary{cursor:pointer}
 table{border-collapse:collapse}td,th{text-align:right;padding:0 .6rem;border-bottom:1px solid #ddd;white-space:nowrap}
 @page{size:A4 landscape;margin:10mm}
-@media print{body{font-size:9pt;padding:0}pre{font-size:5.5pt}}"""
+@media print{body{font-size:9pt;padding:0}pre{font-size:4.7pt}}"""
 
 
 # ---- scores and intervals -------------------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ def fit_attention(tokens, y, train, val, test, seed):
 
     for epoch in range(EPOCHS):
         for part, z in batches(np.random.default_rng([seed, epoch]).permutation(train)):
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(z, torch.from_numpy(y[part]).float())
+            loss = F.binary_cross_entropy_with_logits(z, torch.from_numpy(y[part]).float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -301,13 +303,12 @@ def fit_attention(tokens, y, train, val, test, seed):
 def platt(logit, y, logit_new):
     """Platt's (1999) sigmoid, fitted on logit (R,) and y (R,) bool: probabilities (R',) of logit_new (R',). If y has
     only one class, nothing can be fitted: the probabilities are then those of the logits themselves."""
-    identity = LogisticRegression()              # its decision function is its input
-    identity.classes_, identity.coef_, identity.intercept_ = np.array([False, True]), np.ones((1, 1)), np.zeros(1)
     if y.all() or not y.any():
-        return identity.predict_proba(logit_new[:, None])[:, 1]
-    rows = np.arange(len(y))                     # one fold with all rows: a frozen classifier needs no held-out rows
-    model = CalibratedClassifierCV(FrozenEstimator(identity), method="sigmoid", cv=[(rows, rows)], ensemble=False)
-    return model.fit(logit[:, None], y).predict_proba(logit_new[:, None])[:, 1]
+        return expit(logit_new)
+    share = np.where(y, (y.sum() + 1) / (y.sum() + 2), 1 / ((~y).sum() + 2))           # of each row in the positives
+    model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10)
+    model.fit(np.tile(logit, 2)[:, None], np.repeat([True, False], len(y)), np.append(share, 1 - share))
+    return model.predict_proba(logit_new[:, None])[:, 1]
 
 
 def calibration(p, y, prevalence, group):
@@ -375,20 +376,6 @@ def selective(p, y, rare):
                 rare_answered=[rare[k].sum() / max(rare.sum(), 1) for k in kept])
 
 
-CALIBRATION_NOTE = ("Brier skill: 1 - Brier score / that of the constant prevalence of the training set; ECE [of a "
-                    "perfect model]; z: of a perfect model between -2 and 2, larger if overconfident")
-
-
-NOISE_NOTE = ("SNR: mean square of the ECG to that of the noise, each without its mean, over 10 s; the median over the "
-              "leads of a recording. The program nst has another: A^2 / 8, A the peak-to-peak voltage of a QRS, to the "
-              "square of the mean RMS of the noise in a second")
-
-
-def show_calibration(found):
-    """Columns of a table from a result of calibration, for people."""
-    return {"Brier skill": found["brier_skill"], "ECE": show(found["ece"], found["ece_perfect_ci95"]), "z": found["z"]}
-
-
 # ---- global features, clean and under noise -------------------------------------------------------------------------
 def global_features(encoders, recordings):
     """Global features (E, R, 3D) of R recordings by encoder.embed; NaN where a recording cannot be used. recordings: a
@@ -444,18 +431,14 @@ def cls_attention(encoder, signal, leads):
     """Features of windows by encoder(signal, leads), and the attention of CLS to each of their patches in the last
     block, mean over heads (B, L, N); with CLS itself and the registers it adds up to 1."""
     last, kept = encoder.blocks[-1].attention, []
-    hook = last.register_forward_pre_hook(lambda module, inputs: kept.append(inputs))
-    try:
+    with last.register_forward_pre_hook(lambda module, inputs: kept.append(inputs)):
         features = encoder(signal, leads)
-    finally:
-        hook.remove()
     x, _, ((B, M),), (rope,), (seen,) = kept[0]
-    q, k = rotate(last.qkv(x).view(B, M, 3, last.heads, -1)[:, :, :2], rope).unbind(2)          # (B, M, H, width)
-    scores = torch.einsum("bhe,bmhe->bhm", q[:, 0], k) * encoder.head_width ** -0.5
-    if seen is not None:
-        scores = scores.masked_fill(~seen[:, None], -math.inf)
-    attention = scores.softmax(dim=-1).mean(dim=1)[:, 1 + encoder.num_registers:]
-    return features, attention.view(features.patches.shape[:3])
+    q, k = rotate(last.qkv(x).view(B, M, 3, last.heads, -1)[:, :, :2], rope).transpose(1, 3).unbind(2)  # (B, H, M, E)
+    one_hot = torch.eye(M, dtype=q.dtype, device=q.device).expand(*q.shape[:2], M, M)        # their mean: the weights
+    seen = None if seen is None else seen[:, None, None]
+    attention = F.scaled_dot_product_attention(q[:, :, :1], k, one_hot, attn_mask=seen).mean(dim=1)[:, 0]
+    return features, attention[:, 1 + encoder.num_registers:].view(features.patches.shape[:3])
 
 
 @torch.no_grad()
@@ -463,22 +446,22 @@ def window_to_draw(encoder, recording):
     """The window of a recording with the most valid patches: its start in seconds, names of its leads, signal_mv (L, T)
     and, every SHIFT_SAMPLES, local features (L, M, D), attention of CLS as a multiple of the mean over patches (L, M),
     and their centres (M,) in seconds from the start of the window."""
-    (signal_mv, ids), P, found = preprocess(*recording[:4], {}), encoder.patch_samples, []
-    valid = np.isfinite(signal_mv[:, :signal_mv.shape[1] // P * P]).reshape(len(ids), -1, P).all(axis=2)
+    P = encoder.patch_samples
+    patches, valid, ids = cut_patches(recording._replace(notes={}), P, {})
     N = min(encoder.window_length(valid.any(axis=1).sum()), valid.shape[1])
     first = int(np.convolve(valid.sum(axis=0), np.ones(N, int), "valid").argmax())
     rows = np.flatnonzero(valid[:, first:first + N].any(axis=1))[:MAX_LEADS]
-    signal_mv, ids = signal_mv[rows, first * P:(first + N + 1) * P], torch.from_numpy(ids[rows])  # one more
-    for shift in range(0, min(P, signal_mv.shape[1] - P + 1), SHIFT_SAMPLES):
-        n = min(N, (signal_mv.shape[1] - shift) // P)
-        window = torch.from_numpy(signal_mv[None, :, shift:shift + n * P])
-        out, attention = cls_attention(encoder, *(x.to(encoder.cls_token.device) for x in (window, ids[None])))
-        of_mean = attention * ((attention > 0).sum() / attention.sum().clamp(min=1e-12))
-        found += zip(((np.arange(n) + 0.5) * P + shift) / FS, *(x[0].float().cpu().numpy().swapaxes(0, 1)
-                                                                for x in (out.patches, of_mean)))
-    times_s, *found = (np.array(x) for x in zip(*sorted(found, key=lambda patch: patch[0])))
+    signal_mv = patches[rows, first:first + N + 1].reshape(len(rows), -1)              # one patch more, if there is one
+    late = np.pad(signal_mv, ((0, 0), (0, P)), constant_values=np.nan)
+    windows = np.stack([late[:, shift:shift + N * P] for shift in range(0, P, SHIFT_SAMPLES)])
+    out, attention = cls_attention(encoder, *(torch.tensor(x, device=encoder.cls_token.device) for x in (
+        windows, np.tile(ids[rows], (len(windows), 1)))))
+    attention *= ((attention > 0).sum((1, 2)) / attention.sum((1, 2)).clamp(min=1e-12))[:, None, None]
+    features, attention = (x.float().cpu().movedim(0, 2).flatten(1, 2).numpy() for x in (out.patches, attention))
+    times_s = (np.arange(0, N * P, SHIFT_SAMPLES) + P / 2) / FS
+    there = np.isfinite(features).any(axis=(0, 2))                     # not what ends after the recording
     names = [str(recording.leads[row]) for row in rows]
-    return first * P / FS, names, signal_mv[:, :N * P], *(x.swapaxes(0, 1) for x in found), times_s
+    return first * P / FS, names, signal_mv[:, :N * P], features[:, there], attention[:, there], times_s[there]
 
 
 def draw_recording(encoder, recording, path):
@@ -487,81 +470,63 @@ def draw_recording(encoder, recording, path):
     start_s, names, signal_mv, features, attention, times_s = window_to_draw(encoder, recording)
     shades = ScalarMappable(Normalize(0, max(2, np.nanpercentile(attention, 99)), clip=True), ATTENTION_COLOURS)
     nearest = np.abs(times_s[None] - np.arange(signal_mv.shape[1])[:, None] / FS).argmin(axis=1)
-    figure = draw_paper(f"{Path(path).stem}, from {start_s:g} s", names, signal_mv, {
+    figure = draw_ecg_paper(signal_mv, names, {
         "local features: principal components as red, green, blue": 0.85 * principal_colours(features)[:, nearest],
-        "attention of CLS in the last block, mean over heads": shades.to_rgba(attention)[:, nearest]})
-    place, inch = figure.axes[-1].get_position(), 1 / figure.get_figheight()          # its scale comes under it
-    bar = figure.add_axes([place.x0, place.y0 - 0.25 * inch, 0.4 * place.width, 0.1 * inch])
-    figure.colorbar(shades, cax=bar, orientation="horizontal")
-    bar.tick_params(labelsize=7)
-    bar.set_xlabel("1: as much as to the mean patch", fontsize=8)
+        "attention of CLS in the last block, mean over heads": shades.to_rgba(attention)[:, nearest]},
+        f"{Path(path).stem}, from {start_s:g} s; 25 mm/s, 10 mm/mV; no medical device")
+    axis = figure.axes[-1]                       # its scale comes under it, in mm as all on paper
+    bar = axis.inset_axes((0, axis.get_ylim()[0] - 6, 80, 2.5), transform=axis.transData)
+    figure.colorbar(shades, cax=bar, orientation="horizontal", label="1: as much as to the mean patch")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)
 
 
-def draw_paper(title, names, signal_mv, panels):
-    """A Figure of signal_mv (L, T) on ECG paper, once for each of `panels`, {title: colours (L, T, 3 or 4)}, side by
-    side if it is high. Printed at its own size it has 25 mm/s and 10 mm/mV. Each lead is shown about its median."""
-    t, mm = np.arange(signal_mv.shape[1]) / FS, np.array([MM_PER_S, MM_PER_MV])
-    y = (signal_mv - np.nanmedian(signal_mv, axis=1, keepdims=True)).clip(-MAX_SHOWN_MV, MAX_SHOWN_MV)
-    top, bottom = np.nanmax(y, axis=1), np.nanmin(y, axis=1)
-    base = -np.cumsum([0, *np.ceil(2 * (top[1:] - bottom[:-1])).clip(2) / 2])          # of each lead, on a thick line
-    low, high = base[-1] + np.floor(2 * bottom[-1]) / 2 - 0.5, np.ceil(2 * top[0]) / 2 + 0.5
-    begin, end = -0.5, max(3.7, t[-1] + 0.3)     # s; room for the names, and for titles
-    panel = mm * (end - begin, high - low)
-    step = (panel + 8) * ((1, 0) if panel[1] > panel[0] else (0, 1))                   # mm from panel to panel
-    size = panel + step * (len(panels) - 1) + PAPER_MARGINS_MM
+def draw_ecg_paper(signal_mv, leads, panels, title="", standard=False):
+    """A Figure of an ECG on paper, in mm: printed at its own size it has 25 mm/s and 10 mm/mV.
+
+    signal_mv (L, T) at FS, NaN = missing, each lead about its median; leads: L names. panels {title: colours (L, T, 3
+    or 4)}: the ECG is drawn once for each, in these colours, side by side if it is high. Each lead has its own row.
+    standard: the twelve standard leads have three rows of four, a quarter of the time each, with II below, and the
+    colours are bands behind a black trace.
+    """
+    T, twelve, rows = signal_mv.shape[1], LEADS[1:13], [[i] for i in range(len(leads))]
+    if standard and set(twelve) <= set(leads):
+        rows = [[leads.index(name) for name in row] for row in (*(twelve[r::3] for r in range(3)), ["II"])]
+    mv = pd.DataFrame(signal_mv.T)
+    y_mm = MM_PER_MV * (mv - mv.median()).clip(-MAX_SHOWN_MV, MAX_SHOWN_MV).to_numpy().T
+    x_mm, known = np.arange(T) / FS * MM_PER_S, np.nan_to_num(y_mm)
+    top, bottom = np.array([(known[row].max() + NAME_MM, known[row].min()) for row in rows]).T
+    zero = -np.cumsum([0, *np.ceil((top[1:] - bottom[:-1]) / 5) * 5])                 # of each row, on a thick line
+    low = np.array([-MARGIN_MM, zero[-1] + np.floor(bottom[-1] / 5) * 5 - 5])         # corners of the paper
+    high = np.array([max(x_mm[-1] + MARGIN_MM, MIN_WIDTH_MM), np.ceil(top[0] / 5) * 5])
+    step = (high - low + 8) * ((1, 0) if np.diff(high - low) > 0 else (0, -1))        # from panel to panel
+    size = high - low + np.abs(step) * (len(panels) - 1) + PAPER_MARGINS_MM
     figure = Figure(figsize=size / MM_PER_INCH)
-    figure.text(8 / size[0], 1 - 6 / size[1], f"{title}; 25 mm/s, 10 mm/mV; no medical device", size=9, weight="bold",
-                parse_math=False)
-    for i, (what, colours) in enumerate(panels.items()):
-        corner = np.array([8, size[1] - 16 - panel[1]]) + i * step * (1, -1)
-        axis = figure.add_axes([*corner / size, *panel / size], facecolor="#fffaf9")
-        axis.spines[:].set_color("#e8b2aa")
-        for colour, step_s, step_mv in (("#f7dfdb", 0.04, 0.1), ("#e8b2aa", 0.2, 0.5)):
-            axis.vlines(np.arange(-1, end, step_s), low, high, colour, linewidth=0.5, zorder=0)
-            axis.hlines(np.arange(low, high, step_mv), begin, end, colour, linewidth=0.5, zorder=0)
-        for name, from_mv, values, rgb in zip(names, base, y + base[:, None], colours):
-            axis.text(begin + 0.05, from_mv, f"{name:.9}", size=8, va="center", parse_math=False)
-            points = np.stack((t, values), axis=1)
-            axis.add_collection(LineCollection(np.stack((points[:-1], points[1:]), axis=1), colors=rgb[:-1]))
-        axis.set(xlim=(begin, end), ylim=(low, high), xticks=[], yticks=[])
+    figure.text(8 / size[0], 1 - 6 / size[1], title, size=9, weight="bold", parse_math=False)
+    for number, (what, colours) in enumerate(panels.items()):
+        corner = (8, size[1] - 16) + (low - high) * (0, 1) + number * step
+        axis = figure.add_axes([*corner / size, *(high - low) / size], facecolor="#fffaf9", xticks=(), yticks=(),
+                               xlim=(low[0], high[0]), ylim=(low[1], high[1]))
         axis.set_title(what, size=8, loc="left")
+        axis.spines[:].set_color("#e8b2aa")
+        for colour, step_mm in (("#f7dfdb", 1), ("#e8b2aa", 5)):
+            axis.vlines(np.arange(-5, high[0], step_mm), low[1], high[1], colour, linewidth=0.5, zorder=0.5)
+            axis.hlines(np.arange(low[1], high[1], step_mm), low[0], high[0], colour, linewidth=0.5, zorder=0.5)
+        for row, zero_mm, top_mm in zip(rows, zero, top):
+            for k, i in enumerate(row):
+                part = slice(T * k // len(row), T * (k + 1) // len(row))
+                draw_trace(axis, np.stack((x_mm, y_mm[i] + zero_mm), axis=1)[part], colours[i, part], band=standard)
+                axis.text(x_mm[part][0], zero_mm + top_mm - NAME_MM + 1, f"{leads[i]:.9}", size=8, parse_math=False)
     return figure
 
 
-def draw_ecg_paper(axis, signal_mv, leads, colours=None):
-    """Draw an ECG on paper of 25 mm/s and 10 mm/mV, and return the size (2,) in mm that `axis` must have for that.
-
-    signal_mv (L, T) at FS, NaN = missing, drawn without the median of each lead; leads: L names. The twelve standard
-    ones are in three rows of four, a quarter of the time each, with II below; others have a row each. colours
-    (L, T, 3): RGB behind every sample.
-    """
-    T, names, twelve = signal_mv.shape[1], list(leads), LEADS[1:13]
-    rows = [[i] for i in range(len(names))]
-    if set(twelve) <= set(names):
-        rows = [[names.index(name) for name in row] for row in (*(twelve[r::3] for r in range(3)), ["II"])]
-    x_mm, y_mm = np.arange(T) / FS * MM_PER_S, (signal_mv.T - pd.DataFrame(signal_mv.T).median().to_numpy()) * MM_PER_MV
-    for number, row in enumerate(rows):
-        for k, i in enumerate(row):
-            part = slice(T * k // len(row), T * (k + 1) // len(row))
-            points = np.stack((x_mm, y_mm[:, i] - ROW_MM * number), axis=1)[part]
-            if colours is not None:              # below the grid, a line for each stretch of one colour
-                starts = np.flatnonzero(np.diff(colours[i, part], axis=0, prepend=-1).any(axis=1))
-                lines = [points[a:b + 1] for a, b in zip(starts, [*starts[1:], T])]
-                axis.add_collection(LineCollection(lines, linewidths=8, colors=colours[i, part][starts], zorder=0))
-            axis.plot(*points.T, color="black", linewidth=0.8)
-            axis.text(points[0, 0] + 1, 8 - ROW_MM * number, names[i], fontsize=9)
-    size_mm = np.array((x_mm[-1] + 2 * MARGIN_MM, ROW_MM * (len(rows) + 1)))
-    left, right, high = -MARGIN_MM, size_mm[0] - MARGIN_MM, ROW_MM
-    last = np.nan_to_num(y_mm[:, rows[-1]]).min() - ROW_MM * (len(rows) - 1) - 2          # of a deep S wave
-    size_mm[1] = max(size_mm[1], high - np.floor(last))
-    low = high - size_mm[1]
-    for step_mm, colour in ((1, "#f8e3e3"), (5, "#eebcbc")):
-        axis.vlines(np.arange(-5, right, step_mm), low, high, color=colour, linewidth=0.6, zorder=0.5)
-        axis.hlines(np.arange(low, high, step_mm), left, right, color=colour, linewidth=0.6, zorder=0.5)
-    axis.set(xlim=(left, right), ylim=(low, high), xticks=(), yticks=(), frame_on=False)
-    return size_mm
+def draw_trace(axis, points, rgb, band):
+    """A line through points (T, 2) in the colours rgb (T, 3 or 4), or a black one before a band of these colours."""
+    starts = np.flatnonzero(np.diff(rgb, axis=0, prepend=-1).any(axis=1))             # of stretches of one colour
+    lines = [points[a:b + 1] for a, b in zip(starts, [*starts[1:], len(points)])]
+    axis.add_collection(LineCollection(lines, colors=rgb[starts], linewidths=8 if band else 1.5, zorder=2 - 2 * band))
+    if band:
+        axis.plot(*points.T, color="black", linewidth=0.8)
 
 
 def draw_bars(axis, labels, series):
@@ -573,8 +538,8 @@ def draw_bars(axis, labels, series):
         bars = axis.bar(at, value - 0.5, 0.94 * width, bottom=0.5, color=COLORS[name], label=name)
         axis.bar_label(bars, [f"{v:.3f}" for v in value], label_type="center", fontsize=8)
         axis.vlines(at, *ci.T, color="#333333", linewidth=1)
-    axis.set(xticks=range(len(labels)), xticklabels=labels, ylim=(min(0.5, axis.get_ylim()[0]), 1))
-    axis.tick_params(axis="x", labelsize=9)
+    axis.set_xticks(range(len(labels)), labels, fontsize=9)
+    axis.set_ylim(min(0.5, axis.get_ylim()[0]), 1)
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -638,27 +603,19 @@ def load_encoders(paths, device, precision="auto"):
     control of each encoder (random:SIZE is its own). ValueError as in model.load_encoder."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    networks, control_of = [load_encoder(path, device) for path in paths], []        # this checks the device
-    kinds = {(network.width, network.patch_samples, str(path).startswith("random:"))
-             for path, network in zip(paths, networks)}
+    networks = [load_encoder(path, device) for path in paths]                         # this checks the device
+    kinds = {(of.width, of.patch_samples, str(path).startswith("random:")) for path, of in zip(paths, networks)}
     weights = {tuple(p.double().sum().item() for p in network.parameters()) for network in networks}
     if len(kinds) > 1 or len(weights) < len(paths):
         raise ValueError(f"encoders {' '.join(map(str, paths))}: expected different files of one size, or "
                          "random:SIZE:SEED with different seeds, as scores are means over them; probe others alone")
-    for number, path in enumerate(paths):
-        networks[number].precision = precision
-        same = [k for k in range(len(paths), len(networks)) if networks[k].config == networks[number].config]
-        if str(path).startswith("random:"):
-            same = [number]
-        elif not same:
-            networks.append(untrained_like(networks[number]))
-        control_of.append(same[0] if same else len(networks) - 1)
-    return networks, control_of
-
-
-def only_random(args):
-    """Whether the encoders are untrained ones: then they are their own controls."""
-    return all(path.startswith("random:") for path in args.encoder)
+    for network in networks:
+        network.precision = precision
+    if str(paths[0]).startswith("random:"):      # so do all
+        return networks, list(range(len(paths)))
+    controls = {str(network.config): untrained_like(network) for network in networks}
+    places = {config: place for place, config in enumerate(controls, len(paths))}
+    return networks + list(controls.values()), [places[str(network.config)] for network in networks]
 
 
 def to_json(value):
@@ -666,39 +623,41 @@ def to_json(value):
     return json.loads(pd.Series(value).to_json(double_precision=6))
 
 
-def show(value, ci):
-    """A score with its interval, for people."""
-    return "-" if value is None else f"{value:.3f} [{', '.join('-' if v is None else f'{v:.3f}' for v in ci)}]"
+def as_texts(rows):
+    """DataFrame of the numbers in results {name: dict}, as texts: a column for each result, a row for each number, with
+    the keys on the way to it as its name. KEY_ci95 stands next to KEY, and ci95 next to the number before it."""
+    def text(value):
+        if isinstance(value, list):
+            return f"[{', '.join(map(text, value))}]" if value.count(None) < len(value) else ""
+        return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
-
-def show_paired(entry, alone, note=""):
-    """Columns of a table from a result of paired; alone: of an untrained network alone."""
-    names = {"untrained": "untrained"} | ({} if alone else {"macro_auroc": "encoder", "difference": "difference"})
-    return {name + note: show(entry[key], entry[SCORES[key]]) for key, name in names.items()}
-
-
-def as_table(rows):
-    """Text of a table {row: {column: value}}."""
-    return pd.DataFrame.from_dict(rows, orient="index").to_string(na_rep="-", float_format="{:.3g}".format)
+    of, number = {}, ""
+    frame = pd.concat({name: pd.json_normalize(row).astype(object).T[0] for name, row in rows.items()}, axis=1)
+    for key in frame.index:
+        number, own = number if "ci95" in key else key, key.replace("_ci95", "")
+        repeated = number != key and f"{number}_ci95" in frame.index
+        of[key] = own if own != key and own in frame.index else None if repeated else number
+    texts = frame.replace({np.nan: None}).map(text).groupby(of, sort=False)
+    return texts.agg(lambda parts: " ".join(filter(None, parts)) or "-")
 
 
 def table(rows, columns):
-    """Text of the values at {heading: path in the JSON} of results {name: dict}, with their intervals, for people."""
-    frame, shown = pd.json_normalize(list(rows.values())), {}
-    for label, path in columns.items():
-        ci = f"{path}_ci95".replace("difference_ci95", "ci95")
-        if path in frame:
-            shown[label] = frame[path] if ci not in frame else [
-                show(value, of) if isinstance(of, list) else "-" for value, of in zip(frame[path], frame[ci])]
-    return shown and pd.DataFrame(shown).set_axis(list(rows)).to_string(na_rep="-", float_format="{:.3f}".format)
+    """Text of a table of results {name: dict}: columns {heading: row of as_texts}, without those that nobody has."""
+    found = as_texts(rows) if rows else pd.DataFrame()
+    headings = {key: heading for heading, key in columns.items() if key in found.index}
+    return found.loc[[*headings]].T.rename(columns=headings).to_string() if headings else ""
 
 
 def as_html(figure, caption=""):
-    """A matplotlib Figure as HTML, in its true size where the page is wide enough."""
-    image = io.BytesIO()
-    figure.savefig(image, format="webp", dpi=100, pil_kwargs=dict(lossless=True))      # half the size of a PNG
-    return (f'<figure><img style="width:{figure.get_figwidth():.3f}in" alt="" src="data:image/webp;base64,'
-            f'{base64.b64encode(image.getvalue()).decode()}"><figcaption>{escape(caption)}</figcaption></figure>')
+    """A matplotlib Figure as HTML, an image for each of its axes, side by side where the page is wide enough, in their
+    true size: 96 pixels are an inch there."""
+    figure.draw_without_rendering()              # this places the axes
+    images = ""
+    for axis in figure.axes:
+        image, box = io.BytesIO(), axis.get_tightbbox().transformed(figure.dpi_scale_trans.inverted()).padded(0.02)
+        figure.savefig(image, format="webp", dpi=96, bbox_inches=box, pil_kwargs=dict(lossless=True))
+        images += f'<img alt="" src="data:image/webp;base64,{base64.b64encode(image.getvalue()).decode()}">'
+    return f"<figure>{images}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def draw_examples(encoder, x, fit, names, p, y, group, show_row):
@@ -723,10 +682,9 @@ def draw_examples(encoder, x, fit, names, p, y, group, show_row):
             part = np.nan_to_num((local - mean[columns]) @ weights[:, best[row]] * seen)
             part = (part / np.quantile(np.abs(part), 0.95).clip(1e-12)).clip(-1, 1)
             part = part.repeat(encoder.patch_samples, axis=1)[..., None]
-            (signal_mv, ids), figure = preprocess(*recording[:4], {}), Figure()
+            signal_mv, ids = preprocess(*recording[:4], {})
             colours, leads = 1 - np.abs(part) * (1 - np.where(part > 0, FOR, AGAINST)), [LEADS[i] for i in ids]
-            size_mm = draw_ecg_paper(figure.add_axes((0, 0, 1, 1)), signal_mv[:, :part.shape[1]], leads, colours)
-            figure.set_size_inches(size_mm / 25.4)
+            figure = draw_ecg_paper(signal_mv[:, :part.shape[1]], leads, {"": colours}, standard=True)
             found[right] += as_html(figure, f"{title}: probability of {names[best[row]]} {p[row, best[row]]:.3f}; "
                                             f"annotated: {', '.join(np.array(names)[y[row]]) or 'none of the labels'}")
     return found
@@ -741,33 +699,14 @@ def what_was_run(args, networks, recordings):
            "Leak check": f"Of {n} test recordings {known} are known by content to pretrained/held_out.npz. train.py "
                          "leaves out what shares 5 s or more with that file, or with what its own corpora hold out."}
     for path, network in zip(args.encoder, networks):
-        about = {key: "; ".join(value) if isinstance(value, list) else value for key, value in network.about.items()
-                 if not isinstance(value, dict)}
+        about = [f"{key}: {'; '.join(value) if isinstance(value, list) else value}"
+                 for key, value in network.about.items() if not isinstance(value, dict)]
         copies = Path(path).with_name("left_out.csv")
         if not path.startswith("random:"):
-            about["leak check"] = (f"{copies.read_text().count(',copy of a held-out')} recordings left out, by {copies}"
-                                   if copies.is_file() else f"not known, as there is no {copies}")
-        run[f"Encoder {path}"] = "\n".join(map("{0[0]}: {0[1]}".format, about.items())) or "untrained"
+            about += [f"leak check: {copies.read_text().count(',copy of a held-out')} recordings left out, by {copies}"
+                      if copies.is_file() else f"leak check: not known, as there is no {copies}"]
+        run[f"Encoder {path}"] = "\n".join(about) or "untrained"
     return run
-
-
-def all_numbers(result):
-    """HTML tables of the parts of a result that are dicts of dicts: a column each, a row for every number."""
-    def as_text(value):
-        return (f"[{', '.join(map(as_text, value))}]" if isinstance(value, list) else "" if value is None else
-                f"{value:.3f}".removesuffix(".000") if isinstance(value, float) else str(value))
-    page = ""
-    for name, part in result.items():
-        if isinstance(part, dict) and part and all(isinstance(value, dict) for value in part.values()):
-            frame = pd.json_normalize(list(part.values()), sep=" ").set_axis(list(part)).T.replace({np.nan: None})
-            number, of = None, {}                # an interval is shown with its number, or else with the one before
-            for key in frame.index:
-                number = number if "ci95" in key else key
-                own, repeated = key.replace("_ci95", ""), key != number and f"{number}_ci95" in frame.index
-                of[key] = own if own != key and own in frame.index else None if repeated else number
-            frame = frame.map(as_text).groupby(of, sort=False).agg(" ".join)
-            page += f"<details><summary>{escape(name)}</summary><div>{frame.to_html(border=0)}</div></details>"
-    return page
 
 
 def write_results(args, name, result, arrays, figure, text, networks, recordings, examples):
@@ -777,10 +716,14 @@ def write_results(args, name, result, arrays, figure, text, networks, recordings
     run, out = what_was_run(args, networks, recordings), args.out
     lines = itertools.groupby(escape(text).splitlines(), lambda line: "  " in line)            # tables have two spaces
     printed = ("<pre>" + "\n".join(of) + "</pre>" if table else "<p>" + "<p>".join(of) for table, of in lines)
+    numbers = "".join(
+        f"<details><summary>{escape(key)}</summary><div>{as_texts(part).to_html(border=0)}</div></details>"
+        for key, part in result.items()
+        if isinstance(part, dict) and part and all(isinstance(of, dict) for of in part.values()))
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>probe_{name}.py</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>
 <h1>probe_{name}.py</h1><dl>{"".join(f"<dt>{escape(key)}<dd>{escape(value)}" for key, value in run.items())}</dl>
-<h2>Scores</h2>{"".join(printed)}{as_html(figure)}<h3>All numbers</h3>{all_numbers(result)}
+<h2>Scores</h2>{"".join(printed)}{as_html(figure)}<h3>All numbers</h3>{numbers}
 <h2>Confidently wrong</h2><p>{COLOURS}{examples[False]}<h2>Confidently right</h2>{examples[True]}</body></html>"""
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "predictions.npz", lambda file: np.savez_compressed(file, **arrays))

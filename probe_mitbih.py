@@ -37,7 +37,7 @@ from augment import add_test_noise, load_noise
 from corpus import open_corpus
 from ecg import FS, LEAD_IDS, LEADS, Recording, Refused, preprocess, read_wfdb
 from evaluate import (CALIBRATION_NOTE, COLORS, NOISE_DB, NOISE_KINDS, calibration, draw_bars, draw_examples,
-                      interval, interval_of_seeds, label_auroc, load_encoders, macro, mean_of, only_random, parser_of,
+                      interval, interval_of_seeds, label_auroc, load_encoders, macro, mean_of, parser_of,
                       plain_auroc, resample, selective, standardized, table, to_json, write_results)
 from model import AROUND_S, BEAT_WINDOW_S, place_windows, token_features
 from prepare import MITDB_DS1, MITDB_DS2
@@ -403,9 +403,9 @@ def main(args):
              train_beats=dict(zip(CLASSES, one_hot(papers["cls"][~test]).sum(axis=0))), test_beats=beats,
              few=data["few"].sum(), absent=[name for name in beats if not beats[name]])
     mapping = {name: of + SYMBOLS["J"] * (name == "N") for name, of in SYMBOLS.items() if name != "J"}
-    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=only_random(args),
-                          beats=args.beats or 0, n=n, mapping=mapping, mappings=counted,
-                          snr_db=NOISE_DB if args.noise else [], **found))
+    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed,
+                          untrained_only=len(encoders) == len(args.encoder), beats=args.beats or 0, n=n,
+                          mapping=mapping, mappings=counted, snr_db=NOISE_DB if args.noise else [], **found))
     text = report(result)
     print(text)
     p = stored["p_calibrated_neighbourhood"]

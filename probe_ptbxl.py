@@ -30,11 +30,10 @@ from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
 from augment import load_noise, snr_of_leads
 from corpus import open_corpus
 from ecg import LEADS, Refused, lead_id, preprocess, read_wfdb
-from evaluate import (CALIBRATION_NOTE, NOISE_DB, NOISE_KINDS, NOISE_NOTE, SCORES, as_table, both_classes, calibration,
+from evaluate import (CALIBRATION_NOTE, NOISE_DB, NOISE_KINDS, NOISE_NOTE, SCORES, both_classes, calibration,
                       draw_bars, draw_examples, draw_reliability, draw_scores, fit_attention, fit_logistic,
                       global_features, label_auroc, load_encoders, local_features, macro, mean_of, noisy_features,
-                      only_random, paired, parser_of, plain_auroc, platt, resample, show, show_calibration, show_paired,
-                      to_json, write_results)
+                      paired, parser_of, plain_auroc, platt, resample, table, to_json, write_results)
 
 TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's folds; a patient is in one fold only
@@ -289,14 +288,17 @@ def attention(encoders, paths, leads, data):
 # ---- report and pictures --------------------------------------------------------------------------------------------
 def report(result):
     """The protocol and the scores, as text."""
-    n, alone, rows = result["n"], result["untrained_only"], {}
-    for task, r in result["tasks"].items():
-        rows[task] = {"labels": f"{r['n_labels']}/{r['n_labels_defined']}", "C": " ".join(map("{:g}".format, r["c"])),
-                      **show_paired(r, alone), "10+": r["n_labels_min10"],
-                      "encoder, 10+": show(r["macro_auroc_min10"], r["ci95_min10"]),
-                      **{f"{name}{key}": show_calibration(r["calibration"][kind])[key]
-                         for kind, name in (("raw", ""), ("platt", "Platt: ")) for key in ("Brier skill", "ECE", "z")}}
-    rows |= {"superdiagnostic, attention": show_paired(of, alone) for of in [result.get("attention")] if of}
+    n, tasks = result["n"], result["tasks"]
+    scores = {"untrained": "untrained"} | ({} if result["untrained_only"] else {
+        "encoder": "macro_auroc", "difference": "difference"})
+    attention = {"superdiagnostic, attention": result["attention"]} if "attention" in result else {}
+    calibrated = {"skill": "brier_skill", "ECE": "ece", "perfect": "ece_perfect", "z": "z"}
+    of_tasks = {"labels": "n_labels", "of": "n_labels_defined", "C": "c", **scores, "10+": "n_labels_min10",
+                "encoder, 10+": "macro_auroc_min10"}
+    for kind, note in (("raw", ""), ("platt", "Platt's ")):
+        of_tasks |= {note + heading: f"calibration.{kind}.{key}" for heading, key in calibrated.items()}
+    of_curves = {f"{heading}{note}": f"{task}.{key}" for task, note in (("superdiagnostic", ""), ("all", ", all 10+"))
+                 for heading, key in scores.items()}
     curves = {f"{float(share):.0%} of the training patients": of for share, of in result["fractions"].items()}
     for kind, levels in result.get("noise", {}).items():
         curves |= {f"{kind}, {level}" + " dB" * (level != "area"): entries for level, entries in levels.items()}
@@ -316,13 +318,13 @@ def report(result):
         f"{n['unusable']} without a valid patch (taken as the mean recording)",
         "macro AUROC [95 %] over the labels with both classes in folds 1-8 and in fold 10 (of those defined); "
         f"10+: over those with {MIN_POSITIVES} positives or more in fold 10",
-        CALIBRATION_NOTE + "; Platt: the same after a sigmoid fitted on fold 9",
+        CALIBRATION_NOTE + "; Platt's: the same after a sigmoid fitted on fold 9",
         *["few test patients: the intervals are wide, and labels with few positives change the macro over all labels"]
         * (n["test_patients"] < FEW_PATIENTS),
-        as_table(rows), *[f"{NOISE_NOTE}; medians over recordings (range over leads)", *snr] * bool(snr),
+        table(tasks | attention, of_tasks),
+        *[f"{NOISE_NOTE}; medians over recordings (range over leads)", *snr] * bool(snr),
         f"few labels (means of {DRAWS} draws), and what was asked for; area: the mean over levels of AUROC - .5",
-        as_table({row: show_paired(of["superdiagnostic"], alone) | show_paired(of["all"], alone, ", all 10+")
-                  for row, of in curves.items()})))
+        table(curves, of_curves)))
 
 
 def draw(result, arrays):
@@ -385,10 +387,10 @@ def main(args):
     paths, leads = table.path.to_numpy(), [args.leads if f in TRAIN_FOLDS else shown for f in table.strat_fold]
     features, odd = extract_features(encoders, paths, leads)
     fits, tasks, stored, fractions = probe_features(features, data)
-    result = dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, untrained_only=only_random(args),
-                  leads=args.leads or [], leads_scored=shown or [], n=dict(
-                      rate_hz=rate, train=len(data.train), val=len(data.val), test=len(data.test),
-                      features=features.shape[2], test_patients=data.counts.shape[1], **odd),
+    result = dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed,
+                  untrained_only=len(encoders) == len(args.encoder), leads=args.leads or [], leads_scored=shown or [],
+                  n=dict(rate_hz=rate, train=len(data.train), val=len(data.val), test=len(data.test),
+                         features=features.shape[2], test_patients=data.counts.shape[1], **odd),
                   tasks=tasks, fractions=fractions)
     if noise is not None:
         def recordings(n=len(data.test)):

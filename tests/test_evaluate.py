@@ -14,10 +14,11 @@ import PIL.Image
 import pytest
 import torch
 from matplotlib.figure import Figure
+from scipy.optimize import minimize
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
 import dino
 import evaluate
@@ -92,13 +93,25 @@ def test_interval_leaves_out_what_could_not_be_scored():
     assert np.isnan(evaluate.interval(np.full(3, np.nan))).all()
 
 
-def test_platt_is_that_of_sklearn():
+@pytest.mark.parametrize("scale, positives", [(1, None), (10, None), (0.1, 1)])
+def test_platt_is_that_of_sklearn_and_the_optimum_of_its_definition(scale, positives):
+    """Platt's (1999) targets; the optimum by another program. Scikit-learn stops a little before it."""
     _, y, score = scores(1, 200)
-    model = LogisticRegression().fit(score[:, None], y)
-    logit = model.decision_function(score[:, None])
-    expected = CalibratedClassifierCV(FrozenEstimator(model), method="sigmoid").fit(score[:100, None], y[:100])
-    np.testing.assert_allclose(evaluate.platt(logit[:100], y[:100], logit[100:]),
-                               expected.predict_proba(score[100:, None])[:, 1], atol=2e-4)
+    y = np.arange(200) == 3 if positives == 1 else y
+    identity = LogisticRegression()              # its decision function is its input
+    identity.classes_, identity.coef_, identity.intercept_ = np.array([False, True]), np.ones((1, 1)), np.zeros(1)
+    train, test, y_train = scale * score[:100], scale * score[100:], y[:100]
+    found = evaluate.platt(train, y_train, test)
+    sklearns = CalibratedClassifierCV(FrozenEstimator(identity), method="sigmoid").fit(train[:, None], y_train)
+    np.testing.assert_allclose(found, sklearns.predict_proba(test[:, None])[:, 1], atol=1e-6)
+    n = y_train.sum()
+    target = [(n + 1) / (n + 2) if positive else 1 / (100 - n + 2) for positive in y_train]
+
+    def loss(ab):
+        return sum(-t * math.log(p) - (1 - t) * math.log(1 - p)
+                   for t, p in zip(target, 1 / (1 + np.exp(-ab[0] * train / scale - ab[1]))))
+    a, b = minimize(loss, (1, 0), method="Nelder-Mead", options=dict(xatol=1e-9, fatol=1e-12, maxiter=5000)).x
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-a * test / scale - b)), atol=1e-6)
 
 
 def test_platt_keeps_raw_probabilities_where_nothing_can_be_fitted():
@@ -165,6 +178,16 @@ def test_attention_finds_the_token_that_tells():
     np.testing.assert_array_equal(z, evaluate.fit_attention(tokens.astype(np.float16), changed, *parts, seed=0))
 
 
+@pytest.mark.parametrize("kind", ["constant", "coin"])
+def test_attention_finds_nothing_where_nothing_is(kind):
+    rng = np.random.default_rng(8)
+    tokens, y = rng.normal(size=(1600, 4, 3)), rng.random((1600, 4)) < 0.4
+    parts = np.split(rng.permutation(1600), [600, 700])
+    z = evaluate.fit_attention((tokens if kind == "coin" else np.ones_like(tokens)).astype(np.float16), y, *parts, 0)
+    found = evaluate.plain_auroc(y[parts[2]], z)
+    np.testing.assert_allclose(found, 0.5, atol=0.07 if kind == "coin" else 1e-12)         # a coin: 3.5 standard errors
+
+
 def test_local_features_are_those_of_embed(monkeypatch):
     monkeypatch.setattr(evaluate, "CHUNK", 2)
     encoder, made = small_encoder(), recordings(lost=True)
@@ -210,9 +233,11 @@ def test_calibration_is_its_definition():
         rows.append((ece, reliability, resolution + y[:, k].mean() * (1 - y[:, k].mean()) / 299))
     for key, expected in zip(("ece", "reliability", "resolution"), np.mean(rows, axis=0)):
         assert found[key] == pytest.approx(expected, abs=1e-9), key
-    assert found["brier"] == pytest.approx(np.mean([brier_score_loss(y[:, k], p[:, k]) for k in range(5)]))
-    assert found["nll"] == pytest.approx(-np.mean(np.log(np.where(y, p, 1 - p))))
-    assert found["brier_skill"] == pytest.approx(1 - found["brier"] / np.mean((0.3 - y) ** 2))
+    for key, score in dict(brier=brier_score_loss, nll=log_loss).items():
+        of_model, of_constant = (np.mean([score(y[:, k], said[:, k]) for k in range(5)])
+                                 for said in (p, np.full(p.shape, 0.3)))
+        assert found[key] == pytest.approx(of_model, abs=1e-9)
+        assert found[f"{key}_skill"] == pytest.approx(1 - of_model / of_constant, abs=1e-9)
     spread = ((y - p) * (1 - 2 * p)).sum(axis=1)
     assert found["z"] == pytest.approx(spread.sum() / np.sqrt((spread ** 2).sum()))
     # Brier = reliability - resolution + uncertainty, up to the spread of p within a bin.
@@ -537,28 +562,41 @@ def test_the_window_that_is_drawn():
         np.testing.assert_allclose(attention[:, shift::10], of_cls[0] / of_cls[0].mean(), rtol=1e-4)
 
 
-def test_paper_has_its_scale_and_shows_the_signal():
-    signal = np.array([[1.0], [2.0], [0.5]]) * draw_ecg(FS, 5, ("II", "V2", "V1"))
-    signal[0, 300:400] = np.nan
-    colours = np.random.default_rng(0).random((3, 5 * FS, 3))
-    for leads in ([0], [0, 1, 2] * 4):
-        figure = evaluate.draw_paper("a title", ["MLII"] * len(leads), signal[leads],
-                                     {"one": colours[leads], "two": colours[leads]})
-        for axis in figure.axes:
-            width, height = np.array(axis.get_position().size) * figure.get_size_inches() * 25.4
-            low, high = axis.get_ylim()
-            assert width / np.diff(axis.get_xlim()) == pytest.approx(25) and height / (high - low) == pytest.approx(10)
-            drawn = [part for part in axis.collections if len(part.get_colors()) > 1]
-            previous = high
-            for part, lead in zip(drawn, signal[leads], strict=True):
-                y = np.array([path.vertices[0, 1] for path in part.get_paths()])
-                base = y - lead[:-1]                                    # its zero, and no lead crosses another
-                assert np.nanmax(base) == pytest.approx(np.nanmin(base)) and np.nanmax(y) <= previous
-                assert np.array_equal(np.isnan(y), np.isnan(lead[:-1]))
-                previous = np.nanmin(y)
-            assert previous >= low
-        (one, _), (two, _) = (axis.get_position().p0 for axis in figure.axes)
-        assert (one == two) == (len(leads) == 1)                        # below each other if they are flat
+@pytest.mark.parametrize("leads, standard, rows", [
+    (TWELVE, True, [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11], [1]]),         # three rows of four, and lead II
+    (TWELVE, False, [[i] for i in range(12)]), (("MLII", "V1"), True, [[0], [1]]), (("x",), False, [[0]])])
+def test_paper_has_its_scale_and_shows_every_lead_where_it_is_looked_for(leads, standard, rows):
+    """25 mm/s and 10 mm/mV in the figure as it is printed; no row crosses another, and no name lies on a trace."""
+    signal, colours = draw_ecg(FS, 6, leads), np.random.default_rng(0).random((len(leads), 30, 3)).repeat(50, axis=1)
+    signal[0, :5] = np.nan
+    figure = evaluate.draw_ecg_paper(signal, list(leads), {"one": colours, "two": colours}, "a title", standard)
+    (one, _), (two, _) = (axis.get_position().p0 for axis in figure.axes)
+    assert (one == two) == (len(rows) < 12)                            # below each other if they are flat
+    for axis in figure.axes:
+        size_mm = np.array(axis.get_position().size) * figure.get_size_inches() * 25.4
+        np.testing.assert_allclose(np.diff([axis.get_xlim(), axis.get_ylim()])[:, 0], size_mm)         # data are in mm
+        traces = [of for of in axis.collections if of.get_zorder() != 0.5]                     # without the grid
+        places = [(row, k, i) for row, of in enumerate(rows) for k, i in enumerate(of)]
+        y_of, names = [[] for _ in rows], [[] for _ in rows]
+        for (row, k, i), trace, text in zip(places, traces, axis.texts, strict=True):
+            parts = [path.vertices for path in trace.get_paths()]
+            at = np.rint([part[0, 0] / 25 * FS for part in parts]).astype(int)
+            np.testing.assert_allclose(trace.get_colors()[:, :3], colours[i, at])
+            x, y = np.concatenate([part[:-1] for part in parts[:-1]] + parts[-1:]).T
+            first, n = 1500 * k // len(rows[row]), 1500 // len(rows[row])
+            np.testing.assert_allclose(x, 25 * np.arange(first, first + n) / FS)
+            zero = y - 10 * (signal[i, first:first + n] - np.nanmedian(signal[i]))
+            assert np.isnan(y).sum() == 5 * (i == 0) and np.nanmedian(zero) % -5 == pytest.approx(0, abs=1e-9)
+            np.testing.assert_allclose(zero[np.isfinite(y)], np.nanmedian(zero))
+            assert text.get_text() == leads[i] and text.get_position()[0] == pytest.approx(x[0])
+            y_of[row] += [*y]
+            names[row].append(text.get_position()[1])
+        limits = axis.get_ylim()
+        for low, high, name, above in zip(map(np.nanmin, y_of), map(np.nanmax, y_of), names,
+                                          [limits[1], *map(np.nanmin, y_of)]):
+            assert limits[0] <= low and high < min(name) and max(name) + 2.8 <= above                  # 8 points
+        black = [line.get_xydata() for line in axis.get_lines()]
+        assert len(black) == len(places) * standard
 
 
 @pytest.mark.parametrize("seconds, leads", [(0.2, ("II",)), (0.25, ("V7",)), (3, TWELVE), (30, ("I", "x", "y"))])
@@ -577,34 +615,6 @@ def test_bars_leave_out_what_is_not_known(tmp_path):
     evaluate.save_figure(figure, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == PNG and axis.get_ylim()[0] < 0.41
     assert [t.get_text() for t in axis.texts] == ["0.700", "", "0.900", "0.400"]
-
-
-@pytest.mark.parametrize("leads, places", [
-    (LEADS[1:13], {"I": (0, 0), "aVR": (0, 1), "V1": (0, 2), "V4": (0, 3), "aVL": (1, 1), "V6": (2, 3)}),
-    (("MLII", "V1"), {"MLII": (0, 0), "V1": (1, 0)})])
-def test_paper_has_25_mm_per_second_and_10_mm_per_mv(leads, places):
-    """In the figure as it is printed, with every lead where a reader looks for it."""
-    signal = draw_ecg(FS, 10, leads)
-    signal[0, :5] = np.nan
-    figure, colours = Figure(), np.random.default_rng(0).random((len(leads), 50, 3)).repeat(50, axis=1)
-    axis = figure.add_axes((0, 0, 1, 1))
-    figure.set_size_inches(evaluate.draw_ecg_paper(axis, signal, leads, colours) / 25.4)
-    moved_mm = np.diff(axis.transData.transform([(0, 0), (25, 10)]), axis=0) / figure.dpi * 25.4
-    np.testing.assert_allclose(moved_mm, [[25, 10]])                   # data are in mm
-    columns, lines = max(column for _, column in places.values()) + 1, axis.get_lines()
-    order = [3 * k + r for r in range(3) for k in range(4)] + [1] if columns == 4 else range(2)    # II again below
-    assert [text.get_text() for text in axis.texts] == [leads[i] for i in order] and len(lines) == len(order)
-    for i, line, text, drawn in zip(order, lines, axis.texts, axis.collections):               # then the grid
-        row, column = places.get(leads[i], (None, None))
-        x, y = line.get_data()
-        assert row is None or -25 * row < text.get_position()[1] < 25 - 25 * row
-        assert row is None or x[0] == pytest.approx(25 * 10 / columns * column)
-        part = np.rint(x / 25 * FS).astype(int)
-        expected = 10 * (signal[i, part] - np.nanmedian(signal[i]))
-        np.testing.assert_allclose(np.diff(y), np.diff(expected), atol=1e-9)
-        assert np.nanmedian(y - expected) % -25 == pytest.approx(0, abs=1e-9) and np.isnan(y).sum() == 5 * (i == 0)
-        starts = np.array([path.vertices[0, 0] for path in drawn.get_paths()])
-        np.testing.assert_allclose(drawn.get_colors()[:, :3], colours[i, np.rint(starts / 25 * FS).astype(int)])
 
 
 def example(seed=0, R=40):
@@ -626,7 +636,7 @@ def test_examples_are_the_most_confident_ones_and_show_their_patches(monkeypatch
     encoder, x, _, _, p, y, group, _ = arguments
     shown, draw = [], evaluate.draw_ecg_paper
     monkeypatch.setattr(evaluate, "EXAMPLES", 4)
-    monkeypatch.setattr(evaluate, "draw_ecg_paper", lambda *drawn: shown.append(drawn) or draw(*drawn))
+    monkeypatch.setattr(evaluate, "draw_ecg_paper", lambda *drawn, **how: shown.append(drawn) or draw(*drawn, **how))
     found = evaluate.draw_examples(*arguments)
     expected = []
     for right in (False, True):
@@ -640,7 +650,8 @@ def test_examples_are_the_most_confident_ones_and_show_their_patches(monkeypatch
                     f"{', '.join(c for c, there in zip('ab', y[r]) if there) or 'none of the labels'}"
                     for r, k in expected[-1]]
         assert Page(found[right]).captions == captions and len(captions) == 4
-    for (r, k), (axis, signal_mv, leads, colours) in zip(sum(expected, []), shown):
+    for (r, k), (signal_mv, leads, panels) in zip(sum(expected, []), shown):
+        colours, = panels.values()
         assert leads == ["I", "V2"] and signal_mv.shape == (2, 750) == colours.shape[:2]           # whole patches
         np.testing.assert_allclose(signal_mv, made[r].signal[:, :750], atol=1e-6)
         local, part = encoder.embed(made[r]).local_features, np.zeros((2, 15))
@@ -685,7 +696,7 @@ class Page(HTMLParser):
         attributes = dict(attributes)
         if tag == "img":
             kind, data = attributes["src"].split(",")
-            assert kind == "data:image/webp;base64" and attributes["style"].startswith("width:")
+            assert kind == "data:image/webp;base64"
             self.images.append(base64.b64decode(data, validate=True))
         self.links += [value for name, value in attributes.items() if name in ("href", "src") and "data:" not in value]
 
@@ -701,8 +712,9 @@ class Page(HTMLParser):
 def report(tmp_path_factory):
     """What write_results writes, with two wrong examples and two right ones, and the result that it got."""
     *arguments, made, _, _ = example()
-    figure = Figure(figsize=(16, 4))
-    figure.subplots().plot([0, 1])
+    figure = Figure(figsize=(32, 4), layout="constrained")
+    for axis in figure.subplots(1, 2):
+        axis.plot([0, 1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "EXAMPLES", 2)
         examples = evaluate.draw_examples(*arguments)
@@ -720,10 +732,11 @@ def test_the_report_holds_all_that_it_shows(report):
     text = (out / "report.html").read_text()
     page = Page(text)
     assert {path.name for path in out.iterdir()} == {"ptbxl.json", "ptbxl.png", "predictions.npz", "report.html"}
-    assert len(page.images) == 5 == text.count("<figure>") and len(page.captions) == 4
-    for image, width in zip(page.images, [1600] + 4 * [None]):
+    assert len(page.images) == 6 and text.count("<figure>") == 5 and len(page.captions) == 4
+    for image, width_mm in zip(page.images, 2 * [None] + 4 * [95 + 4]):          # an image for each part of a figure
         with PIL.Image.open(io.BytesIO(image)) as found:
-            assert found.width == (width or round((3 * 25 - 0.1 + 8) / 25.4 * 100)) and found.height > 100
+            # A browser shows 96 pixels an inch, so ECG paper is true to scale.
+            assert abs(found.width / 96 * 25.4 - (width_mm or 16 * 25.4)) < (2 if width_mm else 20) < found.height
             assert len(found.convert("RGB").getcolors(10 ** 6)) > 10           # something is drawn
     assert not page.links and "script" not in page.tags and "http" not in text and "@import" not in text
     assert 'name="viewport" content="width=device-width' in text and "img{max-width:100%;height:auto}" in text
@@ -731,7 +744,7 @@ def test_the_report_holds_all_that_it_shows(report):
                  "Of 2 test recordings 0 are known", "All numberstasks"):
         assert said in page.text, said
     assert [cell.strip() for cell in page.cells] == [
-        "all", "some", "n", "3", "auroc", "0.812 [0.700, ]", "0.500 [0.250, 0.750]", "deep z", "1.500"]
+        "all", "some", "n", "3", "-", "auroc", "0.812 [0.700, ]", "0.500 [0.250, 0.750]", "deep.z", "1.500", "-"]
     assert json.loads((out / "ptbxl.json").read_text()).items() >= result.items()
 
 
@@ -756,7 +769,7 @@ def test_nothing_in_the_report_is_wider_than_the_page(report, tmp_path):
                          capture_output=True, text=True, timeout=120).stdout
     found = json.loads(out[out.index("[["):out.rindex("]]") + 2])
     assert [width for width, *_ in found] == 3 * [390, 1280]
-    fits = [scrolled <= width and len(images) == 5 and all(own > 0 and right <= width for own, right in images)
+    fits = [scrolled <= width and len(images) == 6 and all(own > 0 and right <= width for own, right in images)
             for width, scrolled, images in found]
     assert fits == [True, True, False, False, False, False]
 

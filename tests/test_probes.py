@@ -157,7 +157,23 @@ def test_what_knows_nothing_gets_no_score_in_any_column(who):
         for found in entry["calibration"].values() if who != "untrained" else ():
             assert -0.05 < found["brier_skill"] < 0.005 and -0.05 < found["nll_skill"] < 0.005
             assert abs(found["resolution"]) < 2e-3 and abs(found["ece"] - found["ece_perfect"]) < 0.05
+            assert abs(found["reliability"]) < 0.01 and abs(found["z"]) < 4  # 300 rows set the prevalence
         assert who == "shuffled" or entry["untrained_calibration"]["raw"]["brier_skill"] > 0.1
+
+
+@pytest.mark.parametrize("who", ["constant", "coin", "shuffled", "untrained"])
+def test_few_labels_tell_nothing_either(who, monkeypatch):
+    monkeypatch.setattr(probe_ptbxl, "DRAWS", 2)
+    data, x = simulated(shuffled=who == "shuffled")
+    own = dict(constant=np.zeros_like(x), coin=np.random.default_rng(1).normal(size=x.shape)).get(who, x)
+    found = probe_ptbxl.label_fractions([own, x], [network_logits(data, of) for of in (own, x)], data)
+    for share, entry in ((share, of["superdiagnostic"]) for share, of in found.items()):
+        if who == "untrained":
+            assert entry["difference"] == 0 == entry["difference_ci95"][0] == entry["difference_ci95"][1]
+        else:
+            assert entry["macro_auroc"] == pytest.approx(0.5, abs=1e-12 if who == "constant" else 0.05), share
+            assert entry["ci95"][0] <= 0.5 <= entry["ci95"][1]
+            assert who == "shuffled" or share == 0.01 or entry["difference_ci95"][1] < 0
 
 
 def test_scores_are_those_of_sklearn_at_the_c_that_fold_9_chooses():
@@ -463,11 +479,12 @@ def test_nothing_is_chosen_on_ds2():
     np.testing.assert_allclose(p.sum(axis=2), 1)
 
 
-@pytest.mark.parametrize("kind", ["constant", "coin", "labels of other beats", "knows"])
+@pytest.mark.parametrize("kind", ["constant", "coin", "labels of other beats", "labels of other records", "knows"])
 def test_each_gets_the_score_that_it_deserves(kind):
     rng = np.random.default_rng(12)
     x, beats = drawn_beats(4000, rng)
-    x = dict(constant=np.zeros_like(x), coin=rng.normal(size=x.shape), knows=x).get(kind, rng.permutation(x))
+    x = {"constant": np.zeros_like(x), "coin": rng.normal(size=x.shape), "knows": x, "labels of other beats":
+         rng.permutation(x), "labels of other records": rng.permutation(x.reshape(8, -1, 3)).reshape(x.shape)}[kind]
     few = rng.random(2000) < 0.5
     noisy = np.stack([x[beats["test"]][few]] * (len(probe_mitbih.NOISE_KINDS) * len(NOISE_DB)), axis=1)
     entry, _, scores = probe_mitbih.score(x, beats, few, noisy)
@@ -480,11 +497,30 @@ def test_each_gets_the_score_that_it_deserves(kind):
     else:
         margin = 1e-9 if kind == "constant" else 0.05
         assert auroc == pytest.approx([0.5] * 3, abs=margin) and areas == pytest.approx([0] * 5, abs=margin + 1e-9)
-        assert -0.01 < entry["calibration"]["brier_skill"] < 0.01
+        classes = [*(entry["per_class"][k] for k in "NSV"), *(entry["within_per_class"][k] for k in "NSV")]
+        assert classes + [entry["s_without_232"]] == pytest.approx([0.5] * 7, abs=2 * margin)
+        of, rows, prevalence = entry["calibration"], probe_mitbih.one_hot(beats["cls"][beats["test"]]), {}
+        assert abs(of["brier_skill"]) < 0.01 and abs(of["nll_skill"]) < 0.02 and abs(of["resolution"]) < 2e-3
+        assert abs(of["reliability"]) < 2e-3 and abs(of["ece"] - of["ece_perfect"]) < 0.02
+        for k, name in ((1, "S"), (2, "V")):
+            found, share = entry["detection"][name], rows[:, k].mean()
+            assert np.isnan(found["positive_predictivity"]) or abs(found["positive_predictivity"] - share) < 0.05
         assert entry["selective"]["accuracy"] == pytest.approx([entry["selective"]["accuracy"][0]] * 7, abs=0.03)
         assert scores["f1_s"][0] < 0.13 and scores["f1_v"][0] < 0.22   # all called positive: .095 and .18
         assert abs(scores["rr_r"][0]) < 0.1 and abs(scores["early_r"][0]) < 0.1
     np.testing.assert_allclose([scores[f"mixture {db} dB"] for db in NOISE_DB], [scores["clean area"] + 0.5] * 6)
+
+
+def test_an_untrained_encoder_gains_nothing_in_any_column():
+    """It is its own control: every difference, of each noise too, is 0, and so are its limits."""
+    rng = np.random.default_rng(14)
+    x, beats = drawn_beats(800, rng)
+    few = rng.random(400) < 0.5
+    noisy = np.stack([x[beats["test"]][few]] * (len(probe_mitbih.NOISE_KINDS) * len(NOISE_DB)), axis=1)
+    entry, _, scores = probe_mitbih.compare([x, x], beats, [1], few, [noisy, noisy])
+    assert entry["difference"] == 0 and entry["differences"].keys() == scores.keys() and len(scores) > 30
+    for key, of in entry["differences"].items():
+        assert [of["difference"], *of["ci95"]] == [0, 0, 0], key
 
 
 def test_selective_answers_are_those_of_plain_loops():
