@@ -26,7 +26,7 @@ SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")  # bits of the label, lowest 
 INDEX_DTYPE = np.dtype([
     ("shard", "<u4"), ("offset", "<i8"),         # file in signal/, and the first sample in it
     ("length", "<i4"),                           # samples per lead
-    ("n_leads", "u1"), ("leads", "u1", (MAX_LEADS,)),  # lead ids, then 0
+    ("n_leads", "u1"), ("leads", "u1", (MAX_LEADS,)),  # lead ids; the first n_leads count
     ("split", "u1"), ("label", "u1"),            # label: bit set of SUPERCLASSES, 0 = none known
     ("patient", "<u4"),                          # row in patients.npy
     ("fs_hz", "<f4"),                            # sampling rate before it became FS
@@ -581,9 +581,9 @@ class Sampler:
 
     def named_leads(self):
         """Names of the leads that views may show by name; all others are trained as unknown."""
-        ids = {i for g in self.groups if g["named"] for m in g["members"] for i in
-               np.unique(self.corpora[m["corpus"]].index["leads"][m["rows"]]).tolist()}
-        return [LEADS[i] for i in sorted(ids | {*DERIVED.tolist()} - {0})] if ids else []
+        rows = [self.corpora[m["corpus"]].index[m["rows"]] for g in self.groups if g["named"] for m in g["members"]]
+        ids = [row["leads"][np.arange(MAX_LEADS) < row["n_leads"][:, None]] for row in rows]
+        return [LEADS[i] for i in np.unique(np.concatenate([DERIVED, *ids])) if i] if rows else []
 
     def _people(self, member, patients=slice(None)):
         """A number for each patient of a member of a group; the same person has the same one in every group."""
@@ -702,6 +702,7 @@ def lead_group(index, rows, leads):
     """For each of `rows` of an index the place of its group in `leads`, the numbers of leads of the groups, largest
     first; -1: it has too few. The first group takes the recordings with all INDEPENDENT leads."""
     ids, n_leads = index["leads"][rows], index["n_leads"][rows]
+    ids = np.where(np.arange(ids.shape[1]) < n_leads[:, None], ids, 0)
     full = np.all([(ids == lead).any(axis=1) for lead in INDEPENDENT], axis=0)
     belongs = np.full(len(rows), -1)
     for g, least in reversed(list(enumerate(leads))):
