@@ -440,18 +440,18 @@ def find_duplicates(corpora, chosen):
     for c, part in blocks(corpora, chosen):
         parts.append(part[np.arange(len(part)) - np.searchsorted(part["row"], part["row"]) < FIRST_FINGERPRINTS])
         parts[-1]["row"] += np.uint32(first[c])
-    prints, pairs = np.concatenate(parts), []
-    row, sample = prints["row"].astype(np.int64), prints["sample"].astype(np.uint64)
-    halves = np.ascontiguousarray(prints["bits"]).view("<u2")
+    prints, parts, pairs = np.concatenate(parts), None, []                                         # frees the parts
+    row, halves = prints["row"], np.ascontiguousarray(prints["bits"]).view("<u2")
     for k in range(6):                           # words of 32 bits that overlap
-        word = halves[:, k].astype(np.uint64) << np.uint64(16) | halves[:, k - 1]
-        key = word << np.uint64(32) | sample
+        key = halves[:, k].astype(np.uint64) << np.uint64(48) | halves[:, k - 1].astype(np.uint64) << np.uint64(32)
+        key |= prints["sample"].astype(np.uint64)
         order = np.argsort(key, kind="stable")
+        key = key[order]
         for apart in (1, 2, 3):                  # few strangers have both the same word and the same time
-            equal = key[order[apart:]] - key[order[:-apart]] <= MAX_SHIFT
-            a, b = np.sort((order[:-apart][equal], order[apart:][equal]), axis=0)
+            near = np.flatnonzero(key[apart:] - key[:-apart] <= MAX_SHIFT)
+            a, b = np.sort((order[near], order[near + apart]), axis=0)
             same = (row[a] < row[b]) & (differing(prints["bits"][a], prints["bits"][b]) <= AGREEMENT)
-            pairs.append(np.stack((row[a], row[b], a), axis=1)[same])
+            pairs.append(np.stack((row[a], row[b], a), axis=1)[same].astype(np.int64))
     pairs, times = np.unique(np.unique(np.concatenate(pairs), axis=0)[:, :2], axis=0, return_counts=True)
     n = np.bincount(row, minlength=first[-1])[pairs].min(axis=1)
     return pairs[times >= np.maximum(2, SHARE_OF_FIRST * n)]

@@ -278,7 +278,7 @@ def shorten(name, n_bytes):
 
 
 class Lookup(dict):
-    """One column of a CSV table by another, in the folder of `table` or up to two folders below: about 300 bytes per
+    """One column of a CSV table by another, in the folder of `table` or up to two folders below: about 200 bytes per
     row. It is empty if there is no table. Keys are compared without suffix, and without folder unless `paths`."""
 
     def __init__(self, table, key, value, paths=False):
@@ -364,7 +364,7 @@ def prepare_recording(job, changes):
     Counter that gets what was changed or left out."""
     if job.reject:
         raise Refused(*job.reject)
-    refused, lost, any_left = None, Counter(), False
+    refused, lost, found = None, Counter(), None
     for start_s, recording in read(job):
         try:
             row, found = prepare_piece(job, start_s, recording)
@@ -373,10 +373,9 @@ def prepare_recording(job, changes):
             lost.update(getattr(recording, "notes", None))
             lost[f"pieces of long records left out: {error.reason}"] += 1
         else:
-            any_left = True
             changes.update(found)
             yield row
-    if not any_left:
+    if found is None:
         raise refused
     changes.update(lost)
 
@@ -432,9 +431,8 @@ def drop_unusable_leads(signal_mv, ids, changes):
         if abs(offset) > MAX_MV / 2:                               # others stay, even if some samples do not fit
             signal_mv[k] -= offset
             changes["leads stored without their offset, because it does not fit 16 bits"] += 1
-    steps = np.rint(signal_mv * UV_PER_MV)
-    in_range = np.abs(steps) <= np.iinfo(np.int16).max             # false for NaN, and where the resampler overshoots
-    steps = np.where(in_range, steps, MISSING).astype("<i2")
+    steps = np.rint(signal_mv * UV_PER_MV)                         # beyond the range where the resampler overshoots
+    steps = np.where(np.abs(steps) < -MISSING, steps, MISSING).astype("<i2")             # NaN becomes MISSING too
     changes["samples missing"] += int((steps == MISSING).sum())
     return steps, ids, int(start)
 
