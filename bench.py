@@ -28,6 +28,7 @@ import resource
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections import deque
 from pathlib import Path
 from unittest.mock import patch
@@ -51,7 +52,7 @@ import train
 from augment import (ASKED_PATCHES, GAIN, NEAR_OFFSETS, NEAR_PAIRS, NOISY_SHARE, SNR_DB, Batches, cut_views, host_batch,
                      lead_groups, load_noise, mask_counts, view_specs)
 from corpus import (FINGERPRINT_DTYPE, FORMAT_VERSION, INDEPENDENT, INDEX_DTYPE, MAGIC, PATIENT_DTYPE, RECORD_DTYPE,
-                    SEARCH_MOST, Corpus, HeldOut, Sampler, fingerprints_of, near_starts, open_corpus)
+                    SEARCH_MOST, Corpus, HeldOut, Sampler, find_duplicates, fingerprints_of, near_starts, open_corpus)
 from ecg import FS, LEADS, MISSING
 from evaluate import fit_logistic
 from model import PATCH_S, REGISTERS, ROPE_PERIODS_S, SIZES, build_encoder, low_precision, precision_of
@@ -475,7 +476,7 @@ def bench_duplicates(args):
     noise = [noisy.read(i).astype(float) for i in np.flatnonzero(noisy.index["split"])]
     known = HeldOut(corpora, held)
     alone = HeldOut([Corpus(None, {}, c.index, None, None, c.fingerprints) for c in corpora], held)
-    coarse = HeldOut(corpora, held, long_words=True)
+    coarse = HeldOut(corpora, held, searched=np.inf)
     print(f"{len(known.row):,} held-out recordings, {len(known.bits):,} fingerprints\n"
           f"found of {PIECES} pieces, each with another rate of 100 to 1,000 Hz, gain of 0.5 to 2, "
           "5 uV steps (with signals; with long words, as in large corpora; without signals)")
@@ -499,29 +500,34 @@ def bench_duplicates(args):
         wrong = [len(rows) for rows in h.search(corpora, train)]
         print(f"strangers taken for copies, {what}: {sum(wrong)} of {sum(rows.sum() for rows in train):,} recordings "
               f"({sum(rows.sum() for rows in train) * len(h.row):.3g} pairs) in {time.process_time() - t:.1f} s")
-    simulate_search(corpora, rng)
-
-
-def simulate_search(corpora, rng, recordings=12_000_000, held=240_000, share=100):
-    """The search with 1 / share of the recordings that are trained on and all that are held out: real fingerprints of
-    12 leads of 10 s, drawn at random, with 3 % of their bits changed, so that they are as often alike as real ones."""
+    pairs = find_duplicates(corpora, train)
+    print(f"second copies among these: {len(pairs)} pairs")
     real = [c.fingerprints for c in corpora if c.index["n_leads"].max() == 12]
     real = np.concatenate(real or [c.fingerprints for c in corpora])["bits"]
+    simulate_search(real, rng)
+    simulate_duplicates(real, rng)
 
-    def drawn(n, leads):
-        prints = np.zeros(n * leads * 8, FINGERPRINT_DTYPE)
-        prints["row"], prints["channel"] = np.arange(len(prints)) // (8 * leads), np.arange(len(prints)) % leads
-        prints["sample"] = np.arange(len(prints)) // leads % 8 * 210 + rng.integers(0, 100, len(prints))
-        prints["bits"] = real[rng.integers(0, len(real), len(prints))]
-        for k in range(0, len(prints), 2**20):
-            flips = np.packbits(rng.random((len(prints[k:k + 2**20]), 96), np.float32) < 0.03, axis=1).view("<u4")
-            prints["bits"][k:k + 2**20] ^= flips
-        index = np.zeros(n, INDEX_DTYPE)
-        index["length"], index["n_leads"], index["leads"][:, :leads] = 2500, leads, np.arange(1, 1 + leads)
-        return Corpus(None, {}, index, None, None, prints)
-    theirs, ours = drawn(held, 12), drawn(recordings // share, 2)
+
+def drawn(real, rng, n, leads):
+    """A corpus of n recordings of 10 s without signals: `real` fingerprints (M, 3), drawn at random, with 3 % of their
+    bits changed, so that they are as often alike as real ones; the beats of a recording are independent."""
+    prints = np.zeros(n * leads * 8, FINGERPRINT_DTYPE)
+    prints["row"], prints["channel"] = np.arange(len(prints)) // (8 * leads), np.arange(len(prints)) % leads
+    prints["sample"] = np.arange(len(prints)) // leads % 8 * 210 + rng.integers(0, 100, len(prints))
+    prints["bits"] = real[rng.integers(0, len(real), len(prints))]
+    for k in range(0, len(prints), 2**20):
+        flips = np.packbits(rng.random((len(prints[k:k + 2**20]), 96), np.float32) < 0.03, axis=1).view("<u4")
+        prints["bits"][k:k + 2**20] ^= flips
+    index = np.zeros(n, INDEX_DTYPE)
+    index["length"], index["n_leads"], index["leads"][:, :leads] = 2500, leads, np.arange(1, 1 + leads)
+    return Corpus(None, {}, index, None, None, prints)
+
+
+def simulate_search(real, rng, recordings=12_000_000, held=240_000, share=100):
+    """The search with 1 / share of the recordings that are trained on and all that are held out."""
+    theirs, ours = drawn(real, rng, held, 12), drawn(real, rng, recordings // share, 2)
     start = time.process_time()
-    h = HeldOut([theirs], [np.ones(held, bool)], long_words=True)
+    h = HeldOut([theirs], [np.ones(held, bool)], searched=np.inf)
     built = time.process_time()
     with patch("corpus.SEARCH_MOST", SEARCH_MOST // share):              # as many candidates per block as in the whole
         found = h.search([ours], [np.ones(len(ours.index), bool)])[0]
@@ -530,6 +536,23 @@ def simulate_search(corpora, rng, recordings=12_000_000, held=240_000, share=100
           f"{share * searched:,.0f} s to search ({searched:.1f} s for 1/{share}), "
           f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB of memory, expected false alarms "
           f"{share * len(found):,}", flush=True)
+
+
+def simulate_duplicates(real, rng, recordings=12_000_000, share=20):
+    """The search for second copies among 1 / share of the recordings, of which 100 are copies. Time and memory grow
+    with the number of recordings, false alarms with its square."""
+    ours = drawn(real, rng, recordings // share, 2)
+    by_row = ours.fingerprints.reshape(-1, 16)
+    for name in ("sample", "channel", "bits"):
+        by_row[name][100:200] = by_row[name][:100]
+    tracemalloc.start()
+    start = time.process_time()
+    pairs = find_duplicates([ours], [np.ones(len(ours.index), bool)])
+    took, memory, right = time.process_time() - start, tracemalloc.get_traced_memory()[1] / 1e9, np.diff(pairs) == 100
+    tracemalloc.stop()
+    print(f"simulated: second copies, {right.sum()} of 100 found; among {recordings:,} recordings of 2 leads in "
+          f"{share * took:,.0f} s, {share * memory:.0f} GB of memory ({took:.1f} s, {memory:.2f} GB for 1/{share}), "
+          f"expected false alarms {share ** 2 * (~right).sum():,}", flush=True)
 
 
 # ---- the probe of PTB-XL --------------------------------------------------------------------------------------------

@@ -82,10 +82,8 @@ class Corpus:
     def __init__(self, dir, manifest, index, records, patients, fingerprints=NO_FINGERPRINTS):
         self.dir, self.manifest, self.index, self.records, self.patients = dir, manifest, index, records, patients
         self.fingerprints = fingerprints
-        self.shard = functools.lru_cache(OPEN_SHARDS)(self._open_shard)
-
-    def _open_shard(self, number):
-        return np.memmap(self.dir / "signal" / f"{number:05d}.i16", dtype="<i2", mode="r")
+        self.shard = functools.lru_cache(OPEN_SHARDS)(
+            lambda number: np.memmap(self.dir / "signal" / f"{number:05d}.i16", dtype="<i2", mode="r"))
 
     def read(self, i, start=0, length=None):
         """Recording i, samples start to start + length (default: to its end) of every lead: int16 (L, T), a view."""
@@ -119,12 +117,11 @@ def open_corpus(dir):
     """Open the corpus in `dir`. ValueError that names the command to run if it is absent, damaged or not readable."""
     dir = Path(dir)
     try:
-        manifest = json.loads((dir / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        manifest = dict(json.loads((dir / "manifest.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
         hint = (f"{part_of(dir)} holds an unfinished one: run its command again" if part_of(dir).is_dir() else
                 f"make one with `python prepare.py SOURCE --raw DIR --out {dir}`")
         raise ValueError(f"{dir} holds no corpus (manifest.json: {error}): {hint}") from None
-    manifest = manifest if isinstance(manifest, dict) else {}
     again = f"delete {dir} and run `{manifest.get('command', 'python prepare.py ...')}`"
     found = manifest.get("format_version"), manifest.get("magic")
     if found != (FORMAT_VERSION, MAGIC):
@@ -138,12 +135,10 @@ def open_corpus(dir):
         for name, table in zip(TABLES.names, tables):
             if table.dtype != TABLES[name]:
                 raise ValueError(f"wrong types: {name}.npy is of type {table.dtype}, expected {TABLES[name]}")
-        index, records, _, fingerprints = tables
+        index, records = tables[:2]
         if not len(index) == len(records) == manifest.get("recordings"):
             raise ValueError(f"{len(index)} index rows and {len(records)} names, the manifest says "
                              f"{manifest.get('recordings')}")
-        if len(fingerprints) and fingerprints["row"][-1] >= len(index):
-            raise ValueError("fingerprints.npy is of another corpus")
     except (OSError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{dir} is damaged ({error}): {again}") from None
     return Corpus(dir, manifest, *tables)
@@ -153,9 +148,8 @@ def index_faults(corpus):
     """Yield a sentence for every fault in the index of a corpus."""
     index = corpus.index
     size = index["n_leads"].astype(np.int64) * index["length"]
-    samples = np.array([n // 2 for n in corpus.manifest["shard_bytes"].values()])
+    samples = np.array([n // 2 for n in corpus.manifest["shard_bytes"].values()] + [0])
     wrong = {"reaches beyond its shard": index["offset"] + size > samples[np.minimum(index["shard"], len(samples) - 1)],
-             "is in a shard that is not there": index["shard"] >= len(samples),
              "has no lead or no sample": size <= 0,
              "has a lead that is not known": (index["leads"] >= len(LEADS)).any(axis=1),
              "has a split that is not known": index["split"] >= len(SPLITS),
@@ -305,10 +299,11 @@ def words_of(bits, n):
 
 class HeldOut:
     """Recordings that must not be trained on, ready to be searched: the rows `chosen` (bool, by row) of each of the
-    corpora `sources`. H recordings, M fingerprints. Long words, of 48 instead of 16 bits, save time, but find less."""
+    corpora `sources`, for a search with so many fingerprints. H recordings, M fingerprints. If there are many of both,
+    words have 48 instead of 16 bits, which saves time, but finds less."""
 
-    def __init__(self, sources, chosen, long_words=False):
-        self.sources, self.word = sources, 3 if long_words else 1
+    def __init__(self, sources, chosen, searched=0):
+        self.sources = sources
         self.source = np.repeat(np.arange(len(sources)), [rows.sum() for rows in chosen])              # (H,)
         self.row = np.concatenate([np.flatnonzero(rows) for rows in chosen])                           # (H,)
         self.index = np.concatenate([np.asarray(c.index)[rows] for c, rows in zip(sources, chosen)])   # (H,)
@@ -325,7 +320,8 @@ class HeldOut:
         for k in reversed(range(MAX_LEADS)):
             has = np.flatnonzero(self.index["n_leads"] > k)
             self.channel_of[has, self.index["leads"][has, k]] = k
-        self.block = SEARCH_BLOCK if long_words else int(np.clip(2**34 // (1 + len(prints)), 2**12, SEARCH_BLOCK))
+        self.word = 3 if searched * len(prints) > SHORT_WORDS_UP_TO else 1
+        self.block = SEARCH_BLOCK if self.word > 1 else int(np.clip(2**34 // (1 + len(prints)), 2**12, SEARCH_BLOCK))
         self.leads, self.tables = np.flatnonzero(np.bincount(self.lead.astype(int))).astype(np.uint64), []
         for word in words_of(self.bits, self.word):
             key = self.lead << np.uint64(48) | word
@@ -358,7 +354,7 @@ class HeldOut:
             for i, j in self.candidates(lead, bits):
                 near = differing(bits.take(i, axis=0), self.bits.take(j, axis=0)) <= MOST_DIFFERENT[self.word]
                 pairs.append(i[near] * len(self.bits) + j[near])
-            pairs = np.sort(np.concatenate(pairs))
+            pairs = np.sort(np.concatenate(pairs))                       # np.unique takes a hundred times longer
             pairs = pairs[np.r_[True, pairs[1:] > pairs[:-1]][:len(pairs)]]
             i, j = self.alignments(part, *np.divmod(pairs, max(1, len(self.bits))), most)
             score = [np.zeros((2, 0))] + [self.score(part, lead, i[k:k + 4096], j[k:k + 4096])
@@ -444,18 +440,18 @@ def find_duplicates(corpora, chosen):
     for c, part in blocks(corpora, chosen):
         parts.append(part[np.arange(len(part)) - np.searchsorted(part["row"], part["row"]) < FIRST_FINGERPRINTS])
         parts[-1]["row"] += np.uint32(first[c])
-    prints, pairs = np.concatenate(parts), []
-    row, sample = prints["row"].astype(np.int64), prints["sample"].astype(np.uint64)
-    halves = np.ascontiguousarray(prints["bits"]).view("<u2")
+    prints, parts, pairs = np.concatenate(parts), None, []                                         # frees the parts
+    row, halves = prints["row"], np.ascontiguousarray(prints["bits"]).view("<u2")
     for k in range(6):                           # words of 32 bits that overlap
-        word = halves[:, k].astype(np.uint64) << np.uint64(16) | halves[:, k - 1]
-        key = word << np.uint64(32) | sample
+        key = halves[:, k].astype(np.uint64) << np.uint64(48) | halves[:, k - 1].astype(np.uint64) << np.uint64(32)
+        key |= prints["sample"].astype(np.uint64)
         order = np.argsort(key, kind="stable")
+        key = key[order]
         for apart in (1, 2, 3):                  # few strangers have both the same word and the same time
-            equal = key[order[apart:]] - key[order[:-apart]] <= MAX_SHIFT
-            a, b = np.sort((order[:-apart][equal], order[apart:][equal]), axis=0)
+            near = np.flatnonzero(key[apart:] - key[:-apart] <= MAX_SHIFT)
+            a, b = np.sort((order[near], order[near + apart]), axis=0)
             same = (row[a] < row[b]) & (differing(prints["bits"][a], prints["bits"][b]) <= AGREEMENT)
-            pairs.append(np.stack((row[a], row[b], a), axis=1)[same])
+            pairs.append(np.stack((row[a], row[b], a), axis=1)[same].astype(np.int64))
     pairs, times = np.unique(np.unique(np.concatenate(pairs), axis=0)[:, :2], axis=0, return_counts=True)
     n = np.bincount(row, minlength=first[-1])[pairs].min(axis=1)
     return pairs[times >= np.maximum(2, SHARE_OF_FIRST * n)]
@@ -469,9 +465,7 @@ def open_held_out(path):
               file=sys.stderr)
         return Corpus(None, {}, np.zeros(0, INDEX_DTYPE), np.zeros(0, RECORD_DTYPE), None)
     with np.load(path) as file:
-        prints = np.zeros(len(file["row"]), FINGERPRINT_DTYPE)
-        for name in FINGERPRINT_DTYPE.names:
-            prints[name] = file[name]
+        prints = np.rec.fromarrays([file[name] for name in FINGERPRINT_DTYPE.names], FINGERPRINT_DTYPE).view(np.ndarray)
         return Corpus(None, json.loads(file["about"].tobytes()), file["index"], file["records"], None, prints)
 
 
@@ -514,9 +508,8 @@ def rows_to_leave_out(corpora, excluded=(), held_out_file=HELD_OUT_FILE):
               for c in excluded] + [open_held_out(held_out_file)]
     train = [c.index["split"] == SPLITS.index("train") for c in corpora]
     held = [*(~rows for rows in train), *(np.ones(len(c.index), bool) for c in others)]
-    n_held, n = (sum(rows.sum() * len(c.fingerprints) // max(1, len(rows)) for c, rows in zip(cs, chosen))
-                 for cs, chosen in (((*corpora, *others), held), (corpora, train)))
-    leaks = HeldOut([*corpora, *others], held, n * n_held > SHORT_WORDS_UP_TO).search(corpora, train)
+    searched = sum(len(c.fingerprints) for c in corpora)
+    leaks = HeldOut([*corpora, *others], held, searched).search(corpora, train)
     for rows, found in zip(train, leaks):
         rows[found] = False
     first, twice = np.cumsum([0] + [len(c.index) for c in corpora]), np.unique(find_duplicates(corpora, train)[:, 1])

@@ -924,7 +924,7 @@ def read_any(path, fs=None, units="mV", leads=""):
     """Yield (start in s, Recording or Refused) of a recording in any form: read_pieces of a WFDB record or an EDF file;
     read_array, in one piece, of another file. fs, units and leads are those of arrays, see read_array."""
     kind = Path(path).suffix.lower()
-    if kind == ".edf" or os.path.isfile(f"{path}.hea") or not os.path.isfile(path):
+    if kind == ".edf" or os.path.isfile(find_file(f"{path}.hea")) or not os.path.isfile(path):
         yield from read_pieces(path)
     elif kind in ARRAY_READERS:
         yield 0, read_array(path, fs, units, leads)

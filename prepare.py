@@ -36,7 +36,7 @@ import signal as os_signal
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -52,8 +52,7 @@ from corpus import (EVENT_DTYPE, FINGERPRINT_DTYPE, FORMAT_VERSION, MAGIC, NO_EV
                     SUPERCLASSES, TABLES, fingerprint, index_faults, lock_folder, open_corpus, part_of,
                     rows_to_leave_out, write_held_out)
 from ecg import (ARRAY_READERS, FS, LEAD_IDS, LEADS, MAX_LEADS, MAX_MV, MISSING, NOT_READ, PAD_S, UV_PER_MV, Recording,
-                 Refused, as_refused, atomic_write, find_files, list_recordings, preprocess, read_array, read_pieces,
-                 sha256)
+                 Refused, as_refused, atomic_write, find_files, list_recordings, preprocess, read_any, sha256)
 from synth import atomic_folder, synthesize
 
 MIN_VALID_S = 2.0                # s of signal that a lead needs to be kept
@@ -70,9 +69,8 @@ MITDB_HELD_OUT = {*MITDB_DS2, "201"}  # 201 is the same person as 202, which is 
 # A folder of loose WFDB records may hold copies of the test sets under the names that public tools give them: Challenge
 # 2021's HRn is PTB-XL's ecg_id n; 00018_hr_I is a lead, 100_3 a part; PhysioBank ATM writes 100m.
 HELD_OUT_COPY = re.compile(
-    r"(.*[/\\])?((HR\d{5}|(ptb-?xl[_-]?)?\d{5}_[lh]r)(_\w{1,4})?|(mit-?(bih|db)?[_-]?)?"
-    rf"({'|'.join(sorted(MITDB_HELD_OUT))})(m|a|skew|[_-](ecg|mlii|v\d|\d\d?))?)(\.(dat|mat|hea|edf|csv|np[yz]))*",
-    re.IGNORECASE)
+    r"(?i)(.*[/\\])?((HR\d{5}|(ptb-?xl[_-]?)?\d{5}_[lh]r)(_\w{1,4})?|(mit-?(bih|db)?[_-]?)?"
+    rf"({'|'.join(sorted(MITDB_HELD_OUT))})(m|a|skew|[_-](ecg|mlii|v\d|\d\d?))?)(\.(dat|mat|hea|edf|csv|np[yz]))*")
 NOISE_S = 30 * 60                # s of an NSTDB record that are used
 NOISE_PARTS = (("train", 0, 2 / 3), ("test", 2 / 3, 1))  # minutes 0-20 and 20-30; a shorter record has the same shares
 SYNTH_RECORDS = 600              # default number of synthetic 12-lead recordings
@@ -82,23 +80,18 @@ PHYSIONET = {                    # database, and the files of it that are needed
     "nstdb": ("nstdb", r"[^/]*\.(hea|dat|atr)|RECORDS")}
 CODE_LEADS, CODE_FS = LEADS[1:13], 400  # of code15: DI to V6, and Hz
 CODE_SCALES = {"mV": 1.0, "1e-4 V": 0.1, "uV": 1e-3}  # units that code15 may be in, as factors to mV
-ANNOTATED = {"icentia11k": "atr"}  # sources whose annotations are kept
 ANNOTATION_SYMBOLS = {label.label_store: label.symbol for label in wfdb.io.annotation.ann_labels}
 SKIP, NUM, AUX = 59, 60, 63      # codes of annot(5) that are not symbols
 ARRAY_COLUMNS = ("file", "rate", "unit", "leads", "patient", "split")
-PATIENT_COLUMNS = (("record", "path", "file_name", "FileName"),  # names that --patients may use
-                   ("patient", "patient_id", "subject_id", "BDSPPatientID"))
-HASHED_NOTE = "by a hash of the patient 1 % of the patients are val and 1 % test: pre-train on the train split only"
+PATIENT_COLUMNS = "record path file_name FileName", "patient patient_id subject_id BDSPPatientID"  # of --patients
 LEAK_NOTES = {
-    **dict.fromkeys(("heedb", "code15", "code", "icentia11k"), HASHED_NOTE),
+    **dict.fromkeys(("heedb", "code15", "code", "icentia11k"), "by a hash of the patient 1 % of the patients are val "
+                    "and 1 % test: pre-train on the train split only"),
     "ptbxl": "folds 1-8 are train, fold 9 is val, fold 10 is test: pre-train on the train split only",
-    "mitdb": "DS2 is the test split and is never pre-trained on; 201 is held out with it, being the same person as 202 "
-             "(DS2); the paced records 102 104 107 217 are in the train split",
+    "mitdb": "DS2 is test, and so is 201, the same person as 202 of DS2; the paced records are train",
     "nstdb": "of each noise record minutes 0-20 are train and minutes 20-30 test",
-    **dict.fromkeys(("wfdb", "arrays"),
-                    "all train unless a table says otherwise, one patient per record unless a table names them, but "
-                    "copies of evaluation data, told by their names, are test: HRnnnnn (Challenge 2021's PTB-XL), "
-                    "nnnnn_lr and nnnnn_hr (PTB-XL), MIT-BIH's DS2 and 201")}
+    **dict.fromkeys(("wfdb", "arrays"), "train, and one patient per record, unless a table says otherwise; test is "
+                    "what is named like PTB-XL (HRnnnnn, nnnnn_lr, nnnnn_hr) or like MIT-BIH's DS2 and 201")}
 
 
 # ---- sources: which recordings there are ----------------------------------------------------------------------------
@@ -112,7 +105,8 @@ class Job(NamedTuple):
     n_channels: int = 0          # that the source promises; 0 = anything
     part: tuple | None = None    # start and end, as shares of the first NOISE_S
     tracing: tuple | None = None  # of an HDF5 file: row, and factor to mV
-    array: tuple | None = None   # of an array: rate in Hz, unit and names of leads, as the table has them
+    array: tuple = ()            # of an array: rate in Hz, unit and names of leads, as the table has them
+    annotator: str = ""          # of a WFDB record: suffix of the file whose annotations are kept
     reject: tuple | None = None  # reason and detail, if the lister knows already that it cannot be used
 
 
@@ -156,20 +150,20 @@ def list_nstdb(raw, args, notes):
 
 def list_heedb(raw, args, notes):
     """Harvard-Emory ECG Database: 11.6 million 12-lead ECGs; --raw holds ECG/WFDB and the publisher's tables"""
-    notes["patients"] = patient_of = Lookup(raw, "demographics_ECG.csv", "FileName", "BDSPPatientID")
-    notes["duplicates"] = twice = Lookup(raw, "duplicated.csv", "file_name", "file_name")
+    notes["patients"] = patient_of = Lookup(raw / "demographics_ECG.csv", "FileName", "BDSPPatientID")
+    notes["duplicates"] = twice = Lookup(raw / "duplicated.csv", "file_name", "file_name")
     folder = raw / "ECG" / "WFDB"
     for path in find_files(folder if folder.is_dir() else raw, notes):
         reject = ("duplicate", "named in the publisher's duplicated.csv") if twice.find(path.name) else None
-        yield hashed_job(path, raw, f"heedb/{patient_of.find(path.name) or path.name}", reject)
+        patient = f"heedb/{patient_of.find(path.name) or path.name}"
+        yield job_of(path, path.relative_to(raw).as_posix(), patient, reject=reject)
 
 
 def list_code15(raw, args, notes):
     """CODE-15%: 345,779 exams; --raw holds exams_part*.hdf5 and exams.csv (needs pip install h5py)"""
     parts = sorted(raw.glob("exams_part*.hdf5"), key=lambda path: (len(path.name), path.name))
     if not parts or not (raw / "exams.csv").is_file():
-        raise ValueError(f"no {'exams.csv' if parts else 'exams_part*.hdf5'} in {raw}: expected the files of Zenodo "
-                         "record 4916206, unpacked")
+        raise ValueError(f"no {'exams.csv' if parts else 'exams_part*.hdf5'} in {raw}: expected Zenodo record 4916206")
     table = pd.concat(read_table(raw / "exams.csv", ["exam_id", "patient_id", "trace_file"]))
     patient_of = dict(zip(table.exam_id, "code15/" + table.patient_id))
     unit, median_mv = code15_unit(parts)
@@ -177,23 +171,21 @@ def list_code15(raw, args, notes):
                       "statements differ)")
     print(f"code15: {notes['units']}")
     for path in parts:
-        expected = dict.fromkeys(table.exam_id[table.trace_file == path.name])  # a set that keeps the order
-        for row, exam in enumerate(map(str, open_h5(str(path))["exam_id"][:].tolist())):
-            reject, patient = None, patient_of.get(exam, "")
-            if exam == "0":
-                reject = "padding row", f"row {row} of {path.name} has exam_id 0"
-            elif exam not in expected:                             # without the patient it could be in the wrong split
-                reject = "unknown or repeated exam", f"exams.csv has no exam {exam} in {path.name}, or it came before"
-            expected.pop(exam, None)
-            yield Job(str(path), exam, patient, hashed_split(patient), tracing=(row, CODE_SCALES[unit]), reject=reject)
-        for exam in expected:
-            yield Job(str(path), exam, patient_of[exam], "train",
-                      reject=("absent exam", f"exams.csv says {path.name}, which does not hold it"))
+        exams = pd.Series(open_h5(str(path))["exam_id"][:]).astype(str)
+        listed = table.exam_id[table.trace_file == path.name]
+        known = exams.isin(listed) & ~exams.duplicated()           # without the patient it could be in the wrong split
+        for row, exam in exams.items():
+            reject = None if known[row] else (
+                ("padding row", f"row {row} of {path.name} has exam_id 0") if exam == "0" else
+                ("unknown or repeated exam", f"exams.csv has no exam {exam} in {path.name}, or it came before"))
+            yield job_of(path, exam, patient_of.get(exam, ""), tracing=(row, CODE_SCALES[unit]), reject=reject)
+        for exam in listed[~listed.isin(exams)].unique():
+            yield job_of(path, exam, patient_of[exam], reject=("absent exam", f"{path.name} does not hold it"))
 
 
 def list_code(raw, args, notes):
     """CODE, all of it, as WFDB; --raw holds records TNMG{exam}_N{k} and annotations.csv"""
-    notes["patients"] = patient_of = Lookup(raw, "annotations.csv", "id_exam", "id_patient")
+    notes["patients"] = patient_of = Lookup(raw / "annotations.csv", "id_exam", "id_patient")
     if not patient_of:
         raise ValueError(f"no annotations.csv in {raw}, or no exam in it: expected CODE's own folder, with this table")
     for path in find_files(raw, notes):
@@ -202,7 +194,7 @@ def list_code(raw, args, notes):
         if not patient:                                            # without it the record could be in the wrong split
             reject = (("unknown patient", f"annotations.csv has no exam {exam[1]}") if exam else
                       ("file name", f"{path.name}.hea: expected TNMG and the exam, _N and the tracing"))
-        yield hashed_job(path, raw, f"code/{patient}", reject)
+        yield job_of(path, path.relative_to(raw).as_posix(), f"code/{patient}", reject=reject)
 
 
 def list_icentia11k(raw, args, notes):
@@ -210,7 +202,8 @@ def list_icentia11k(raw, args, notes):
     for path in find_files(raw, notes):
         known = re.fullmatch(r"p\d{5}_s\d\d", path.name)
         reject = None if known else ("file name", f"{path.name}.hea: expected p, patient, _s and the segment")
-        yield hashed_job(path, raw, f"icentia11k/{path.name[:6]}", reject)
+        record, patient = path.relative_to(raw).as_posix(), f"icentia11k/{path.name[:6]}"
+        yield job_of(path, record, patient, annotator="atr", reject=reject)
 
 
 def list_wfdb(raw, args, notes):
@@ -218,13 +211,13 @@ def list_wfdb(raw, args, notes):
               volts is a lead; a record with a name from PTB-XL or DS2 goes to the test split; --patients names the
               patient of each record"""
     if args.patients:
-        notes["patients"] = patient_of = read_patients(args.patients)
+        notes["patients"] = patient_of = Lookup(args.patients, *PATIENT_COLUMNS, paths=True)
     for path in list_recordings(raw, notes):
         record = path.relative_to(raw).as_posix()
         patient = patient_of.find(record, path.name) if args.patients else None
         copy = HELD_OUT_COPY.fullmatch(path.name) or patient and patient in patient_of.held_out
         patient = f"wfdb-patient/{patient}" if patient else f"wfdb/{record}"
-        yield Job(str(path), shorten(record, 64), shorten(patient, 32), "test" if copy else "train")
+        yield job_of(path, record, patient, "test" if copy else "train")
 
 
 def list_arrays(raw, args, notes):
@@ -257,29 +250,22 @@ def list_arrays(raw, args, notes):
         reject = None if row.file in found else ("absent file", f"{path} names it, and it is not in {raw}")
         reject = ("file named twice", f"in {path}; the first row counts") if again else reject
         patient = f"arrays-patient/{row.patient}" if row.patient else f"arrays/{row.file}"
-        yield Job(str(raw / row.file), shorten(row.file, 64), shorten(patient, 32), row.split,
-                  array=(row.rate, row.unit, row.leads), reject=reject)
+        yield job_of(raw / row.file, row.file, patient, row.split, array=row[1:4], reject=reject)
     for name in sorted(found - {*table.file}):
-        yield Job(name, shorten(name, 64), "", "train", reject=("not in the table", f"{path} has no row for it"))
+        yield job_of(name, name, "", "train", reject=("not in the table", f"{path} has no row for it"))
 
 
 LISTERS = {"ptbxl": list_ptbxl, "mitdb": list_mitdb, "nstdb": list_nstdb, "heedb": list_heedb, "code15": list_code15,
            "code": list_code, "icentia11k": list_icentia11k, "wfdb": list_wfdb, "arrays": list_arrays}
+ONLY_FOR = {"download": PHYSIONET, "rate": ["ptbxl"], "patients": ["wfdb"], "table": ["arrays"], "limit": LISTERS,
+            "dry_run": LISTERS, "records": ["synth"], "seed": ["synth"]}  # options, and the sources that take them
 
 
-def hashed_job(path, raw, patient, reject=None):
-    """A job for the record `path`; the hash of the patient decides the split."""
-    patient = shorten(patient, 32)
-    return Job(str(path), shorten(path.relative_to(raw).as_posix(), 64), patient, hashed_split(patient), reject=reject)
-
-
-def hashed_split(patient):
-    """The split of a patient if the source has no splits: the same in every run and on every machine."""
-    return {0: "val", 1: "test"}.get(hash64(patient) % 100, "train")
-
-
-def hash64(text):
-    return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little")
+def job_of(path, record, patient, split=None, **more):
+    """A Job whose names fit the index. Without a split a hash of the patient decides it: the same on every machine."""
+    record, patient = shorten(record, 64), shorten(patient, 32)
+    number = int.from_bytes(hashlib.blake2b(os.fsencode(patient), digest_size=8).digest(), "little")
+    return Job(str(path), record, patient, split or {0: "val", 1: "test"}.get(number % 100, "train"), **more)
 
 
 def shorten(name, n_bytes):
@@ -291,87 +277,67 @@ def shorten(name, n_bytes):
     return f"{hashlib.sha256(name.encode()).hexdigest()[:12]}~{end}"
 
 
-class Lookup:
-    """A column of a CSV table, in raw or up to two folders below, by the 64-bit hash of a key: 16 bytes per row. It is
-    empty if there is no table. Keys are compared without suffix, and without folder unless `paths`."""
+class Lookup(dict):
+    """One column of a CSV table by another, in the folder of `table` or up to two folders below: about 200 bytes per
+    row. It is empty if there is no table. Keys are compared without suffix, and without folder unless `paths`."""
 
-    def __init__(self, raw, name, key, value, paths=False):
-        self.name, self.paths, self.asked, self.found, self.example, self.held_out = name, paths, 0, 0, "", set()
+    def __init__(self, table, key, value, paths=False):
+        self.name, self.paths, self.asked, self.found, self.held_out = table.name, paths, 0, 0, set()
         self.may_miss = key == value               # a list of duplicates: a part of a database may hold none of them
-        keys, values = [np.zeros(0, np.uint64)], [np.zeros(0, "S1")]
-        found = sorted(path for depth in ("", "*/", "*/*/") for path in raw.glob(depth + name))
-        for path in [raw / name] if paths else found:
-            for part in read_table(path, [key, value]):
-                keys.append(np.fromiter(map(self.hash, part[key]), np.uint64, len(part)))
-                values.append(np.char.encode(part[value].to_numpy(str)))
-                self.example = self.example or next(iter(part[key]), "")
-                self.held_out |= {*part[value][part[key].map(HELD_OUT_COPY.fullmatch).notna()]} if paths else set()
-        self.keys, first = np.unique(np.concatenate(keys), return_index=True)
-        self.values = np.concatenate(values)[first]
+        tables = sorted(path for depth in ("", "*/", "*/*/") for path in table.parent.glob(depth + table.name))
+        parts = (part for path in ([table] if paths else tables) for part in read_table(path, [key, value]))
+        for key, value in itertools.chain.from_iterable(part.itertuples(index=False, name=None) for part in parts):
+            self.setdefault(self.short(key), value)
+            if paths and HELD_OUT_COPY.fullmatch(key):
+                self.held_out.add(value)
 
-    def hash(self, key):
-        key = re.sub(r"(?i)\.(hea|mat|dat|edf)\Z", "", key.replace("\\", "/").removeprefix("./"))
-        return hash64(key if self.paths else key.rpartition("/")[2])
-
-    def __len__(self):
-        return len(self.keys)
+    def short(self, name):
+        name = re.sub(r"(?i)\.(hea|mat|dat|edf)\Z", "", name.replace("\\", "/").removeprefix("./"))
+        return name if self.paths else name.rpartition("/")[2]
 
     def find(self, *names):
         """The value of the first of a recording's names that is in the table, otherwise None."""
-        self.asked += 1
-        for wanted in map(np.uint64, map(self.hash, names)):
-            place = np.searchsorted(self.keys, wanted)
-            if place < len(self.keys) and self.keys[place] == wanted:
-                self.found += 1
-                return self.values[place].decode(errors="replace")
-        self.stranger = names[0]
+        value = next((self[name] for name in map(self.short, names) if name in self), None)
+        self.asked, self.found = self.asked + 1, self.found + (value is not None)
+        if value is None:
+            self.stranger = names[0]
+        return value
 
     def share(self):
         """How many recordings the table names, as text. ValueError if it names none."""
-        if not self.keys.size and not self.paths:
+        if not self and not self.paths:
             return "" if self.may_miss else f"no {self.name}: every file counts as a patient of its own"
         if self.asked and not self.found and not self.may_miss:
-            raise ValueError(f"{self.name} names none of the {self.asked:,} recordings: it says {self.example!r}, and "
-                             f"there is {self.stranger!r}; expected the same names")
+            raise ValueError(f"{self.name} names none of the {self.asked:,} recordings: it says "
+                             f"{next(iter(self), '')!r}, and there is {self.stranger!r}; expected the same names")
         return f"{self.name} ({len(self):,} names) names {self.found:,} of {self.asked:,} recordings"
 
 
 def read_table(path, columns):
-    """Yield parts of a CSV table with these columns, as text, without rows in which one of them is empty."""
+    """Yield parts of a CSV table with these columns, as text, without rows in which one of them is empty. A column is
+    given by the names that it may have, with spaces between them."""
     try:
         found = list(pd.read_csv(path, nrows=0, encoding_errors="replace"))
-        if absent := [name for name in columns if name not in found]:
-            raise ValueError(f"no column {absent[0]!r} among {found}")
-        for part in pd.read_csv(path, dtype=str, chunksize=100_000, encoding_errors="replace", usecols=columns):
-            yield part.dropna()
-    except (ValueError, pd.errors.ParserError) as error:           # EmptyDataError is a ValueError too
-        raise ValueError(f"{path} cannot be read: {error}; expected the publisher's table with {columns}") from None
-
-
-def read_patients(path):
-    """The Lookup of a table for --patients."""
-    found = pd.read_csv(path, nrows=0).columns
-    record, patient = (next((name for name in names if name in found), None) for names in PATIENT_COLUMNS)
-    if not record or not patient:
-        raise ValueError(f"--patients {path} has the columns {', '.join(found)}: expected one of "
-                         f"{', '.join(PATIENT_COLUMNS[0])}, and one of {', '.join(PATIENT_COLUMNS[1])}")
-    return Lookup(path.parent, path.name, record, patient, paths=True)
+        names = [next((name for name in column.split() if name in found), None) for column in columns]
+        if None in names:
+            raise ValueError(f"it has the columns {', '.join(found)}")
+        for part in pd.read_csv(path, dtype=str, chunksize=100_000, encoding_errors="replace", usecols=names):
+            yield part[names].dropna()
+    except (ValueError, OSError) as error:                         # errors of pandas are ValueErrors
+        expected = ", and ".join(" or ".join(column.split()) for column in columns)
+        raise ValueError(f"{path} cannot be read: {error}; expected a table with the columns {expected}") from None
 
 
 @functools.lru_cache(1)
 def open_h5(path):
-    """Open an exams_part*.hdf5 of CODE-15%. ValueError if it does not hold the two tables that are needed."""
-    try:
-        with as_refused(path):
-            import h5py                                            # only CODE-15% needs it
+    """An exams_part*.hdf5 of CODE-15%, opened. Raises Refused if it does not hold the two tables that are needed."""
+    with as_refused(path):
+        import h5py                                                # only CODE-15% needs it
         file = h5py.File(path, "r")
-    except OSError as error:
-        raise ValueError(f"{path} is not an HDF5 file, or incomplete ({error}): download it again") from None
-    exams, tracings = (getattr(file.get(name), "shape", ()) for name in ("exam_id", "tracings"))
-    if len(exams) != 1 or len(tracings) != 3 or tracings[::2] != (*exams, len(CODE_LEADS)):
-        raise ValueError(f"{path} holds exam_id {exams} and tracings {tracings}: expected (N,) and (N, samples, "
-                         f"{len(CODE_LEADS)}); download it again")
-    return file
+        shapes = file["exam_id"].shape, file["tracings"].shape
+        if len(shapes[0]) != 1 or shapes[1][::2] != (*shapes[0], len(CODE_LEADS)):
+            raise ValueError(f"exam_id has shape {shapes[0]}, tracings {shapes[1]}: expected (N,) and (N, samples, 12)")
+        return file
 
 
 def code15_unit(parts):
@@ -391,39 +357,31 @@ def code15_unit(parts):
 
 
 # ---- one recording --------------------------------------------------------------------------------------------------
-class Prepared(NamedTuple):
-    """A recording as the corpus holds it."""
-    steps: np.ndarray            # int16 (L, T) uV
-    leads: np.ndarray            # (L,) lead ids
-    fs_hz: float                 # before it became FS
-    events: np.ndarray           # EVENT_DTYPE (K,)
-    changes: Counter             # kind of change: how often
+def prepare_recording(job, changes):
+    """Yield a recording as rows of the corpus: one, or the pieces of a long record. Raise Refused if there is none.
 
-
-def prepare_recording(job, annotator=None):
-    """Yield a recording as rows of the corpus: one, or the pieces of a long record. Raise Refused if there is none."""
+    A row is int16 (L, T) uV, lead ids (L,), the rate in Hz before it became FS, and EVENT_DTYPE (K,). changes: a
+    Counter that gets what was changed or left out."""
     if job.reject:
         raise Refused(*job.reject)
-    ready, refused, lost = None, None, Counter()
+    refused, lost, found = None, Counter(), None
     for start_s, recording in read(job):
         try:
-            piece = prepare_piece(job, start_s, recording, annotator)
+            row, found = prepare_piece(job, start_s, recording)
         except Refused as error:
             refused = refused or error
             lost.update(getattr(recording, "notes", None))
             lost[f"pieces of long records left out: {error.reason}"] += 1
-            continue
-        if ready:
-            yield ready
-        ready = piece                                              # the last one takes the counts of lost pieces
-    if not ready:
+        else:
+            changes.update(found)
+            yield row
+    if found is None:
         raise refused
-    ready.changes.update(lost)
-    yield ready
+    changes.update(lost)
 
 
-def prepare_piece(job, start_s, recording, annotator):
-    """Prepare a Recording that begins `start_s` after its record, or raise Refused."""
+def prepare_piece(job, start_s, recording):
+    """A row of the corpus from a Recording that begins `start_s` after its record, and what was changed."""
     if isinstance(recording, Refused):
         raise recording
     if job.n_channels and len(recording.leads) != job.n_channels:
@@ -434,18 +392,16 @@ def prepare_piece(job, start_s, recording, annotator):
         n = min(signal_mv.shape[1], NOISE_S * FS)
         signal_mv = signal_mv[:, round(job.part[0] * n):round(job.part[1] * n)]
     steps, ids, start = drop_unusable_leads(signal_mv, ids, changes)
-    if annotator:
+    if job.annotator:
         start += round(start_s * FS)
-        events = read_events(f"{job.path}.{annotator}", recording.fs, start, steps.shape[1], changes)
-    return Prepared(steps, ids, recording.fs, events, changes)
+        events = read_events(f"{job.path}.{job.annotator}", recording.fs, start, steps.shape[1], changes)
+    return (steps, ids, recording.fs, events), changes
 
 
 def read(job):
     """(start in s, Recording) of the pieces of a job. Raises Refused if its file is absent or damaged."""
-    if job.array:
-        return [(0, read_array(job.path, *job.array))]
     if not job.tracing:
-        return read_pieces(job.path)
+        return read_any(job.path, *job.array)
     row, scale = job.tracing
     with as_refused(job.path):
         return [(0, Recording(open_h5(job.path)["tracings"][row].astype(float) * scale, CODE_FS, CODE_LEADS))]
@@ -466,19 +422,17 @@ def drop_unusable_leads(signal_mv, ids, changes):
     start = used[0] if used[0] >= PAD_S * FS else 0                # a few missing samples are no padding
     stop = used[-1] + 1 if n - used[-1] - 1 >= PAD_S * FS else n
     changes["recordings trimmed"] += bool(start or stop < n)
-    for i in range(1, len(ids)):
-        if ids[i] and ids[i] in ids[:i]:                           # two channels of one name cannot both be that lead
-            ids[i] = 0
-            changes["leads renamed unknown: a second one of the name"] += 1
+    again = np.setdiff1d(np.flatnonzero(ids), np.unique(ids, return_index=True)[1])
+    ids[again] = 0                                                 # two channels of one name cannot both be that lead
+    changes["leads renamed unknown: a second one of the name"] += len(again)
     signal_mv = signal_mv[:, start:stop]
     for k in np.flatnonzero((np.abs(signal_mv) > MAX_MV).any(axis=1)):
         offset = np.nanmedian(signal_mv[k])
         if abs(offset) > MAX_MV / 2:                               # others stay, even if some samples do not fit
             signal_mv[k] -= offset
             changes["leads stored without their offset, because it does not fit 16 bits"] += 1
-    steps = np.rint(signal_mv * UV_PER_MV)
-    in_range = np.abs(steps) <= np.iinfo(np.int16).max             # false for NaN, and where the resampler overshoots
-    steps = np.where(in_range, steps, MISSING).astype("<i2")
+    steps = np.rint(signal_mv * UV_PER_MV)                         # beyond the range where the resampler overshoots
+    steps = np.where(np.abs(steps) < -MISSING, steps, MISSING).astype("<i2")             # NaN becomes MISSING too
     changes["samples missing"] += int((steps == MISSING).sum())
     return steps, ids, int(start)
 
@@ -492,11 +446,9 @@ def read_events(path, fs, start, length, changes):
         why = {FileNotFoundError: "absent", ValueError: "damaged"}.get(type(error), f"closed ({type(error).__name__})")
         changes[f"recordings without annotations: the file is {why}"] += 1
         return NO_EVENTS
-    sample = np.rint(events["sample"] * (FS / fs)) - start
+    events["sample"] = sample = np.rint(events["sample"] * (FS / fs)) - start
     inside = (sample >= 0) & (sample < length) & ~np.isin(events["symbol"], (b'"', b" "))  # comments are no events
-    events = events[inside].astype(EVENT_DTYPE)
-    events["sample"] = sample[inside]
-    return events
+    return events[inside].astype(EVENT_DTYPE)
 
 
 def decode_annotations(data):
@@ -542,41 +494,37 @@ def refuse_existing(out):
 
 def write_corpus(source, raw, out, args, command):
     """Prepare `source` under `raw` into `out`, or continue OUT/.part. Returns the manifest, None for a dry run."""
-    refuse_existing(out)
-    part, made = part_of(out), not out.exists()
+    part, made, working = part_of(out), not out.exists(), {"done", "dry.jsonl", "jobs.jsonl", "lock", "plan.json"}
+    same = {"command": command, "format_version": FORMAT_VERSION, "fields": [*Job._fields]}
     part.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as at_end, lock_folder(part):
-        at_end.callback(clean_up, part, made)                      # after the lock is released
-        if (part / "plan.json").exists() and not args.dry_run:
-            plan = json.loads((part / "plan.json").read_text())
-            if (plan.get("command"), plan.get("format_version"), plan.get("fields")) != (
-                    command, FORMAT_VERSION, [*Job._fields]):
-                raise ValueError(f"{part} holds an unfinished run of `{plan.get('command')}`, and this is `{command}`, "
-                                 f"perhaps of another version: finish that one, or delete it (rm -r {part})")
-        else:
-            plan = make_plan(source, raw, part, args, command)
+    lock, plan = lock_folder(part), part / "plan.json"
+    try:
+        found = json.loads(plan.read_text()) if plan.exists() and not args.dry_run else None
+        if found and found | same != found:
+            raise ValueError(f"{part} holds an unfinished run of `{found.get('command')}`, and this is `{command}`, "
+                             f"perhaps of another version: finish that one, or delete it (rm -r {part})")
+        found = found or make_plan(source, raw, part, args, same)
         if args.dry_run:
             return None
         if not (part / "manifest.json").exists():
-            finish_shards(source, part, plan, args.workers or cpu_count())
-            assemble(source, part, plan, command)
-        working = {"done", "dry.jsonl", "jobs.jsonl", "lock", "plan.json", "manifest.json"}
-        for name in (*sorted({*os.listdir(part)} - working), "manifest.json"):     # which makes a corpus of it: last
-            (part / name).rename(part.parent / name)
-        (part / "plan.json").unlink()
+            finish_shards(part, found, args.workers or cpu_count())
+            assemble(source, part, found, command)
+        for path in sorted(part.iterdir(), key=lambda path: (path.name == "manifest.json", path)):
+            if path.name not in working:
+                path.rename(part.parent / path.name)               # the manifest, which makes it a corpus, comes last
+        plan.unlink()
+    finally:
+        lock.close()
+        if not plan.exists():                                      # no run can continue here
+            shutil.rmtree(part, ignore_errors=True)
+            if made and not os.listdir(part.parent):
+                part.parent.rmdir()
     return json.loads((out / "manifest.json").read_text())
 
 
-def clean_up(part, made):
-    """Delete OUT/.part unless a run can continue there, and OUT if this run made it and it is empty."""
-    if not (part / "plan.json").exists():
-        shutil.rmtree(part, ignore_errors=True)
-        if made and not os.listdir(part.parent):
-            part.parent.rmdir()
-
-
-def make_plan(source, raw, part, args, command):
-    """Write the list of jobs into OUT/.part, and estimate disk and time. Returns the plan, None for a dry run."""
+def make_plan(source, raw, part, args, same):
+    """Write the list of jobs into OUT/.part, and estimate disk and time. Returns the plan, with what has to be the
+    `same` when a run continues; None for a dry run."""
     jobs, notes, n = part / ("dry.jsonl" if args.dry_run else "jobs.jsonl"), {}, 0
     listed = tqdm(LISTERS[source](raw, args, notes), desc="listing", unit=" records", disable=None)
     with open(jobs, "w") as file:
@@ -588,13 +536,13 @@ def make_plan(source, raw, part, args, command):
     if not n:
         raise ValueError(f"no {source} recordings under {raw}: expected WFDB headers (*.hea) there, for wfdb also EDF "
                          f"files (*.edf); found {notes.get(NOT_READ, 'nothing like these')}")
-    sizes, start, chosen = [], time.perf_counter(), {int(i) for i in np.linspace(0, n - 1, ESTIMATE_RECORDINGS)}
     with open(jobs) as file:
-        for line in (line for i, line in enumerate(file) if i in chosen):
-            with contextlib.suppress(Refused):
-                rows = prepare_recording(Job(*json.loads(line)), ANNOTATED.get(source))
-                sizes.append(sum(row.steps.nbytes for row in rows))
-    n_bytes, seconds = np.mean(sizes or [0.0]), (time.perf_counter() - start) / len(chosen)
+        some = [Job(*json.loads(line)) for line in itertools.islice(file, 0, None, -(-n // ESTIMATE_RECORDINGS))]
+    sizes, start = [], time.perf_counter()
+    for job in some:
+        with contextlib.suppress(Refused):
+            sizes.append(sum(steps.nbytes for steps, *_ in prepare_recording(job, Counter())))
+    n_bytes, seconds = np.mean(sizes or [0.0]), (time.perf_counter() - start) / len(some)
     workers, free = args.workers or cpu_count(), shutil.disk_usage(part).free
     print(f"{source}: {n:,} recordings to read; about {n_bytes * n / 1e9:.3g} GB on disk ({free / 1e9:.0f} GB free) "
           f"and {seconds * n / workers / 60:,.1f} min on {workers} cores")
@@ -604,47 +552,40 @@ def make_plan(source, raw, part, args, command):
         raise ValueError(f"{n:,} recordings need about {n_bytes * n / 1e9:.1f} GB, but the disk of {part.parent} has "
                          f"{free / 1e9:.1f} GB free: name another --out, or prepare fewer (--limit)")
     per_shard = max(1, min(int(SHARD_BYTES // max(n_bytes, 1)), -(-n // SHARDS_AT_LEAST)))
-    plan = {"command": command, "format_version": FORMAT_VERSION, "jobs": n, "shard_jobs": per_shard, "notes": notes,
-            "fields": Job._fields}
-    for name in ("signal", "done", *(["events"] if source in ANNOTATED else [])):
+    with open(jobs, "rb") as file:
+        starts = [*itertools.islice(itertools.accumulate(map(len, file), initial=0), 0, n, per_shard)]
+    plan = same | {"jobs": n, "shard_jobs": per_shard, "starts": starts, "notes": notes}
+    for name in ("signal", "done"):
         (part / name).mkdir(exist_ok=True)
     atomic_write(part / "plan.json", json.dumps(plan))
     return plan
 
 
-def finish_shards(source, part, plan, workers):
+def finish_shards(part, plan, workers):
     """Prepare the shards that are not finished, `workers` at a time."""
     n_jobs, per_shard, totals = plan["jobs"], plan["shard_jobs"], Counter()
     if done := {int(path.stem) for path in (part / "done").glob("*.npz")}:
         print(f"{part}: continuing, {len(done)} shards are finished")
-    with open(part / "jobs.jsonl") as file:
-        shards = iter(lambda: [Job(*json.loads(line)) for line in itertools.islice(file, per_shard)], [])
-        tasks = ((source, part, number, jobs) for number, jobs in enumerate(shards) if number not in done)
-        results = run_tasks(tasks, min(workers, -(-n_jobs // per_shard) - len(done)))
-        with (contextlib.closing(results),                         # at once, so that an interruption ends the workers
-              tqdm(total=n_jobs, initial=min(n_jobs, len(done) * per_shard), unit=" records", disable=None) as bar):
-            for n, result in results:
-                totals.update(result)
-                bar.set_postfix(totals, refresh=False)
-                bar.update(n)
+    tasks = [(part, i, start, per_shard) for i, start in enumerate(plan["starts"]) if i not in done]
+    with (contextlib.closing(run_tasks(tasks, min(workers, len(tasks)))) as results,       # an interruption ends them
+          tqdm(total=n_jobs, initial=min(n_jobs, len(done) * per_shard), unit=" records", disable=None) as bar):
+        for n, result in results:
+            totals.update(result)
+            bar.set_postfix(totals, refresh=False)
+            bar.update(n)
 
 
 def run_tasks(tasks, workers):
-    """Yield prepare_shard(*task) for every task, `workers` at a time. At most four tasks per worker are in memory."""
+    """Yield prepare_shard(*task) for every task, `workers` at a time."""
     if workers <= 1:
         yield from itertools.starmap(prepare_shard, tasks)
         return
     # If a worker is killed (out of memory), the executor raises an error; multiprocessing.Pool would wait for ever.
-    pool, running = ProcessPoolExecutor(workers, initializer=start_worker), deque()
+    pool = ProcessPoolExecutor(workers, initializer=start_worker)
     try:
-        for task in tasks:
-            running.append(pool.submit(prepare_shard, *task))
-            if len(running) >= 4 * workers:
-                yield running.popleft().result()
-        yield from (future.result() for future in running)
+        yield from pool.map(prepare_shard, *zip(*tasks))
     except BrokenExecutor:
-        raise OSError(f"one of the {workers} workers was killed, most often because memory ran out: "
-                      "try again with a smaller --workers") from None
+        raise OSError("a worker was killed, perhaps for lack of memory: try again with a smaller --workers") from None
     finally:
         if sys.exc_info()[0] is not None:                          # do not wait for shards that are half finished
             for worker in multiprocessing.active_children():
@@ -656,35 +597,35 @@ def start_worker():
     """Make a worker ignore Ctrl-C, which its parent handles, and end when its parent ends for any reason."""
     os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)
     os_signal.signal(os_signal.SIGTERM, os_signal.SIG_DFL)
-
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=follow, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def prepare_shard(source, part, number, jobs):
-    """Prepare the recordings of a shard and write it. Returns the number of jobs, and totals."""
+def prepare_shard(part, number, start, n_jobs):
+    """Prepare a shard, n_jobs lines from byte `start` of jobs.jsonl on. Returns the number of its jobs, and totals."""
     rows, events, fingerprints, rejects, changes = [], [NO_EVENTS], [NO_FINGERPRINTS], [], Counter()
+    with open(part / "jobs.jsonl") as file:
+        file.seek(start)
+        jobs = [Job(*json.loads(line)) for line in itertools.islice(file, n_jobs)]
 
     def write(file):
         for job in jobs:
             try:
-                for got in prepare_recording(job, ANNOTATED.get(source)):
-                    n_leads, length = got.steps.shape
-                    row = (number, file.tell() // 2, length, n_leads, np.pad(got.leads, (0, MAX_LEADS - n_leads)),
-                           SPLITS.index(job.split), job.label, 0, got.fs_hz, 0, len(got.events))       # 0: see below
-                    file.write(got.steps.tobytes())
-                    fingerprints.append(fingerprint(got.steps, got.leads, every_lead=job.split != "train"))
+                for steps, leads, fs_hz, found in prepare_recording(job, changes):
+                    n_leads, length = steps.shape
+                    row = (number, file.tell() // 2, length, n_leads, np.pad(leads, (0, MAX_LEADS - n_leads)),
+                           SPLITS.index(job.split), job.label, 0, fs_hz, 0, len(found))                # 0: see below
+                    file.write(steps.tobytes())
+                    fingerprints.append(fingerprint(steps, leads, every_lead=job.split != "train"))
                     fingerprints[-1]["row"] = len(rows)            # assemble adds the recordings of the shards before
                     rows.append((row, job.record.encode(), job.patient.encode()))
-                    events.append(got.events)
-                    changes.update(got.changes)
+                    events.append(found)
             except Refused as error:                               # before its first row, never after it
                 rejects.append((job.record, error.reason, str(error)))
     files = {f"signal/{number:05d}.i16": write}
-    if source in ANNOTATED:
+    if any(job.annotator for job in jobs):
         files[f"events/{number:05d}.npy"] = lambda file: np.save(file, np.concatenate(events))
+        (part / "events").mkdir(exist_ok=True)
     for name, content in files.items():
         atomic_write(part / name, content)
     rows = np.array(rows, ROW_DTYPE)                               # assemble numbers the patients
@@ -733,11 +674,9 @@ def assemble(source, part, plan, command):
     write_fingerprints(shards, part / "fingerprints.npy")
     sums = {name: digest for about in abouts for name, digest in about["sha256"].items()}
     sums |= {name: sha256(part / name) for name in [*(f"{table}.npy" for table in TABLES.names), "rejects.csv"]}
-    n_bytes = np.bincount(index["shard"], 2.0 * index["n_leads"] * index["length"], len(shards))
     manifest |= {"rejected": dict(sorted(rejected.items())),
                  "changed": dict(sorted(most_frequent(changes, NAMES_LISTED).items())),
-                 "shard_bytes": {path.name: int(n_bytes[int(path.stem)]) for path in sorted(
-                     (part / "signal").iterdir())},
+                 "shard_bytes": {path.name: path.stat().st_size for path in sorted((part / "signal").iterdir())},
                  "sha256": sums}
     atomic_write(part / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
@@ -758,8 +697,7 @@ def make_manifest(source, index, records, notes, command):
     patients = [np.unique(rows["patient"]) for rows in by_split]
     _, splits_of = np.unique(np.concatenate(patients), return_counts=True)
     if overlap := int((splits_of > 1).sum()):
-        raise ValueError(f"{overlap} patients are in more than one split, so training would see patients of the test: "
-                         "check the source's table of folds")
+        raise ValueError(f"{overlap} patients are in more than one split: check the source's table of folds")
     return {
         "magic": MAGIC, "format_version": FORMAT_VERSION, "source": source, "fs_hz": FS,
         "units": f"int16 little-endian, 1 uV per step, {MISSING} = missing", "leads": LEADS, "labels": SUPERCLASSES,
@@ -773,34 +711,26 @@ def make_manifest(source, index, records, notes, command):
 
 
 # ---- download -------------------------------------------------------------------------------------------------------
-def damaged_files(raw, wanted=".*"):
-    """Names in raw/SHA256SUMS.txt that match the pattern `wanted` in full, and whose file is absent or differs."""
-    listed = re.findall(r"(\S+)[^\S\n]+(.*\S)", (raw / "SHA256SUMS.txt").read_text())
-    sums = {name: digest for digest, name in listed if re.fullmatch(wanted, name)}
-    if not sums:
-        raise ValueError(f"{raw / 'SHA256SUMS.txt'} lists no file like {wanted}: it belongs to another database")
-    return [name for name, _ in differences(raw, sums)]
-
-
 def differences(folder, sums):
-    """Yield (name, SHA-256 that was found) of the files that are absent or whose SHA-256 is not that in `sums`."""
-    for name, digest in tqdm(sums.items(), desc=f"checking {folder}", unit=" files", disable=None):
-        found = sha256(folder / name) if (folder / name).is_file() else "no such file"
-        if found != digest:
-            yield name, found
+    """{name: SHA-256 that was found} of the files that are absent or whose SHA-256 is not that in `sums`."""
+    bar = tqdm(sums, desc=f"checking {folder}", unit=" files", disable=None)
+    found = {name: sha256(folder / name) if (folder / name).is_file() else "no such file" for name in bar}
+    return {name: sha for name, sha in found.items() if sha != sums[name]}
 
 
 def download(source, raw, rate):
     """Fetch the files that `raw` lacks from PhysioNet. ValueError if they do not fit the publisher's checksums."""
     database, wanted = PHYSIONET[source]
-    wanted = wanted.replace("RATE", "500" if rate == "auto" else rate)
-    fetch(database, raw, ["SHA256SUMS.txt"])
-    names = damaged_files(raw, wanted)
-    for name in names:
-        (raw / name).unlink(missing_ok=True)                       # wfdb would append to a file that is too short
+    wanted, listing = wanted.replace("RATE", "500" if rate == "auto" else rate), raw / "SHA256SUMS.txt"
+    fetch(database, raw, [listing.name])
+    sums = {name: digest for digest, name in re.findall(r"(\S+)[^\S\n]+(.*\S)", listing.read_text())
+            if re.fullmatch(wanted, name)}
+    if not sums:
+        raise ValueError(f"{listing} lists no file like {wanted}: it belongs to another database")
+    names = list(differences(raw, sums))
     for i in tqdm(range(0, len(names), 100), desc="fetching", unit="00 files", disable=None):
         fetch(database, raw, names[i:i + 100])
-    if bad := damaged_files(raw, wanted):
+    if bad := list(differences(raw, {name: sums[name] for name in names})):
         raise ValueError(f"{len(bad)} files in {raw} are absent or differ from the publisher's SHA256SUMS.txt: "
                          f"{', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}; run again with --download")
 
@@ -811,9 +741,8 @@ def fetch(database, raw, names):
         with contextlib.redirect_stdout(None):
             wfdb.dl_files(database, str(raw), names, overwrite=True)
     except Exception as error:                                     # any layer of the network may have failed
-        raise ValueError(f"could not fetch {names[0]} ... of {database} from physionet.org ({type(error).__name__}: "
-                         f"{error}): run again, complete files are kept; or copy the files to {raw} by hand and leave "
-                         "--download out") from None
+        raise ValueError(f"cannot fetch {names[0]} ({database}) from physionet.org ({type(error).__name__}: {error})"
+                         f": run again; or copy the files to {raw} by hand and leave --download out") from None
 
 
 # ---- check: what is in a corpus, and whether it is whole ------------------------------------------------------------
@@ -823,8 +752,8 @@ def check(dirs, held_out=None):
     for corpus in corpora:
         print(summary(corpus.manifest, corpus.dir))
         sums = corpus.manifest["sha256"]
-        found = [f"{name}: sha256 {sha}, the manifest says {sums[name]}" for name, sha in differences(corpus.dir, sums)]
-        found += index_faults(corpus)
+        found = [f"{name}: sha256 {sha}, the manifest says {sums[name]}"
+                 for name, sha in differences(corpus.dir, sums).items()] + [*index_faults(corpus)]
         faults += len(found)
         for fault in found:
             print(f"  DAMAGED: {fault}")
@@ -860,30 +789,27 @@ def draw_overview(corpus, path):
     figure = Figure(figsize=(11, 14), layout="constrained")
     axes = figure.subplot_mosaic("aabbcc;dddeee;ffffff;gggggg;hhhhhh;iiiiii;jjjjjj;kkkkkk",
                                  height_ratios=[2, 2, 1, 1, 1, 1, 1, 1], subplot_kw={"xmargin": 0})
-    hours = pd.Series(index["length"] / FS / 3600)
-    ids = np.where(np.arange(MAX_LEADS) < index["n_leads"][:, None], index["leads"], 255)
-    sets, of_set = np.unique(ids, axis=0, return_inverse=True)
-    names = [[LEADS[k] for k in row if k < len(LEADS)] for row in sets]
-    names = np.array([" ".join(some) if len(some) < 5 else f"{len(some)} leads" for some in names], object)
-    lengths = pd.cut(index["length"] / FS, [0, 5, 9, 11, 20, 60, 600, 3600, np.inf], right=False)
-    for key, what, labels in (("a", "leads", names[of_set.ravel()]), ("b", "original rate, Hz", index["fs_hz"]),
-                              ("c", "length, s", lengths)):
-        top = hours.groupby(labels, observed=True).sum().nlargest(6)[::-1]
-        axes[key].bar_label(axes[key].barh(top.index.astype(str), top, color="0.4"), fmt=" %.3g", fontsize=8)
-        axes[key].set(xlabel=f"hours by {what}", xmargin=0.2)
+    sets, of_set = np.unique(index[["n_leads", "leads"]], return_inverse=True)
+    names = [" ".join(LEADS[k] for k in ids[:n]) if n < 5 else f"{n} leads" for n, ids in sets]
+    hours = pd.DataFrame({"hours": index["length"] / FS / 3600, "leads": np.array(names)[of_set],
+                          "original rate, Hz": index["fs_hz"], "length, s": pd.cut(
+                              index["length"] / FS, [0, 5, 9, 11, 20, 60, 600, 3600, np.inf], right=False)})
+    for key, what in zip("abc", hours.columns[1:]):
+        top = hours.groupby(what, observed=True).hours.sum().nlargest(6)[::-1]
+        top.plot.barh(ax=axes[key], color="0.4", xlabel=f"hours by {what}", ylabel="").margins(x=0.2)
+        axes[key].bar_label(axes[key].containers[0], fmt=" %.3g", fontsize=8)
     rows = np.sort(rng.choice(len(index), min(OVERVIEW_RECORDINGS, len(index)), replace=False))
-    leads = [shown_lead(corpus, i) for i in rows]
-    peaks = [np.percentile(np.abs(x - np.median(x)), 99.5) for x, _ in leads]
-    rates = [heart_rate_bpm(x) for x, _ in leads if len(x) > 3 * FS]
+    shown = [shown_lead(corpus, i) for i in rows]
+    peaks = [np.percentile(np.abs(x - np.median(x)), 99.5) for x, _ in shown]
     for key, values, most, what in (("d", peaks, 4, "lead II, 99.5th percentile, mV (last bar: 4 and more)"),
-                                    ("e", rates, 200, "heart rate, 1/min")):
+                                    ("e", [heart_rate_bpm(x) for x, _ in shown], 200, "heart rate, 1/min")):
         axes[key].hist(np.clip(values, 0, most), 60, range=(0, most), color="0.4")
         axes[key].set_xlabel(what)
     for key, k in zip("fghijk", np.sort(rng.choice(len(rows), min(6, len(rows)), replace=False))):
-        x, name = leads[k]
-        axes[key].plot(np.arange(len(x[:10 * FS])) / FS, x[:10 * FS], color="k", lw=0.7)
-        axes[key].set_title(f"{corpus.records[rows[k]].decode()}, {name}, mV over s", loc="left", fontsize=9, pad=2)
-    figure.suptitle(f"{corpus.dir.name}: {corpus.manifest['source']}, {len(index):,} recordings, {hours.sum():,.1f} h")
+        x, title = shown[k][0][:10 * FS], f"{corpus.records[rows[k]].decode()}, {shown[k][1]}, mV over s"
+        axes[key].plot(np.arange(len(x)) / FS, x, color="k", lw=0.7)
+        axes[key].set_title(title, loc="left", fontsize=9, pad=2)
+    figure.suptitle(f"{corpus.manifest['source']}, {len(index):,} recordings, {hours.hours.sum():,.1f} h")
     atomic_write(path, lambda file: figure.savefig(file, dpi=90))
 
 
@@ -905,8 +831,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("source", choices=("synth", *LISTERS), help="what --raw holds, see below")
-    add("--raw", type=Path, metavar="DIR", required=True,
-        help="folder of the raw recordings, in their publisher's layout; synth and --download write to it")
+    add("--raw", type=Path, metavar="DIR", required=True, help="raw recordings; synth and --download write to it")
     add("--out", type=Path, metavar="DIR", required=True, help="folder to make; delete an old one first")
     add("--download", action="store_true", help="first fetch what --raw lacks from PhysioNet, and check it by SHA-256")
     add("--workers", type=int, default=0, metavar="N", help="processes, with equal results (default: one per CPU core)")
@@ -920,21 +845,13 @@ def parse_args(argv=None):
     add("--records", type=int, default=SYNTH_RECORDS, metavar="N", help="synth only: how many (default: %(default)s)")
     add("--seed", type=int, default=0, help="synth only: the same seed, the same recordings (default: %(default)s)")
     args = parser.parse_args(argv)
-    source, is_synth = args.source, args.source == "synth"
-    for is_wrong, message in (
-            (args.download and source not in PHYSIONET,
-             f"--download: {source} is no PhysioNet database that it can fetch; it works for {', '.join(PHYSIONET)}"),
-            (source != "ptbxl" and args.rate != "auto", f"--rate is for ptbxl; the headers of {source} give the rate"),
-            (not is_synth and (args.records, args.seed) != (SYNTH_RECORDS, 0), "--records and --seed are for synth"),
-            (args.records < 1 or min(args.workers, args.seed, args.limit) < 0,
-             "--records must be at least 1, --workers, --seed and --limit at least 0"),
-            (is_synth and (args.limit or args.dry_run), "no --limit and no --dry-run: for synth there is --records"),
-            (args.patients and source != "wfdb", f"--patients is for wfdb; {source} knows its patients"),
-            (args.table and source != "arrays", f"--table is for arrays; the files of {source} say what they are"),
-            (args.patients and not args.patients.is_file(), f"--patients {args.patients}: there is no such file"),
-            (not is_synth and not args.download and not args.raw.is_dir(), f"--raw {args.raw} is no folder")):
-        if is_wrong:
-            parser.error(message)
+    for name, sources in ONLY_FOR.items():
+        if args.source not in sources and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is for {', '.join(sources)}, not for {args.source}")
+    if args.records < 1 or min(args.workers, args.seed, args.limit) < 0:
+        parser.error("--records must be at least 1, --workers, --seed and --limit at least 0")
+    if not (args.source == "synth" or args.download or args.raw.is_dir()):
+        parser.error(f"--raw {args.raw} is no folder")
     return args
 
 
@@ -979,20 +896,16 @@ def main(args):
 
 
 def end_of_run(args, error):
-    """The last line of a run that did not finish: the error, and what is kept."""
-    part = part_of(args.out)
+    """The last line of a run that did not finish: the error (KeyboardInterrupt has no text), and what is kept."""
+    part, said = part_of(args.out), f"prepare.py: {str(error) or 'interrupted'}"
     if kept := len(list(part.glob("done/*.npz"))):
-        return f"prepare.py: {error}; {kept} finished shards are kept in {part}: run the same command again to continue"
-    return f"prepare.py: {error}" + (", nothing was written" if isinstance(error, KeyboardInterrupt) else "")
+        return f"{said}; {kept} finished shards are kept in {part}: run the same command again to continue"
+    return said + (", nothing was written" if isinstance(error, KeyboardInterrupt) else "")
 
 
 def run_command():
-    def interrupt(number, frame):                # not by an Exception: a reader would take it for a damaged file
-        raise KeyboardInterrupt("interrupted" if number == os_signal.SIGINT else "terminated")
-    for number in (os_signal.SIGINT, os_signal.SIGTERM):
-        os_signal.signal(number, interrupt)
-    checking = sys.argv[1:2] == ["check"]
-    if checking:
+    os_signal.signal(os_signal.SIGTERM, os_signal.default_int_handler)                 # as Ctrl-C
+    if checking := sys.argv[1:2] == ["check"]:
         parser = argparse.ArgumentParser(prog="prepare.py check", description=check.__doc__)
         parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR")
         parser.add_argument("--held-out", type=Path, metavar="FILE", help="also write the fingerprints of all "

@@ -505,11 +505,12 @@ def test_a_day_of_three_leads_takes_bounded_memory(tmp_path):
     (tmp_path / "raw" / "day.hea").write_text(f"day 3 250 {24 * 3600 * FS}\n" + "".join(
         f"day.dat 16 1000/mV 16 0 0 0 0 {lead}\n" for lead in ("I", "II", "V1")))
     code = f"""
+import collections
 import prepare
 peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])    # ru_maxrss is the parent's
 before = peak()
 job = prepare.Job({str(tmp_path / "raw" / "day")!r}, "day", "day", "train")
-print(sum(row.steps.shape[1] for row in prepare.prepare_recording(job)), peak() - before)"""
+print(sum(steps.shape[1] for steps, *_ in prepare.prepare_recording(job, collections.Counter())), peak() - before)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True,
                           timeout=600)
     samples, kb = map(int, done.stdout.split())

@@ -401,19 +401,7 @@ def no_mitdb(work):
 
 # ---- prepare.py -----------------------------------------------------------------------------------------------------
 
-@follows("--patients {} has the columns")
-def columns_of_patients(work):
-    table = work.folder / "patients.csv"
-    table.write_text("a,b\n1,2\n")
-    message = refusal(prepare.read_patients, table)
-    records, patients = (part.split(", ") for part in re.search(r"one of (.*), and one of (.*)$", message).groups())
-    for record in records:
-        for patient in patients:
-            table.write_text(f"{record},{patient}\nr1,p1\n")
-            assert prepare.read_patients(table).find("r1") == "p1"
-
-
-@follows("expected a table (--table FILE.csv) with {}", "--table is for arrays")
+@follows("expected a table (--table FILE.csv) with {}")
 def tables_of_arrays(work):
     raw, table = work.folder / "raw", work.folder / "t.csv"
     raw.mkdir()
@@ -421,7 +409,6 @@ def tables_of_arrays(work):
     message = refusal(run, "arrays", raw, work.folder / "out")
     assert f"{raw}/table.csv cannot be read ([Errno 2]" in message
     columns = re.search(r"with (.*), and perhaps (.*) and (.*);", message).groups()
-    assert "--table is for arrays" in work.prepare_refuses("wfdb", "--table", table)
     for header in (columns[0], ", ".join(columns)):
         row = "a.npy,250,mV,II" + (",p1,val" if "split" in header else "")
         table.write_text(header.replace(", ", ",") + f"\n{row}\n")
@@ -473,27 +460,18 @@ def a_download_that_is_not_whole(work):
         work.prepare(source)                                           # --download is left out
 
 
-@follows("is no PhysioNet database")
-def no_physionet_database(work):
-    message = work.prepare_refuses("heedb", "--download")
-    for source in re.search(r"it works for (.*)", message)[1].split(", "):
-        work.prepare(source, "--download")
-    work.prepare("heedb")
-
-
-@follows("--rate is for ptbxl")
-def rate_of_others(work):
-    work.prepare_refuses("mitdb", "--rate", "500")
-    work.prepare("mitdb")
-    work.prepare("ptbxl", "--rate", "500")
-
-
-@follows("--records and --seed are for synth")
-def records_of_others(work):
-    for flags in (["--records", "5"], ["--seed", "1"]):
-        work.prepare_refuses("mitdb", *flags)
-        work.prepare("synth", *flags)
-    work.prepare("mitdb")
+@follows("--{} is for {}, not for {}")
+def options_of_other_sources(work):
+    values = {"rate": "500", "records": "5", "seed": "1", "limit": "3"}
+    for name, sources in prepare.ONLY_FOR.items():
+        flags = [f"--{name.replace('_', '-')}", *[values.get(name, "a.csv")] * (name not in ("download", "dry_run"))]
+        for source in ("synth", *prepare.LISTERS):
+            if source in sources:
+                work.prepare(source, *flags)
+            else:
+                message = work.prepare_refuses(source, *flags)
+                assert re.search(rf"{flags[0]} is for (.*), not for {source}", message)[1].split(", ") == [*sources]
+        work.prepare("synth")
 
 
 @follows("--records must be at least 1")
@@ -503,22 +481,6 @@ def counts_of_prepare(work):
         assert "must be at least 1, --workers, --seed and --limit at least 0" in work.prepare_refuses(
             source, flag, least - 1)
         work.prepare(source, flag, least)
-
-
-@follows("for synth there is --records")
-def limit_of_synth(work):
-    for flags in (["--limit", "3"], ["--dry-run"]):
-        work.prepare_refuses("synth", *flags)
-        work.prepare("mitdb", *flags)
-    work.prepare("synth", "--records", "3")
-
-
-@follows("--patients is for wfdb", "--patients {}: there is no such file")
-def patients_of_others(work):
-    (work.folder / "p.csv").write_text("record,patient\n")
-    assert "is for wfdb" in work.prepare_refuses("mitdb", "--patients", work.folder / "p.csv")
-    assert "no such file" in work.prepare_refuses("wfdb", "--patients", work.folder / "absent.csv")
-    work.prepare("wfdb", "--patients", work.folder / "p.csv")
 
 
 @follows("--raw {} is no folder")
