@@ -135,10 +135,12 @@ def open_corpus(dir):
         for name, table in zip(TABLES.names, tables):
             if table.dtype != TABLES[name]:
                 raise ValueError(f"wrong types: {name}.npy is of type {table.dtype}, expected {TABLES[name]}")
-        index, records = tables[:2]
+        index, records, _, fingerprints = tables
         if not len(index) == len(records) == manifest.get("recordings"):
             raise ValueError(f"{len(index)} index rows and {len(records)} names, the manifest says "
                              f"{manifest.get('recordings')}")
+        if len(fingerprints) and fingerprints["row"][-1] >= len(index):
+            raise ValueError("fingerprints.npy is of another corpus")
     except (OSError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{dir} is damaged ({error}): {again}") from None
     return Corpus(dir, manifest, *tables)

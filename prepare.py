@@ -330,14 +330,17 @@ def read_table(path, columns):
 
 @functools.lru_cache(1)
 def open_h5(path):
-    """An exams_part*.hdf5 of CODE-15%, opened. Raises Refused if it does not hold the two tables that are needed."""
+    """An exams_part*.hdf5 of CODE-15%, opened. ValueError if it does not hold the two tables that are needed."""
     with as_refused(path):
         import h5py                                                # only CODE-15% needs it
+    try:
         file = h5py.File(path, "r")
         shapes = file["exam_id"].shape, file["tracings"].shape
         if len(shapes[0]) != 1 or shapes[1][::2] != (*shapes[0], len(CODE_LEADS)):
             raise ValueError(f"exam_id has shape {shapes[0]}, tracings {shapes[1]}: expected (N,) and (N, samples, 12)")
         return file
+    except (OSError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no whole part of CODE-15% ({error}): download it again") from None
 
 
 def code15_unit(parts):
