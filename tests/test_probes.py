@@ -676,10 +676,10 @@ def test_mitbih_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
     assert result["bxb"]["neighbourhood"]["within_nsv"] > 0.5
     assert result["controls"]["rr"]["rr_r"] > 0.95 and result["controls"]["rr"]["early_r"] > 0.9
     assert result["controls"]["rr"]["macro_nsv"] > 0.9 and "macro_nsvf" in result["controls"]["raw"]
-    assert set(stored["record"]) <= set(MITDB_DS2) and "N: N L R e j" in (said := capsys.readouterr().out)
+    assert set(stored["record"]) <= set(MITDB_DS2) and "'N': 'NLR'" in (said := capsys.readouterr().out)
     gained = result["features"]["neighbourhood"]["differences"]["within_nsv"]      # of all beats, not of the few
     assert re.search(rf"control\n.*\n.*\nneighbourhood +{gained['difference']:.3f} ", said) is not None
-    assert "one seed: [95 %] are over records alone" in said and str(encoder_path) in said
+    assert "over records alone, as there is one seed" in said and str(encoder_path) in said
 
 
 def test_the_untrained_control_can_be_had_alone(synth, tmp_path):
