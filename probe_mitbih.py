@@ -167,7 +167,7 @@ def calibrate(held_out, y, weight, p):
     (K', C) so, p with the frequencies alone, the sharpness, and the beats of each class in DS1 (C,)."""
     prior = weight @ y
     def mended(p, log_sharpness=0.0):
-        p = p ** np.exp(log_sharpness) * prior / y.sum(axis=0).clip(1)
+        p = (p / y.sum(axis=0).clip(1)) ** np.exp(log_sharpness) * prior               # flat: the frequencies
         return p / p.sum(axis=1, keepdims=True)
     best = minimize_scalar(lambda s: -weight @ np.log(mended(held_out, s)[y].clip(np.finfo(float).tiny)),
                            bounds=(-4, 2), method="bounded").x

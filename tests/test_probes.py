@@ -449,7 +449,8 @@ def test_probabilities_get_the_frequencies_and_the_sharpness_of_held_out_beats()
     y, weight = probe_mitbih.one_hot(cls), np.where(cls == "N", 5, 1)
     p = probe_mitbih.fit(x, y, x)
     for sure in (1.0, 3.0):
-        said = p ** sure / (p ** sure).sum(axis=1, keepdims=True)
+        said = (p / y.mean(axis=0).clip(1e-9)) ** sure * y.mean(axis=0)                 # too sure of odds, not shares
+        said /= said.sum(axis=1, keepdims=True)
         mended, new, first, sharpness, prior = probe_mitbih.calibrate(said, y, weight, said[:50])
         assert p[:, 1].mean() > 0.1 and sharpness == pytest.approx(1 / sure, rel=0.1)
         np.testing.assert_allclose(np.average(mended, axis=0, weights=weight)[:3], weight @ y[:, :3] / weight.sum(),
@@ -458,7 +459,8 @@ def test_probabilities_get_the_frequencies_and_the_sharpness_of_held_out_beats()
         np.testing.assert_allclose(prior, weight @ y)
         shares = said[:50] * (5, 1, 1, 1)
         np.testing.assert_allclose(first, shares / shares.sum(axis=1, keepdims=True))
-        powers = [said[:, :3] ** s * (5, 1, 1) for s in (sharpness / 1.02, sharpness, sharpness * 1.02)]
+        powers = [(said / y.sum(axis=0).clip(1))[:, :3] ** s * prior[:3]
+                  for s in (sharpness / 1.02, sharpness, sharpness * 1.02)]
         losses = [log_loss(cls, q / q.sum(axis=1, keepdims=True), labels=list("NSV"), sample_weight=weight)
                   for q in powers]
         assert losses[1] < min(losses[0], losses[2])
