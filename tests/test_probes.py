@@ -235,30 +235,29 @@ def test_beats_get_their_group(tmp_path):
 
 
 def test_escape_beats_are_n_for_papers_and_s_for_bxb():
-    data = dict(record=np.repeat(["101", "100", "103"], 4), group=np.array(list("NJSV" * 3)), weight=np.ones(12),
-                rr=np.ones((12, 8)))
+    data = dict(record=np.repeat(["101", "100", "103"], 4), group=np.array(list("NJSV" * 3)), rr=np.ones((12, 8)),
+                weight=np.array([2, 1, 1, 1, 3, 1, 1, 1, 1, 1, 1, 1]))
     for escape, expected in (("N", "NNSV"), ("S", "NSSV")):
         beats = probe_mitbih.select(data, slice(None), 0, escape)
-        assert "".join(beats["cls"]) == expected * 3 and beats["test"].tolist() == [False] * 4 + [True] * 8
+        assert "".join(beats["cls"]) == expected * 3 and beats["train"].tolist() == [0, 1, 2, 3]
+        assert beats["test"].tolist() == [4, 4, 4, 5, 6, 7, 8, 9, 10, 11]      # the first counts for three
         assert (beats["counts"][0] == 1).all() and beats["counts"].shape == (1001, 2)
-        assert (beats["counts"].sum(axis=1) == 2).all() and beats["number"].tolist() == [0] * 4 + [1] * 4
+        assert (beats["counts"].sum(axis=1) == 2).all() and beats["number"].tolist() == [0] * 6 + [1] * 4
 
 
-def test_normal_beats_of_ds1_are_thinned_evenly_and_no_others():
+def test_normal_beats_are_thinned_evenly_and_no_others():
     group = np.array(["N"] * 1500 + ["V"] * 700 + ["Q"] * 5 + ["J"] * 9)
-    train, test = (probe_mitbih.used_beats(name, group) for name in (MITDB_DS1[0], MITDB_DS2[0]))
-    assert (train[:1500] > 0).sum() == 600 and (train[1500:2200] == 1).all() and not train[2200:2205].any()
-    assert np.ptp(np.diff(np.flatnonzero(train[:1500]))) <= 1 and (train[2205:] == 1).all()
-    assert train[:1500].sum() == pytest.approx(1500) and set(train[:1500]) == {0, 2.5}   # each stands for 2.5
-    assert (test[:2200] == 1).all() and not test[2200:2205].any()
-    for name in (MITDB_DS1[0], MITDB_DS2[0]):
-        quick = probe_mitbih.used_beats(name, group, 50)
-        assert quick[:1500].sum() == quick[1500:2200].sum() == 50 and set(quick) == {0, 1}
-        assert not quick[2200:2205].any()
-        assert quick[0] and quick[1499] and quick[2199]
-        most = probe_mitbih.used_beats(name, group, 1000)              # DS2 would show 1000 N
-        assert most[:1500].sum() == pytest.approx(1000)
-        assert (most[:1500] > 0).sum() == (600 if name == MITDB_DS1[0] else 1000)
+    weight = probe_mitbih.used_beats(group, normals=600)
+    assert (weight[:1500] > 0).sum() == 600 and (weight[1500:2200] == 1).all() and not weight[2200:2205].any()
+    assert np.ptp(np.diff(np.flatnonzero(weight[:1500]))) <= 1 and (weight[2205:] == 1).all()
+    assert weight[:1500].sum() == 1500 and set(weight[:1500]) == {0, 2, 3}     # one counts for two or three
+    assert (probe_mitbih.used_beats(group, normals=9999) == (group != "Q")).all()
+    assert not probe_mitbih.used_beats(group[:0]).size and (probe_mitbih.used_beats(group[1500:1503]) == 1).all()
+    quick = probe_mitbih.used_beats(group, 50)
+    assert quick[:1500].sum() == quick[1500:2200].sum() == 50 and set(quick) == {0, 1}
+    assert not quick[2200:2205].any() and quick[0] and quick[1499] and quick[2199]
+    most = probe_mitbih.used_beats(group, 1000, 600)
+    assert most[:1500].sum() == 1000 and (most[:1500] > 0).sum() == 600
 
 
 def test_rr_features_are_their_definition():
@@ -364,6 +363,20 @@ def test_a_window_of_one_second_sees_the_same_token_and_no_more():
         assert np.array_equal(a, b) == same and np.isfinite(a).all()
 
 
+def test_asked_patches_are_those_of_the_whole_window(encoder_path):
+    """The last block for some patches only gives their features, those of CLS and the registers, and what is valid."""
+    encoder = load_encoders([encoder_path], "cpu")[0][0]
+    signal = torch.from_numpy(np.random.default_rng(15).normal(0, 0.3, (3, 2, 5 * PATCH)).astype(np.float32))
+    leads, columns = torch.tensor([[2, 7]]).expand(3, -1), torch.tensor([3, 1])
+    for _ in range(2):
+        with torch.inference_mode():
+            whole, some = encoder(signal, leads), encoder(signal, leads, columns=columns)
+        for a, b in zip((whole.cls, whole.registers, whole.patches[:, :, columns]), some):
+            torch.testing.assert_close(b, a, equal_nan=True)
+        signal[1, 0, 60:70] = torch.nan
+    assert torch.equal(some.valid, whole.valid[:, :, columns]) and not some.valid[1, 0, 1]
+
+
 def test_record_auroc_is_that_of_sklearn():
     rng = np.random.default_rng(5)
     cls, record = rng.choice(list("NSV"), 300), rng.choice(["a", "b", "c"], 300)
@@ -426,31 +439,47 @@ def drawn_beats(n, rng, share=(0.85, 0.05, 0.1)):
     """n beats in 4 records of DS1 and 4 of DS2: features (n, 3) that tell N, S and V apart, and what select says."""
     record = np.repeat([*MITDB_DS1[:4], "100", "103", "213", "232"], n // 8)
     group = rng.choice(list("NSV"), n, p=share)
-    data = dict(record=record, group=group, weight=np.ones(n), rr=np.exp(rng.normal(-0.2, 0.2, (n, 8))))
+    data = dict(record=record, group=group, weight=np.ones(n, int), rr=np.exp(rng.normal(-0.2, 0.2, (n, 8))))
     x = rng.normal(size=(n, 3)) + 1.5 * np.eye(3)[np.searchsorted(list("NSV"), group)]
     return x, probe_mitbih.select(data, slice(None), 0)
 
 
+def test_the_fit_is_that_of_sklearn():
+    """A regression of each class against the rest, made to add up to 1; a class that is not there gets 0."""
+    x, beats = drawn_beats(800, np.random.default_rng(16))
+    x = x * (1, 10, 0.1) + 5                                         # it is standardized first
+    cls, z = beats["cls"], (x - x[:400].mean(axis=0)) / x[:400].std(axis=0)
+    p = probe_mitbih.fit(x[:400], probe_mitbih.one_hot(cls[:400]), x)
+    model = LogisticRegression(C=probe_mitbih.LOGIT_VARIANCE / 3, solver="newton-cholesky", tol=1e-10)
+    expected = np.stack([model.fit(z[:400], cls[:400] == k).predict_proba(z)[:, 1] for k in "NSV"], axis=1)
+    np.testing.assert_allclose(p[:, :3], expected / expected.sum(axis=1, keepdims=True), atol=1e-5)
+    assert not p[:, 3].any()
+
+
 def test_probabilities_get_the_frequencies_and_the_sharpness_of_held_out_beats():
-    """A balanced fit on 85 % N says S as often as N, and one that was fitted too closely is too sure. Mended, the mean
+    """A fit on every fifth N says S too often, and one that was fitted too closely is too sure. Mended, the mean
     probability is the share of each class again, and the log loss is the least that any temperature has."""
-    rng = np.random.default_rng(10)
-    x, beats = drawn_beats(8000, rng)
-    y = probe_mitbih.one_hot(beats["cls"])
-    p = probe_mitbih.fit(x, beats["cls"], x)[-1]
+    x, beats = drawn_beats(16000, np.random.default_rng(10))
+    kept = (beats["cls"] != "N") | (np.arange(16000) % 5 == 0)
+    x, cls = x[kept], beats["cls"][kept]
+    y, weight = probe_mitbih.one_hot(cls), np.where(cls == "N", 5, 1)
+    p = probe_mitbih.fit(x, y, x)
     for sure in (1.0, 3.0):
-        said = p ** sure / (p ** sure).sum(axis=1, keepdims=True)
-        mended, new, first, sharpness, prior = probe_mitbih.calibrate(said, y, np.ones(len(y)), said[:50])
-        assert p[:, 1].mean() > 0.15 and sharpness == pytest.approx(1 / sure, rel=0.1)
-        np.testing.assert_allclose(mended[:, :3].mean(axis=0), y[:, :3].mean(axis=0), atol=0.01)
+        said = (p / y.mean(axis=0).clip(1e-9)) ** sure * y.mean(axis=0)                 # too sure of odds, not shares
+        said /= said.sum(axis=1, keepdims=True)
+        mended, new, first, sharpness, prior = probe_mitbih.calibrate(said, y, weight, said[:50])
+        assert p[:, 1].mean() > 0.1 and sharpness == pytest.approx(1 / sure, rel=0.1)
+        np.testing.assert_allclose(np.average(mended, axis=0, weights=weight)[:3], weight @ y[:, :3] / weight.sum(),
+                                   atol=0.01)
         np.testing.assert_array_equal(new, mended[:50])
-        np.testing.assert_allclose(prior, y.sum(axis=0))
-        np.testing.assert_allclose(first, (said[:50] * prior) / (said[:50] * prior).sum(axis=1, keepdims=True))
-        powers = [said[:, :3] ** s * prior[:3] for s in (sharpness / 1.02, sharpness, sharpness * 1.02)]
-        losses = [log_loss(beats["cls"], q / q.sum(axis=1, keepdims=True), labels=list("NSV")) for q in powers]
+        np.testing.assert_allclose(prior, weight @ y)
+        shares = said[:50] * (5, 1, 1, 1)
+        np.testing.assert_allclose(first, shares / shares.sum(axis=1, keepdims=True))
+        powers = [(said / y.sum(axis=0).clip(1))[:, :3] ** s * prior[:3]
+                  for s in (sharpness / 1.02, sharpness, sharpness * 1.02)]
+        losses = [log_loss(cls, q / q.sum(axis=1, keepdims=True), labels=list("NSV"), sample_weight=weight)
+                  for q in powers]
         assert losses[1] < min(losses[0], losses[2])
-    doubled = probe_mitbih.calibrate(p, y, np.where(y[:, 1], 2.0, 1.0), p)[4]      # an S that stands for two
-    assert doubled[1] == 2 * y[:, 1].sum()
 
 
 def test_detection_is_that_of_sklearn_at_the_best_threshold_of_ds1():
@@ -458,7 +487,8 @@ def test_detection_is_that_of_sklearn_at_the_best_threshold_of_ds1():
     y_train, y = rng.random(300) < 0.2, rng.random(200) < 0.3
     held_out, p = (np.round(np.where(of, 0.3, 0) + 0.7 * rng.random(len(of)), 2) for of in (y_train, y))
     weight, number, counts = rng.random(300), np.repeat([0, 1, 2, 3], 50), np.array([[1, 1, 1, 1], [2, 0, 1, 1]])
-    found, at = probe_mitbih.detection(held_out, y_train, weight, p, y, number, counts)
+    found = probe_mitbih.detection(held_out, y_train, weight, p, y, number, counts)
+    at = found["threshold"][0]
     f1 = {t: f1_score(y_train, held_out >= t, sample_weight=weight) for t in np.unique(held_out)}
     assert f1[at] == pytest.approx(max(f1.values()))
     for s, weights in enumerate(counts):
@@ -467,15 +497,15 @@ def test_detection_is_that_of_sklearn_at_the_best_threshold_of_ds1():
 
 
 def test_nothing_is_chosen_on_ds2():
-    """Labels of the test beats may be anything: C, sharpness, thresholds and probabilities are the same."""
+    """Labels of the test beats may be anything: sharpness, thresholds and probabilities are the same."""
     rng = np.random.default_rng(6)
     x, beats = drawn_beats(400, rng)
-    other = beats | dict(cls=np.where(beats["test"], rng.choice(list("NSVF"), 400), beats["cls"]))
-    (a, p, _), (b, q, _) = (probe_mitbih.score(x, of) for of in (beats, other))
+    other = beats | dict(cls=np.where(np.arange(400) < 200, beats["cls"], rng.choice(list("NSVF"), 400)))
+    (a, p, scores), (b, q, others) = (probe_mitbih.score(x, of) for of in (beats, other))
     np.testing.assert_array_equal(p, q)
-    assert p.shape == (2, 200, 4) and (a["c"], a["sharpness"], a["prior"]) == (b["c"], b["sharpness"], b["prior"])
-    assert [a["detection"][k]["threshold"] for k in "SV"] == [b["detection"][k]["threshold"] for k in "SV"]
-    assert a["detection"] != b["detection"]
+    assert p.shape == (2, 200, 4) and (a["sharpness"], a["prior"]) == (b["sharpness"], b["prior"])
+    assert [scores[f"threshold_{k}"][0] for k in "sv"] == [others[f"threshold_{k}"][0] for k in "sv"]
+    assert scores["f1_v"][0] != others["f1_v"][0]
     np.testing.assert_allclose(p.sum(axis=2), 1)
 
 
@@ -673,7 +703,7 @@ def test_mitbih_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
         for key in ("mixture area", "bw 0 dB", "f1_s"):
             (low, high), gain = entry["differences"][key]["ci95"], entry["differences"][key]["difference"]
             assert low <= high and gain == pytest.approx(entry[key] - entry["untrained_scores"][key], abs=2e-6)
-        assert entry["detection"]["S"]["f1"] == pytest.approx(entry["f1_s"]) and entry["calibration"]["brier_skill"] > 0
+        assert 0 < entry["threshold_s"] < 1 and entry["calibration"]["brier_skill"] > 0
         for side in ("1 s", "lead II"):
             all_leads, other = (result["sides"][f"{name}, {key}"] for key in ("few", side))
             assert other["lost"]["within_nsv"]["difference"] == pytest.approx(
@@ -684,10 +714,10 @@ def test_mitbih_from_raw_to_report(synth, encoder_path, tmp_path, capsys):
     assert result["bxb"]["neighbourhood"]["within_nsv"] > 0.5
     assert result["controls"]["rr"]["rr_r"] > 0.95 and result["controls"]["rr"]["early_r"] > 0.9
     assert result["controls"]["rr"]["macro_nsv"] > 0.9 and "macro_nsvf" in result["controls"]["raw"]
-    assert set(stored["record"]) <= set(MITDB_DS2) and "N: N L R e j" in (said := capsys.readouterr().out)
+    assert set(stored["record"]) <= set(MITDB_DS2) and "'N': 'NLR'" in (said := capsys.readouterr().out)
     gained = result["features"]["neighbourhood"]["differences"]["within_nsv"]      # of all beats, not of the few
     assert re.search(rf"control\n.*\n.*\nneighbourhood +{gained['difference']:.3f} ", said) is not None
-    assert "one seed: [95 %] are over records alone" in said and str(encoder_path) in said
+    assert "over records alone, as there is one seed" in said and str(encoder_path) in said
 
 
 def test_the_untrained_control_can_be_had_alone(synth, tmp_path):
