@@ -10,6 +10,7 @@ H levels of noise, L leads, T samples (at FS).
 """
 import argparse
 import base64
+import copy
 import io
 import itertools
 import json
@@ -39,7 +40,7 @@ from sklearn.preprocessing import StandardScaler
 
 from augment import NOISE_TYPES, add_noise_levels
 from corpus import git, known_by_content
-from ecg import FS, LEADS, MAX_LEADS, atomic_write, preprocess
+from ecg import FS, LEADS, MAX_LEADS, Refused, atomic_write, lead_id, preprocess
 from model import load_encoder, rotate, untrained_like
 
 BOOTSTRAPS = 1000                # resamples of patients or records
@@ -49,6 +50,9 @@ SOLVED = 2e-5                    # largest change of a logit in the last Newton 
 PAIRS = 8                        # of conjugate gradients, kept for the next Newton step
 SCORES = {"macro_auroc": "ci95", "untrained": "untrained_ci95", "difference": "difference_ci95"}  # and their intervals
 EPOCHS, PATIENCE, BATCH, LR, WEIGHT_DECAY = 40, 5, 64, 1e-2, 1e-2  # of fit_attention
+TUNE_EPOCHS = 20                 # of fine_tune, with BATCH and PATIENCE; TUNE_LR is that of what lies above all blocks
+TUNE_LR, TUNE_HEAD_LR, TUNE_DECAY, TUNE_WEIGHT_DECAY = 1e-3, 3e-3, 0.75, 0.05
+TUNE_ROWS = 512                  # in an epoch, at least: fewer recordings come again, in other windows
 CHUNK = 256                      # recordings whose local features are in memory at once
 COVERAGE = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the rows that get an answer, the surest first
 NOISE_DB = (24, 18, 12, 6, 0, -6)  # dB, signal-to-noise ratios of augment.add_noise
@@ -299,27 +303,98 @@ def fit_attention(tokens, y, train, val, test, seed):
     torch.manual_seed(seed)
     some = tokens[train[:CHUNK]].astype(np.float32)
     mean, std = np.nanmean(some, axis=(0, 1)), np.nanstd(some, axis=(0, 1)).clip(1e-6)
-    head, best, since = AttentionPool(tokens.shape[2], y.shape[1]), -np.inf, 0
+    head = AttentionPool(tokens.shape[2], y.shape[1])
+
+    def logits(head, rows, rng=None):
+        return head(torch.from_numpy((tokens[rows].astype(np.float32) - mean) / std))
+
+    @torch.no_grad()
+    def scores(head, rows):
+        return np.concatenate([logits(head, part).numpy() for part in np.array_split(rows, -(-len(rows) // BATCH))])
+
     optimizer = torch.optim.AdamW(head.parameters(), LR, weight_decay=WEIGHT_DECAY)
+    return scores(learn(head, [optimizer], logits, scores, y, train, val, seed, EPOCHS)[0], test)
 
-    def batches(rows):
-        for part in np.array_split(rows, -(-len(rows) // BATCH)):
-            yield part, head(torch.from_numpy((tokens[part].astype(np.float32) - mean) / std))
 
-    for epoch in range(EPOCHS):
-        for part, z in batches(np.random.default_rng([seed, epoch]).permutation(train)):
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(z, torch.from_numpy(y[part]).float())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            z_val, z_test = (np.concatenate([z.numpy() for _, z in batches(rows)]) for rows in (val, test))
-        score, since = macro(plain_auroc(y[val], z_val)[None])[0], since + 1
-        if not score <= best:
-            best, found, since = score, z_test, 0
-        if since == PATIENCE:
+def learn(network, optimizers, logits, scores, y, train, val, seed, epochs):
+    """Train a network with the labels y (R, C) bool of the rows `train`. Returns a copy of it after the epoch with the
+    best macro AUROC in `val`, and (loss, this AUROC) of each epoch, which end PATIENCE epochs after the best.
+
+    logits(network, rows, rng): (B, C) with gradients; scores(network, rows): (R', C) as an array; optimizers: all that
+    makes a step after each batch."""
+    best, log = -np.inf, []
+    for epoch in range(epochs):
+        rng, losses = np.random.default_rng([seed, epoch]), []
+        for part in np.array_split(rng.permutation(train), -(-len(train) // BATCH)):
+            z = logits(network, part, rng)
+            losses.append(torch.nn.functional.binary_cross_entropy_with_logits(
+                z, torch.from_numpy(y[part]).to(z.device, z.dtype)))
+            optimizers[0].zero_grad()
+            losses[-1].backward()
+            for each in optimizers:
+                each.step()
+            losses[-1] = losses[-1].item()
+        log.append((np.mean(losses), macro(plain_auroc(y[val], scores(network, val))[None])[0]))
+        if not log[-1][1] <= best:
+            best, kept, since = log[-1][1], copy.deepcopy(network), epoch
+        if epoch - since == PATIENCE:
             break
-    return found
+    return kept, log
+
+
+# ---- fine-tuning ----------------------------------------------------------------------------------------------------
+def stacked(recordings, n, leads, seconds):
+    """Signals float32 (n, L, T), mV at FS, of the named leads of n recordings, the first `seconds`; NaN = missing."""
+    ids, T = [lead_id(name) for name in leads], round(seconds * FS)
+    signal = np.full((n, len(ids), T), np.nan, np.float32)
+    for row, recording in zip(signal, recordings):
+        try:
+            signal_mv, own = preprocess(*recording[:4], {})
+        except Refused:                          # nothing in it can be used
+            continue
+        for lead, values in zip(own, signal_mv[:, :T]):
+            if lead in ids:
+                row[ids.index(lead), :len(values)] = values
+    return signal
+
+
+def fine_tune(encoder, signal, leads, y, train, val, test, seed=0):
+    """Train a copy of the encoder, and a linear head on its global feature, with the labels y (R, C) bool of the rows
+    `train` of signal (R, L, T), mV at FS; an untrained encoder: from scratch. Returns logits (R', C) of the rows
+    `test`, the copy, both after the epoch with the best macro AUROC in `val`, and (loss, this AUROC) of each epoch.
+
+    Random windows of the length in pre-training; whole recordings, as embed() cuts them, are scored. Layers nearer to
+    the signal learn more slowly, by TUNE_DECAY each, as they have less to learn.
+    """
+    torch.manual_seed(seed)
+    device, depth, rows = encoder.cls_token.device, len(encoder.blocks), np.resize(train, max(len(train), TUNE_ROWS))
+    network = torch.nn.ModuleDict(dict(encoder=copy.deepcopy(encoder),
+                                       head=torch.nn.Linear(3 * encoder.width, y.shape[1]).to(device)))
+    rates = {"head": TUNE_HEAD_LR, "encoder.norm": TUNE_LR}
+    rates |= {f"encoder.blocks.{i}.": TUNE_LR * TUNE_DECAY ** (depth - i) for i in range(depth)}
+    rates["encoder"] = TUNE_LR * TUNE_DECAY ** (depth + 1)          # patches, leads, CLS and registers
+    optimizer = torch.optim.AdamW([dict(params=[p]) for p in network.parameters()], weight_decay=TUNE_WEIGHT_DECAY)
+    cosine = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [next(rate for layer, rate in rates.items() if name.startswith(layer))
+                    for name, _ in network.named_parameters()],
+        epochs=TUNE_EPOCHS, steps_per_epoch=-(-len(rows) // BATCH), pct_start=0.1, cycle_momentum=False)
+    T = min(signal.shape[2], encoder.window_length(len(leads)) * encoder.patch_samples)
+    lead_ids = torch.tensor([lead_id(name) for name in leads])
+
+    def logits(network, rows, rng):
+        starts = rng.integers(0, signal.shape[2] - T + 1, len(rows))
+        window = torch.from_numpy(np.stack([signal[i, :, start:start + T] for i, start in zip(rows, starts)]))
+        features = network["encoder"](window.to(device), lead_ids.expand(len(rows), -1).to(device))
+        return network["head"](features.global_feature())
+
+    @torch.no_grad()
+    def scores(network, rows):
+        found = network["encoder"].embed(signal[rows], fs=FS, leads=leads, local=False, on_error="nan")
+        x = torch.tensor(np.array([of.global_feature for of in found])).nan_to_num()
+        return network["head"](x.to(device)).cpu().numpy()
+
+    kept, log = learn(network, [optimizer, cosine], logits, scores, y, rows, val, seed, TUNE_EPOCHS)
+    return scores(kept, test), kept["encoder"], log
 
 
 # ---- calibration ----------------------------------------------------------------------------------------------------
