@@ -47,6 +47,7 @@ SHORT = {"superdiagnostic": 1, "all": MIN_POSITIVES}  # sets of the curves, and 
 SHARES, DRAWS = (0.1, 0.01), 5   # of the training patients, nested; draws of them
 LEAD_SETS = {"12": LEADS[1:13], "8": ("I", "II", *LEADS[7:13]), "6 limb": LEADS[1:7], "I II V2": ("I", "II", "V2"),
              "I II": ("I", "II"), **{name: (name,) for name in LEADS[1:13]}, "I unnamed": ("I",)}
+TUNE_LEADS = LEAD_SETS["8"]      # of a whole recording that --fine-tune reads; the others follow from I and II
 SNR_RECORDINGS = 200             # of fold 10, to measure the SNR of single leads
 
 
@@ -294,7 +295,7 @@ def attention(encoders, paths, leads, data):
 def fine_tuning(encoders, paths, leads, data):
     """{share of the training patients: superclasses by evaluate.fine_tune}: encoders themselves learn, with the labels
     of the first draw of label_fractions, and the controls do so from scratch; leads: as in attention."""
-    names = list(dict.fromkeys(name for of in leads for name in of or LEAD_SETS["8"]))
+    names = list(dict.fromkeys(name for of in leads for name in of or TUNE_LEADS))
     signal = stacked(read_recordings(paths, leads), len(paths), names, RECORD_S)
     return {share: superclasses(encoders, data, lambda encoder, y: fine_tune(
         encoder, signal, names, y, data.few(share, 0), data.val, data.test, data.seed)[0]) for share in (1, *SHARES)}

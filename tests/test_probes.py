@@ -542,6 +542,7 @@ def test_ptbxl_from_raw_to_report(synth, encoder_path, tmp_path, capsys, monkeyp
     args = ["--encoder", str(encoder_path), "--raw", str(synth / "raw" / "ptbxl"), "--out", str(tmp_path / "out"),
             "--noise", str(synth / "data" / "nstdb"), "--device", "cpu", "--leads-curve", "--attention", "--fine-tune"]
     monkeypatch.setattr(evaluate, "TUNE_EPOCHS", 2)
+    monkeypatch.setattr(evaluate, "TUNE_ROWS", 16)
     probe_ptbxl.main(probe_ptbxl.parse_args(args))
     result, stored = results(tmp_path / "out", "ptbxl")
     assert set(result["tasks"]) == set(probe_ptbxl.TASKS) and not result["untrained_only"]
