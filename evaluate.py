@@ -10,6 +10,7 @@ H levels of noise, L leads, T samples (at FS).
 """
 import argparse
 import base64
+import copy
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections import deque
 from html import escape
 from pathlib import Path
 
@@ -36,15 +38,19 @@ from torch.nn import functional as F
 
 from augment import NOISE_TYPES, add_noise_levels
 from corpus import git, known_by_content
-from ecg import FS, LEADS, MAX_LEADS, atomic_write, cut_patches, preprocess
+from ecg import FS, LEADS, MAX_LEADS, Refused, atomic_write, cut_patches, lead_id, preprocess
 from model import load_encoder, rotate, untrained_like
 
 BOOTSTRAPS = 1000                # resamples of patients or records
 CALIBRATION_BINS = 15            # of equal size, of each label
 PERFECT_DRAWS = 200              # of labels from the probabilities themselves: what a perfect model would score
-SOLVED = 1e-5                    # largest change of a logit in the last Newton step, of which about 1 % is still wrong
+SOLVED = 2e-5                    # largest change of a logit in the last Newton step, of which about 1 % is still wrong
+PAIRS = 8                        # of conjugate gradients, kept for the next Newton step
 SCORES = {"macro_auroc": "ci95", "untrained": "untrained_ci95", "difference": "difference_ci95"}  # and their intervals
 EPOCHS, PATIENCE, BATCH, LR, WEIGHT_DECAY = 40, 5, 64, 1e-2, 1e-2  # of fit_attention
+TUNE_EPOCHS = 20                 # of fine_tune, with BATCH and PATIENCE; TUNE_LR is that of what lies above all blocks
+TUNE_LR, TUNE_HEAD_LR, TUNE_DECAY, TUNE_WEIGHT_DECAY = 1e-3, 3e-3, 0.75, 0.05
+TUNE_ROWS = 512                  # in an epoch, at least: fewer recordings come again, in other windows
 CHUNK = 256                      # recordings whose local features are in memory at once
 COVERAGE = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the rows that get an answer, the surest first
 NOISE_DB = (24, 18, 12, 6, 0, -6)  # dB, signal-to-noise ratios of augment.add_noise
@@ -94,23 +100,22 @@ def resampled_auroc(y, score, group, counts):
     y (R,) bool; score (R,); group (R,) int; counts (S, G): how often resample s holds each group. The wins of each
     group's positives over each group's negatives are counted once; a resample only weighs them.
     """
-    G, counts = counts.shape[1], counts.astype(np.float64)
-    negatives = np.flatnonzero(~y)[np.argsort(score[~y])]
-    positives = np.flatnonzero(y)[np.argsort(group[y], kind="stable")]
-    lowest = np.zeros((len(negatives) + 1, G), np.int32)             # of each group, among the n lowest negatives
-    lowest[np.arange(1, len(lowest)), group[negatives]] = 1
-    np.cumsum(lowest, axis=0, out=lowest)
-    below = lowest[np.searchsorted(score[negatives], score[positives], side="left")]
-    below += lowest[np.searchsorted(score[negatives], score[positives], side="right")]  # a tie is in one of the two
-    holders, first = np.unique(group[positives], return_index=True)
-    wins = np.add.reduceat(below, first, axis=0, dtype=np.float64) / 2 if len(first) else np.zeros((0, G))
-    won = ((counts[:, holders] @ wins) * counts).sum(axis=1)
-    pairs = (counts @ np.bincount(group[y], minlength=G)) * (counts @ np.bincount(group[~y], minlength=G))
+    G, counts, order = counts.shape[1], np.asarray(counts, dtype=np.float64), np.argsort(score[y])
+    positives, holders = score[y][order], group[y][order]            # from the lowest score on
+    lowest = sum(np.bincount(np.searchsorted(positives, score[~y], side) * G + group[~y],     # a tie is in one of two
+                             minlength=(len(positives) + 1) * G) for side in ("left", "right"))
+    below = np.cumsum(lowest.reshape(-1, G)[:-1], axis=0)            # (positives, G): negatives below each, twice
+    holders, first = np.unique(holders[by := np.argsort(holders, kind="stable")], return_index=True)
+    wins = np.add.reduceat(below[by], first, axis=0, dtype=np.float64) / 2 if len(first) else np.zeros((0, G))
+    won = np.einsum("sg,sg->s", counts[:, holders] @ wins, counts)
+    n_positive, n_negative = (counts @ np.bincount(group[rows], minlength=G) for rows in (y, ~y))
+    pairs = n_positive * n_negative
     return np.divide(won, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
 
 
 def label_auroc(y, score, group, counts):
     """AUROC (S, C) of every label in every resample: resampled_auroc for the columns of y and score (R, C)."""
+    counts = np.asarray(counts, dtype=np.float64)
     auroc = [resampled_auroc(*column, group, counts) for column in zip(y.T, score.T)]
     return np.reshape(auroc, (y.shape[1], len(counts))).T
 
@@ -184,9 +189,9 @@ def fit_logistic(x, y, strengths):
     each with both classes, on x (R, F) at all strengths (G,), which are scikit-learn's C.
 
     They minimise C * the sum of log losses + |w|^2 / 2, as scikit-learn's do. Newton's method, each step by conjugate
-    gradients (Lin, Weng and Keerthi 2008) of all labels and strengths together: a product of matrices takes a fraction
-    of the time of one product each. Among the singular vectors of x the second derivatives are nearly diagonal, so few
-    products are needed; these are in float32, gradients and losses in float64.
+    gradients (Lin, Weng and Keerthi 2008) of all labels together: a product of matrices takes a fraction of the time of
+    one product each. A strength starts where the one before ended. Among the singular vectors of x the second
+    derivatives are nearly diagonal, so few products are needed; these are in float32, gradients and losses in float64.
     """
     (R, F), C = x.shape, y.shape[1]
     if R > F:
@@ -194,52 +199,76 @@ def fit_logistic(x, y, strengths):
     else:                                        # twice as fast as singular vectors
         q, r = np.linalg.qr(x.T)
         basis = q @ np.linalg.eigh(r @ r.T)[1]
-    x = np.append(x @ basis, np.ones((R, 1)), axis=1)
-    c, y, low = np.repeat(strengths, C), np.tile(y.astype(float), len(strengths)), x.astype(np.float32)
-    penalty, square = np.append(np.ones((basis.shape[1], 1)), [[0]], axis=0), (x * x).mean(axis=0)[:, None]
-    w = np.zeros((len(penalty), len(c)))
+    x, y, found = np.append(x @ basis, np.ones((R, 1)), axis=1), y.astype(float), []
+    low, penalty, square = x.astype(np.float32), np.ones((x.shape[1], 1)), (x * x).mean(axis=0)[:, None]
+    penalty[-1] = 0
+    w = np.zeros((x.shape[1], C))
     w[-1] = np.log(y.sum(axis=0) / (1 - y).sum(axis=0))
+    z = x @ w
+    for c in strengths:
+        def loss(z, w, k):
+            return c * (np.logaddexp(0, z) - y[:, k] * z).sum(axis=0) + (penalty * w * w).sum(axis=0) / 2
 
-    def loss(z, w, k):
-        return c[k] * (np.logaddexp(0, z) - y[:, k] * z).sum(axis=0) + (penalty * w * w).sum(axis=0) / 2
+        k, pairs = np.arange(C), []              # k: what is not solved yet
+        reached = loss(z, w, k)
+        while len(k):
+            p = expit(z[:, k])
+            gradient, curvature = penalty * w[:, k] + c * (x.T @ (p - y[:, k])), c * p * (1 - p)
+            step, pairs = newton_step(low, gradient, curvature, penalty, curvature.sum(axis=0) * square, pairs)
+            z_step, size, before = x @ step, np.ones(len(k)), reached
+            while (worse := (reached := loss(z[:, k] + size * z_step, w[:, k] + size * step, k))
+                   > before * (1 + 1e-12)).any():
+                size[worse] /= 2
+            w[:, k] += size * step
+            z[:, k] += size * z_step
+            go_on = np.abs(z_step).max(axis=0) > SOLVED
+            k, reached, pairs = k[go_on], reached[go_on], [tuple(a[..., go_on] for a in pair) for pair in pairs]
+        found.append(np.append(basis @ w[:-1], w[-1:], axis=0))
+    return np.stack(found)
 
-    z, k = x @ w, np.arange(len(c))              # k: what is not solved yet
-    while len(k):
-        p = expit(z[:, k])
-        gradient, curvature = penalty * w[:, k] + c[k] * (x.T @ (p - y[:, k])), c[k] * p * (1 - p)
-        step = newton_step(low, gradient, curvature, penalty, penalty + curvature.sum(axis=0) * square)
-        z_step, size, before = x @ step, np.ones(len(k)), loss(z[:, k], w[:, k], k)
-        while (worse := loss(z[:, k] + size * z_step, w[:, k] + size * step, k) > before * (1 + 1e-12)).any():
-            size[worse] /= 2
-        w[:, k] += size * step
-        z[:, k] += size * z_step
-        k = k[np.abs(z_step).max(axis=0) > SOLVED]
-    w = w.reshape(len(w), len(strengths), C).swapaxes(0, 1)
-    return np.append(basis @ w[:, :-1], w[:, -1:], axis=1)
 
-
-def newton_step(x, gradient, curvature, penalty, diagonal):
+def newton_step(x, gradient, curvature, penalty, diagonal, pairs):
     """Solve (penalty + x' curvature x) step = -gradient for every label by conjugate gradients, the closer the smaller
-    the step; diagonal (F, C): about that of the matrix."""
-    first = (gradient * gradient / diagonal).sum(axis=0)
-    enough, step, k = first * np.clip(np.sqrt(first), 1e-4, 0.1), np.zeros_like(gradient), np.flatnonzero(first)
-    residual, left, curvature, diagonal = -gradient[:, k], first[k], curvature[:, k].astype(x.dtype), diagonal[:, k]
-    direction = residual / diagonal
-    while len(k):
+    the step; diagonal (F, C): about that of x' curvature x.
+
+    pairs: the last directions of the step before, their products with the matrix, and 1 / (direction * product): as in
+    L-BFGS they say what the diagonal does not (Morales and Nocedal 2000). Returns the step and its own pairs.
+    """
+    K, diagonal, kept = gradient.shape[1], penalty + diagonal, deque(maxlen=PAIRS)
+
+    def scaled(residual, k):
+        residual, shares = residual.copy(), []
+        for direction, product, inverse in reversed(pairs):
+            shares.append(inverse[k] * (direction[:, k] * residual).sum(axis=0))
+            residual -= shares[-1] * product[:, k]
+        residual /= diagonal[:, k]
+        for direction, product, inverse in pairs:
+            residual += direction[:, k] * (shares.pop() - inverse[k] * (product[:, k] * residual).sum(axis=0))
+        return residual
+
+    residual, step = -gradient, np.zeros_like(gradient)
+    direction = scaled(residual, np.arange(K))
+    left = first = (residual * direction).sum(axis=0)
+    enough, curvature, k = first * np.clip(np.sqrt(first), 1e-4, 0.1), curvature.astype(x.dtype), np.arange(K)
+    go_on = first > 0
+    while go_on.any():
+        if not go_on.all():
+            k, left, direction, residual, curvature = (
+                a[..., go_on] for a in (k, left, direction, residual, curvature))
         product = x @ direction.astype(x.dtype)
         product *= curvature
         product = x.T @ product + penalty * direction
-        size = left / (direction * product).sum(axis=0)
-        step[:, k] += size * direction
-        residual -= size * product
-        scaled = residual / diagonal
-        left, before = (residual * scaled).sum(axis=0), left
-        direction = scaled + left / before * direction
+        inverse = 1 / (direction * product).sum(axis=0)
+        kept.append(tuple(np.zeros((*a.shape[:-1], K)) for a in (direction, product, inverse)))
+        for of_all, a in zip(kept[-1], (direction, product, inverse)):
+            of_all[..., k] = a
+        step[:, k] += left * inverse * direction
+        residual -= left * inverse * product
+        downhill = scaled(residual, k)
+        left, before = (residual * downhill).sum(axis=0), left
+        direction = downhill + left / before * direction
         go_on = left > enough[k]
-        if not go_on.all():
-            k, left, direction, residual, diagonal, curvature = (
-                a[..., go_on] for a in (k, left, direction, residual, diagonal, curvature))
-    return step
+    return step, kept
 
 
 # ---- attention over local features ----------------------------------------------------------------------------------
@@ -276,27 +305,97 @@ def fit_attention(tokens, y, train, val, test, seed):
     torch.manual_seed(seed)
     some = tokens[train[:CHUNK]].astype(np.float32)
     mean, std = np.nanmean(some, axis=(0, 1)), np.nanstd(some, axis=(0, 1)).clip(1e-6)
-    head, best, since = AttentionPool(tokens.shape[2], y.shape[1]), -np.inf, 0
+    head = AttentionPool(tokens.shape[2], y.shape[1])
+
+    def logits(head, rows, rng=None):
+        return head(torch.from_numpy((tokens[rows].astype(np.float32) - mean) / std))
+
+    @torch.no_grad()
+    def scores(head, rows):
+        return np.concatenate([logits(head, part).numpy() for part in np.array_split(rows, -(-len(rows) // BATCH))])
+
     optimizer = torch.optim.AdamW(head.parameters(), LR, weight_decay=WEIGHT_DECAY)
+    return scores(learn(head, [optimizer], logits, scores, y, train, val, seed, EPOCHS)[0], test)
 
-    def batches(rows):
-        for part in np.array_split(rows, -(-len(rows) // BATCH)):
-            yield part, head(torch.from_numpy((tokens[part].astype(np.float32) - mean) / std))
 
-    for epoch in range(EPOCHS):
-        for part, z in batches(np.random.default_rng([seed, epoch]).permutation(train)):
-            loss = F.binary_cross_entropy_with_logits(z, torch.from_numpy(y[part]).float())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            z_val, z_test = (np.concatenate([z.numpy() for _, z in batches(rows)]) for rows in (val, test))
-        score, since = macro(plain_auroc(y[val], z_val)[None])[0], since + 1
-        if not score <= best:
-            best, found, since = score, z_test, 0
-        if since == PATIENCE:
+def learn(network, optimizers, logits, scores, y, train, val, seed, epochs):
+    """Train a network with the labels y (R, C) bool of the rows `train`. Returns a copy of it after the epoch with the
+    best macro AUROC in `val`, and (loss, this AUROC) of each epoch, which end PATIENCE epochs after the best.
+
+    logits(network, rows, rng): (B, C) with gradients; scores(network, rows): (R', C) as an array; optimizers: all that
+    makes a step after each batch."""
+    best, log = -np.inf, []
+    for epoch in range(epochs):
+        rng, losses = np.random.default_rng([seed, epoch]), []
+        for part in np.array_split(rng.permutation(train), -(-len(train) // BATCH)):
+            z = logits(network, part, rng)
+            losses.append(F.binary_cross_entropy_with_logits(z, torch.from_numpy(y[part]).to(z.device, z.dtype)))
+            optimizers[0].zero_grad()
+            losses[-1].backward()
+            for each in optimizers:
+                each.step()
+            losses[-1] = losses[-1].item()
+        log.append((np.mean(losses), macro(plain_auroc(y[val], scores(network, val))[None])[0]))
+        if not log[-1][1] <= best:
+            best, kept, since = log[-1][1], copy.deepcopy(network), epoch
+        if epoch - since == PATIENCE:
             break
-    return found
+    return kept, log
+
+
+# ---- fine-tuning ----------------------------------------------------------------------------------------------------
+def stacked(recordings, n, leads, seconds):
+    """Signals float32 (n, L, T), mV at FS, of the named leads of n recordings, the first `seconds`; NaN = missing."""
+    ids, T = [lead_id(name) for name in leads], round(seconds * FS)
+    signal = np.full((n, len(ids), T), np.nan, np.float32)
+    for row, recording in zip(signal, recordings):
+        try:
+            signal_mv, own = preprocess(*recording[:4], {})
+        except Refused:                          # nothing in it can be used
+            continue
+        for lead, values in zip(own, signal_mv[:, :T]):
+            if lead in ids:
+                row[ids.index(lead), :len(values)] = values
+    return signal
+
+
+def fine_tune(encoder, signal, leads, y, train, val, test, seed=0):
+    """Train a copy of the encoder, and a linear head on its global feature, with the labels y (R, C) bool of the rows
+    `train` of signal (R, L, T), mV at FS; an untrained encoder: from scratch. Returns logits (R', C) of the rows
+    `test`, the copy, both after the epoch with the best macro AUROC in `val`, and (loss, this AUROC) of each epoch.
+
+    Random windows of the length in pre-training; whole recordings, as embed() cuts them, are scored. Layers nearer to
+    the signal learn more slowly, by TUNE_DECAY each, as they have less to learn.
+    """
+    torch.manual_seed(seed)
+    device, depth, rows = encoder.cls_token.device, len(encoder.blocks), np.resize(train, max(len(train), TUNE_ROWS))
+    network = torch.nn.ModuleDict(dict(encoder=copy.deepcopy(encoder),
+                                       head=torch.nn.Linear(3 * encoder.width, y.shape[1]).to(device)))
+    rates = {"head": TUNE_HEAD_LR, "encoder.norm": TUNE_LR}
+    rates |= {f"encoder.blocks.{i}.": TUNE_LR * TUNE_DECAY ** (depth - i) for i in range(depth)}
+    rates["encoder"] = TUNE_LR * TUNE_DECAY ** (depth + 1)          # patches, leads, CLS and registers
+    optimizer = torch.optim.AdamW([dict(params=[p]) for p in network.parameters()], weight_decay=TUNE_WEIGHT_DECAY)
+    cosine = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [next(rate for layer, rate in rates.items() if name.startswith(layer))
+                    for name, _ in network.named_parameters()],
+        epochs=TUNE_EPOCHS, steps_per_epoch=-(-len(rows) // BATCH), pct_start=0.1, cycle_momentum=False)
+    T = min(signal.shape[2], encoder.window_length(len(leads)) * encoder.patch_samples)
+    lead_ids = torch.tensor([lead_id(name) for name in leads])
+
+    def logits(network, rows, rng):
+        starts = rng.integers(0, signal.shape[2] - T + 1, len(rows))
+        window = torch.from_numpy(np.stack([signal[i, :, start:start + T] for i, start in zip(rows, starts)]))
+        features = network["encoder"](window.to(device), lead_ids.expand(len(rows), -1).to(device))
+        return network["head"](features.global_feature())
+
+    @torch.no_grad()
+    def scores(network, rows):
+        found = network["encoder"].embed(signal[rows], fs=FS, leads=leads, local=False, on_error="nan")
+        x = torch.tensor(np.array([of.global_feature for of in found])).nan_to_num()
+        return network["head"](x.to(device)).cpu().numpy()
+
+    kept, log = learn(network, [optimizer, cosine], logits, scores, y, rows, val, seed, TUNE_EPOCHS)
+    return scores(kept, test), kept["encoder"], log
 
 
 # ---- calibration ----------------------------------------------------------------------------------------------------
@@ -335,14 +434,15 @@ def calibration(p, y, prevalence, group):
     said, seen, n = in_bins(p, y)
     bias = n[:, None] * seen * (1 - seen) / (n[:, None] - 1).clip(1) / len(p)
     share, mean = n[:, None] / len(p), y.mean(axis=0)
-    ranked = np.sort(p, axis=0)                  # to sort it again in each draw is quick
-    perfect = [expected_error(ranked, rng.random(p.shape) < ranked) for _ in range(PERFECT_DRAWS)]
+    ranked, starts = np.sort(p, axis=0), np.cumsum(n) - n
+    drawn = (np.add.reduceat(rng.random(p.shape) < ranked, starts, dtype=float) for _ in range(PERFECT_DRAWS))
+    perfect = [expected_error(said, positives / n[:, None], n) for positives in drawn]
     of_group = np.bincount(group, ((y - p) * (1 - 2 * p)).sum(axis=1))
     return dict(brier=brier, brier_skill=1 - brier / np.mean((constant - y) ** 2), nll=nll,
                 nll_skill=1 - nll / neg_log_likelihood(constant, y),
                 reliability=((said - seen) ** 2 * share - bias).sum(axis=0).mean(),
                 resolution=(((seen - mean) ** 2 * share - bias).sum(axis=0) + mean * (1 - mean) / (len(p) - 1)).mean(),
-                ece=expected_error(p, y), ece_perfect=np.mean(perfect), ece_perfect_ci95=interval(perfect),
+                ece=expected_error(said, seen, n), ece_perfect=np.mean(perfect), ece_perfect_ci95=interval(perfect),
                 z=of_group.sum() / np.sqrt((of_group ** 2).sum()).clip(1e-12))
 
 
@@ -361,10 +461,9 @@ def in_bins(p, y, bins=CALIBRATION_BINS):
     return *(x / n[:, None] for x in sums), n
 
 
-def expected_error(p, y):
-    """Class-wise expected calibration error, the mean over labels of p (R, C) and y (R, C)."""
-    said, seen, n = in_bins(p, y)
-    return np.mean(n @ np.abs(said - seen) / len(p))
+def expected_error(said, seen, n):
+    """Class-wise expected calibration error, the mean over labels, from the results of in_bins."""
+    return np.mean(n @ np.abs(said - seen) / n.sum())
 
 
 def selective(p, y, rare):

@@ -7,7 +7,8 @@ counts, whatever its likelihood. Folds 1-8 train, fold 9 chooses the regularisat
 Recordings without any label of a set stay in it as rows of zeros (the benchmark drops them: about 0.001 of AUROC).
 The linear probe is also fitted on 10 % and 1 % of the training patients. --encoder random:SIZE gives only the untrained
 control. --noise scores the same probe under real noise (minutes 20-30 of the Noise Stress Test records, which are never
-trained on), --leads-curve with few leads, and --attention a probe of local features.
+trained on), --leads-curve with few leads, --attention a probe of local features, and --fine-tune the encoder itself
+trained with these labels, next to the same network trained from scratch.
 
 Writes OUT/report.html, OUT/ptbxl.json, OUT/predictions.npz (fold 10) and OUT/ptbxl.png. 2,000 records, size tiny, one
 core: 3 minutes.
@@ -31,9 +32,9 @@ from augment import load_noise, snr_of_leads
 from corpus import open_corpus
 from ecg import LEADS, Refused, lead_id, preprocess, read_wfdb
 from evaluate import (CALIBRATION_NOTE, NOISE_DB, NOISE_KINDS, NOISE_NOTE, SCORES, both_classes, calibration,
-                      draw_bars, draw_examples, draw_reliability, draw_scores, fit_attention, fit_logistic,
+                      draw_bars, draw_examples, draw_reliability, draw_scores, fine_tune, fit_attention, fit_logistic,
                       global_features, label_auroc, load_encoders, local_features, macro, mean_of, noisy_features,
-                      paired, parser_of, plain_auroc, platt, resample, table, to_json, write_results)
+                      paired, parser_of, plain_auroc, platt, resample, stacked, table, to_json, write_results)
 
 TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's folds; a patient is in one fold only
@@ -45,6 +46,7 @@ SHORT = {"superdiagnostic": 1, "all": MIN_POSITIVES}  # sets of the curves, and 
 SHARES, DRAWS = (0.1, 0.01), 5   # of the training patients, nested; draws of them
 LEAD_SETS = {"12": LEADS[1:13], "8": ("I", "II", *LEADS[7:13]), "6 limb": LEADS[1:7], "I II V2": ("I", "II", "V2"),
              "I II": ("I", "II"), **{name: (name,) for name in LEADS[1:13]}, "I unnamed": ("I",)}
+TUNE_LEADS = LEAD_SETS["8"]      # of a whole recording that --fine-tune reads; the others follow from I and II
 SNR_RECORDINGS = 200             # of fold 10, to measure the SNR of single leads
 
 
@@ -93,23 +95,23 @@ def label_sets(codes, statements):
     return sets
 
 
-def read_recordings(paths, leads=None, named=True):
-    """Yield the first RECORD_S of each record, an ecg.Recording; leads: of each record the names of the leads that are
-    shown, or None; named: whether under these names, or as unknown. ValueError that names a file that cannot be read,
-    or that lacks one of these leads."""
-    for path, names in zip(paths, leads or [None] * len(paths)):
+def read_recordings(paths, leads=None):
+    """Yield the first RECORD_S of each record, an ecg.Recording, once for each of its sets of leads. leads: of each
+    record these sets, {name: names of leads, or None for all}, which are unknown leads if the name says unnamed; or its
+    only set. ValueError that names a file that cannot be read, or that lacks one of these leads."""
+    for path, sets in zip(paths, leads or [None] * len(paths)):
         try:
             recording = read_wfdb(path)
         except Refused as error:
             raise ValueError(f"{path}: {error}") from None
-        signal, ids = recording.signal[:round(RECORD_S * recording.fs)], [lead_id(name) for name in recording.leads]
-        absent = [name for name in names or () if lead_id(name) not in ids]
-        if absent:
-            raise ValueError(f"{path} has no lead {', '.join(absent)}; it has {', '.join(recording.leads)}")
-        if names:
-            signal = signal[:, [ids.index(lead_id(name)) for name in names]]
-            recording = recording._replace(leads=list(names) if named else [LEADS[0]] * len(names))
-        yield recording._replace(signal=signal)
+        whole, ids = recording.signal[:round(RECORD_S * recording.fs)], [lead_id(name) for name in recording.leads]
+        for name, shown in (sets if isinstance(sets, dict) else {"": sets}).items():
+            shown = shown or recording.leads
+            absent = [lead for lead in shown if lead_id(lead) not in ids]
+            if absent:
+                raise ValueError(f"{path} has no lead {', '.join(absent)}; it has {', '.join(recording.leads)}")
+            yield recording._replace(signal=whole[:, [ids.index(lead_id(lead)) for lead in shown]],
+                                     leads=[LEADS[0]] * len(shown) if "unnamed" in name else list(shown))
 
 
 def extract_features(encoders, paths, leads=None):
@@ -138,6 +140,12 @@ class Data:
         self.columns = {task: slice(end - len(sets[task][0]), end) for task, end in zip(sets, ends)}
         self.number, counts = resample(patients[self.test], seed)
         self.counts = np.concatenate((np.ones_like(counts[:1]), counts))
+
+    def few(self, share, draw):
+        """The recordings of a share of the training patients."""
+        patients = self.patients[self.train]
+        order = np.random.default_rng([self.seed, draw]).permutation(np.unique(patients))
+        return self.train[np.isin(patients, order[:math.ceil(share * len(order))])]
 
 
 def fit_labels(x, y):
@@ -168,7 +176,7 @@ def score_task(logits, task, data, calibrated=False):
     """One network on one task: its C; AUROC (S, C') in fold 10 of the labels with indices `labels`, which have both
     classes in folds 1-8 and in fold 10; if calibrated, probabilities (T, C') of fold 10, raw and by Platt, and their
     calibration. logits (G, R', all labels). A label that could not be fitted counts as a constant, .5."""
-    (_, y), N = data.sets[task], len(data.val)
+    y, N = data.sets[task][1], len(data.val)
     labels = np.flatnonzero(both_classes(y[data.train]) & both_classes(y[data.test]))
     best = choose_c(logits[:, :N, data.columns[task]], y[data.val])
     z_val, z = np.split(np.nan_to_num(logits[best, :, data.columns[task]][:, labels]), [N])
@@ -242,24 +250,23 @@ def as_entries(data, *draws):
 def label_fractions(features, logits, data):
     """{share of the training patients: as_entries of the probes that are fitted on it}; logits: of all of them. A draw
     of 1 % is part of one of 10 %; fold 9 is whole."""
-    patients, found = data.patients[data.train], {1: as_entries(data, macro_scores(logits, data))}
-    orders = [np.random.default_rng([data.seed, draw]).permutation(np.unique(patients)) for draw in range(DRAWS)]
+    found = {1: as_entries(data, macro_scores(logits, data))}
     for share in SHARES:
-        rows = [data.train[np.isin(patients, order[:math.ceil(share * len(order))])] for order in orders]
         found[share] = as_entries(data, *(macro_scores([
-            fit_labels(x[some], data.y[some])(x[data.scored]) for x in features], data) for some in rows))
+            fit_labels(x[some], data.y[some])(x[data.scored]) for x in features], data)
+            for some in (data.few(share, draw) for draw in range(DRAWS))))
     return found
 
 
 def leads_curve(encoders, paths, fits, data):
     """{"same": {lead set: as_entries} by probes that are fitted on each of LEAD_SETS, "moved": by `fits`}."""
-    curve = {"same": {}, "moved": {}}
-    for name, leads in LEAD_SETS.items():
-        x = global_features(encoders, lambda: read_recordings(paths, [leads] * len(paths), "unnamed" not in name))
+    found, curve = global_features(encoders, lambda: read_recordings(paths, [LEAD_SETS] * len(paths))), {}
+    for number, name in enumerate(LEAD_SETS):
+        x = found[:, number::len(LEAD_SETS)]
         own = (fit_labels(each[data.train], data.y[data.train]) for each in x)
         for kind, of in (("same", own), ("moved", fits)):
-            scores = macro_scores([fit(each[data.scored]) for fit, each in zip(of, x)], data)
-            curve[kind][name] = as_entries(data, scores)
+            curve.setdefault(kind, {})[name] = as_entries(data, macro_scores(
+                [fit(each[data.scored]) for fit, each in zip(of, x)], data))
     return curve
 
 
@@ -275,13 +282,29 @@ def noise_curve(features, noisy, fits, data):
     return curve
 
 
+# ---- other heads: attention, fine-tuning ----------------------------------------------------------------------------
 def attention(encoders, paths, leads, data):
-    """evaluate.paired of superdiagnostic by evaluate.fit_attention; leads: the names for each recording, or None."""
-    y, most = data.sets["superdiagnostic"][1], max(len(names or LEAD_SETS["12"]) for names in leads)
+    """Superdiagnostic by evaluate.fit_attention: see superclasses; leads: the names for each recording, or None."""
+    most = max(len(names or LEAD_SETS["12"]) for names in leads)
+    return superclasses(encoders, data, lambda encoder, y: fit_attention(
+        local_features(encoder, read_recordings(paths, leads), len(paths), most, RECORD_S),
+        y, data.train, data.val, data.test, data.seed))
+
+
+def fine_tuning(encoders, paths, leads, data):
+    """{share of the training patients: superclasses by evaluate.fine_tune}: encoders themselves learn, with the labels
+    of the first draw of label_fractions, and the controls do so from scratch; leads: as in attention."""
+    names = list(dict.fromkeys(name for of in leads for name in of or TUNE_LEADS))
+    signal = stacked(read_recordings(paths, leads), len(paths), names, RECORD_S)
+    return {share: superclasses(encoders, data, lambda encoder, y: fine_tune(
+        encoder, signal, names, y, data.few(share, 0), data.val, data.test, data.seed)[0]) for share in (1, *SHARES)}
+
+
+def superclasses(encoders, data, head):
+    """evaluate.paired; head(encoder, y (R, C) bool of the labels that can be scored): logits (T, C)."""
+    y = data.sets["superdiagnostic"][1]
     y = y[:, both_classes(y[data.train]) & both_classes(y[data.test])]
-    tokens = (local_features(each, read_recordings(paths, leads), len(paths), most, RECORD_S) for each in encoders)
-    z = [fit_attention(of, y, data.train, data.val, data.test, data.seed) for of in tokens]
-    x = np.stack([macro(label_auroc(y[data.test], logits, data.number, data.counts)) for logits in z])
+    x = np.stack([macro(label_auroc(y[data.test], head(each, y), data.number, data.counts)) for each in encoders])
     return paired(x[:len(data.control_of)], x[data.control_of], data.counts.shape[1])
 
 
@@ -291,7 +314,9 @@ def report(result):
     n, tasks = result["n"], result["tasks"]
     scores = {"untrained": "untrained"} | ({} if result["untrained_only"] else {
         "encoder": "macro_auroc", "difference": "difference"})
-    attention = {"superdiagnostic, attention": result["attention"]} if "attention" in result else {}
+    heads = {"superdiagnostic, attention": result["attention"]} if "attention" in result else {}
+    heads |= {f"superdiagnostic, fine-tuned, {float(share):.0%}": of
+              for share, of in result.get("fine_tuned", {}).items()}
     calibrated = {"skill": "brier_skill", "ECE": "ece", "perfect": "ece_perfect", "z": "z"}
     of_tasks = {"labels": "n_labels", "of": "n_labels_defined", "C": "c", **scores, "10+": "n_labels_min10",
                 "encoder, 10+": "macro_auroc_min10"}
@@ -321,7 +346,7 @@ def report(result):
         CALIBRATION_NOTE + "; Platt's: the same after a sigmoid fitted on fold 9",
         *["few test patients: the intervals are wide, and labels with few positives change the macro over all labels"]
         * (n["test_patients"] < FEW_PATIENTS),
-        table(tasks | attention, of_tasks),
+        table(tasks | heads, of_tasks),
         *[f"{NOISE_NOTE}; medians over recordings (range over leads)", *snr] * bool(snr),
         f"few labels (means of {DRAWS} draws), and what was asked for; area: the mean over levels of AUROC - .5",
         table(curves, of_curves)))
@@ -374,6 +399,9 @@ def parse_args(argv=None):
                              "and by one of its own; all recordings are embedded for each")
     parser.add_argument("--attention", action="store_true",
                         help="also probe local features, which take 1.2 kB x width a recording in a temporary file")
+    parser.add_argument("--fine-tune", action="store_true",
+                        help="also train the encoders themselves with the labels of 100, 10 and 1 %% of the training "
+                             "patients, and their controls from scratch; takes 80 kB of memory a recording")
     return parser.parse_args(argv)
 
 
@@ -403,7 +431,9 @@ def main(args):
             f"{key}_kept": area[key] / (clean[key] - 0.5) for key in ("macro_auroc", "untrained")}
         result["snr"] = snr_of_leads(recordings(SNR_RECORDINGS), noise, encoders[0].patch_samples, args.seed)
     result |= dict(leads_curve=leads_curve(encoders, paths, fits, data)) if args.leads_curve else {}
-    result = to_json(result | (dict(attention=attention(encoders, paths, leads, data)) if args.attention else {}))
+    result |= dict(attention=attention(encoders, paths, leads, data)) if args.attention else {}
+    result |= dict(fine_tuned=fine_tuning(encoders, paths, leads, data)) if args.fine_tune else {}
+    result = to_json(result)
     stored |= dict(ecg_id=table.index.to_numpy()[data.test], patient_id=data.patients[data.test])
     text = report(result)
     print(text)

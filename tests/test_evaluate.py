@@ -188,6 +188,60 @@ def test_attention_finds_nothing_where_nothing_is(kind):
     np.testing.assert_allclose(found, 0.5, atol=0.07 if kind == "coin" else 1e-12)         # a coin: 3.5 standard errors
 
 
+def hearts(n, seed):
+    """Recordings of 5 s of II and V1, half of them with low beats and half with another rhythm, and these labels."""
+    rng, y = np.random.default_rng(seed), np.arange(n)[:, None] // (1, 2) % 2 == 1
+    drawn = (draw_ecg(FS, 5, ("II", "V1"), rr_s=rng.uniform(0.5, 0.6) + 0.4 * fast) * (0.4 if low else 1.2)
+             for low, fast in y)
+    return [Recording(x + rng.normal(0, 0.02, x.shape), FS, ["II", "V1"]) for x in drawn], y
+
+
+def test_fine_tuning_learns_keeps_the_best_and_leaves_the_encoder_alone(monkeypatch):
+    for name, value in dict(TUNE_EPOCHS=5, TUNE_ROWS=96, BATCH=16).items():
+        monkeypatch.setattr(evaluate, name, value)
+    made, y = hearts(72, 8)
+    signal, encoder = evaluate.stacked(iter(made), 72, ("V1", "II"), 5), small_encoder()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    parts = np.split(np.random.default_rng(0).permutation(72), [40, 56])
+    z, tuned, log = evaluate.fine_tune(encoder, signal, ("V1", "II"), y, *parts)
+    losses, aurocs = np.array(log).T
+    assert losses[-1] < 0.8 * losses[0] and evaluate.plain_auroc(y[parts[2]], z).min() > 0.8
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert all(not torch.equal(value, before[name]) for name, value in tuned.state_dict().items() if "weight" in name)
+    again, _, same = evaluate.fine_tune(encoder, signal, ("V1", "II"), y, *parts)
+    assert log == same and np.array_equal(z, again)                 # the same seed
+    # Scored rows are those of the best epoch, whichever it was, and test labels do not matter.
+    y[parts[2]] = ~y[parts[2]]
+    of_val = evaluate.fine_tune(encoder, signal, ("V1", "II"), y, *parts[:2], parts[1])[0]
+    assert evaluate.plain_auroc(y[parts[1]], of_val).mean() == max(aurocs)
+
+
+def test_fine_tuning_stops_early_and_returns_the_best_weights(monkeypatch):
+    """Of scores that rise and then fall: the weights after the second epoch, and no more than the patience after it."""
+    monkeypatch.setattr(evaluate, "TUNE_ROWS", 16)
+    monkeypatch.setattr(evaluate, "PATIENCE", 2)
+    made, y = hearts(24, 9)
+    signal, parts = evaluate.stacked(iter(made), 24, ("II",), 5), np.split(np.arange(24), [16, 20])
+    given, epochs = iter([0.6, 0.9, 0.7, 0.8, 1.0]), []
+    monkeypatch.setattr(evaluate, "plain_auroc", lambda y, z: epochs.append(z) or np.array([next(given)]))
+    z, _, log = evaluate.fine_tune(small_encoder(), signal, ("II",), y, *parts[:2], parts[1])
+    assert [auroc for _, auroc in log] == [0.6, 0.9, 0.7, 0.8]
+    np.testing.assert_array_equal(z, epochs[1])
+    assert not np.array_equal(z, epochs[3])
+
+
+def test_stacked_recordings_are_preprocessed_ones():
+    whole, _, gap, dead = recordings(lost=True)
+    flat = whole._replace(signal=np.zeros((12, 5000)))
+    short = whole._replace(signal=whole.signal[:2, :2000], leads=["I", "DII"])
+    signal = evaluate.stacked(iter([whole, gap, dead, flat, short]), 5, ("V1", "II", "V7"), 8)
+    assert signal.shape == (5, 3, 8 * FS) and signal.dtype == np.float32
+    for row, recording in zip(signal, (whole, gap, dead)):
+        np.testing.assert_array_equal(row[:2], preprocess(*recording[:4])[0][[6, 1], :8 * FS])
+    assert np.isnan(signal[:, 2]).all() and np.isnan(signal[3]).all() and np.isnan(signal[4, 0]).all()
+    assert np.isfinite(signal[4, 1, :4 * FS]).all() and np.isnan(signal[4, 1, 4 * FS:]).all()
+
+
 def test_local_features_are_those_of_embed(monkeypatch):
     monkeypatch.setattr(evaluate, "CHUNK", 2)
     encoder, made = small_encoder(), recordings(lost=True)

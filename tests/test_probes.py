@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import f1_score, log_loss, precision_recall_fscore_support, roc_auc_score
 from threadpoolctl import threadpool_limits
 
+import evaluate
 import probe_mitbih
 import probe_ptbxl
 from augment import add_test_noise, load_noise
@@ -217,7 +218,8 @@ def test_few_labels_are_nested_by_patient(monkeypatch):
 
 
 def test_leads_without_their_name_are_unknown(ptbxl_records):
-    named, unnamed = (next(probe_ptbxl.read_recordings(ptbxl_records[:1], [["I", "V2"]], of)) for of in (True, False))
+    sets = {"two": ("I", "V2"), "two unnamed": ("I", "V2")}
+    named, unnamed = probe_ptbxl.read_recordings(ptbxl_records[:1], [sets])
     assert named.leads == ["I", "V2"] and unnamed.leads == ["unknown", "unknown"]
     np.testing.assert_array_equal(named.signal, unnamed.signal)
     assert preprocess(*unnamed[:4], {})[1].tolist() == [0, 0]
@@ -604,7 +606,9 @@ def test_ptbxl_from_raw_to_report(synth, encoder_path, tmp_path, capsys, monkeyp
     some = ("12", "I II", "V2", "I", "I unnamed")
     monkeypatch.setattr(probe_ptbxl, "LEAD_SETS", {name: probe_ptbxl.LEAD_SETS[name] for name in some})
     args = ["--encoder", str(encoder_path), "--raw", str(synth / "raw" / "ptbxl"), "--out", str(tmp_path / "out"),
-            "--noise", str(synth / "data" / "nstdb"), "--device", "cpu", "--leads-curve", "--attention"]
+            "--noise", str(synth / "data" / "nstdb"), "--device", "cpu", "--leads-curve", "--attention", "--fine-tune"]
+    monkeypatch.setattr(evaluate, "TUNE_EPOCHS", 2)
+    monkeypatch.setattr(evaluate, "TUNE_ROWS", 16)
     probe_ptbxl.main(probe_ptbxl.parse_args(args))
     result, stored = results(tmp_path / "out", "ptbxl")
     assert set(result["tasks"]) == set(probe_ptbxl.TASKS) and not result["untrained_only"]
@@ -633,9 +637,14 @@ def test_ptbxl_from_raw_to_report(synth, encoder_path, tmp_path, capsys, monkeyp
     assert len(set(moved.values())) > 3 and set(result["fractions"]) == {"1", "0.1", "0.01"}
     assert result["fractions"]["1"]["superdiagnostic"]["difference"] == pytest.approx(task["difference"])
     assert 0 <= result["attention"]["macro_auroc"] <= 1 and result["attention"]["macro_auroc"] != task["macro_auroc"]
+    tuned = result["fine_tuned"]
+    assert set(tuned) == set(result["fractions"]) and len({of["macro_auroc"] for of in tuned.values()}) > 1
+    assert all(of["ci95"][0] <= of["macro_auroc"] <= of["ci95"][1] for of in tuned.values())
+    assert any(of["difference"] != 0 for of in tuned.values())
     said = capsys.readouterr().out
     for words in (f"fold 10 is scored ({len(y)} recordings", "mixture at 0 dB", "bw, area", "I unnamed, moved to it",
-                  "1% of the training patients", "superdiagnostic, attention", "A^2 / 8"):
+                  "1% of the training patients", "superdiagnostic, attention", "A^2 / 8",
+                  "superdiagnostic, fine-tuned, 10%"):
         assert words in said
 
 
