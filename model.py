@@ -137,17 +137,17 @@ def rotate(x, rope):
 
 
 def attend(q, k, v, seen=None):
-    """softmax(q k^T / sqrt(E)) v of q (B, H, Q, E) and k, v (B, H, M, E) -> (B, H, Q, E); seen (B, M) bool: the tokens
-    that can be seen; None: all."""
-    B, H, M, E = k.shape
+    """softmax(q k^T / sqrt(E)) v of q, k, v (B, H, M, E) -> (B, H, M, E); seen (B, M) bool: the tokens that can be
+    seen; None: all."""
+    B, H, M, E = q.shape
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or M > MAX_BATCHED_TOKENS:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if seen is None else seen[:, None, None])
-    q, k, v = (t.reshape(B * H, -1, E) for t in (q, k, v))
+    q, k, v = (t.reshape(B * H, M, E) for t in (q, k, v))
     hidden = q.new_zeros(1, 1, 1)
     if seen is not None:
         hidden = q.new_zeros(seen.shape).masked_fill(~seen, -math.inf).repeat_interleave(H, dim=0)[:, None]
-    scores = torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=E ** -0.5)                              # (B * H, Q, M)
-    return torch.bmm(scores.softmax(dim=-1), v).view(B, H, -1, E)
+    scores = torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=E ** -0.5)                              # (B * H, M, M)
+    return torch.bmm(scores.softmax(dim=-1), v).view(B, H, M, E)
 
 
 def join(parts):
@@ -169,16 +169,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, scale, shapes, ropes, keys, asking=None):
+    def forward(self, x, scale, shapes, ropes, keys):
         """scale (D,) times the attention of x (Z, D), tokens of several batches: shapes ((B, M), ...), ropes (one
         (M, E/2, 2) each) and keys (one (B, M) bool each, the tokens that can be seen; None: all) say what belongs
-        together. asking (Q,): the places in a window of the tokens that are wanted; None: all."""
+        together."""
         parts = []
         for qkv, (B, M), rope, seen in zip(self.qkv(x).split([B * M for B, M in shapes]), shapes, ropes, keys):
             qk, v = qkv.view(B, M, 3, self.heads, -1).split([2, 1], dim=2)
             q, k, v = (t.transpose(1, 2) for t in (*rotate(qk, rope).unbind(2), v[:, :, 0]))       # (B, H, M, E) each
-            q = q if asking is None else q[:, :, asking]
-            parts.append(attend(q, k, v, seen).transpose(1, 2).reshape(-1, self.heads * q.shape[3]))
+            parts.append(attend(q, k, v, seen).transpose(1, 2).reshape(B * M, -1))
         return scaled_linear(join(parts), self.proj, scale)
 
 
@@ -196,16 +195,13 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.scale2 = nn.Parameter(torch.full((width,), float(layer_scale)))
 
-    def forward(self, x, *layout):               # shapes, ropes, keys, asking: see Attention
+    def forward(self, x, *layout):               # shapes, ropes, keys: see Attention
         if self.recompute and torch.is_grad_enabled():                                         # nothing is random here
             return checkpoint(self.run, x, *layout, use_reentrant=False, preserve_rng_state=False)
         return self.run(x, *layout)
 
-    def run(self, x, shapes, *layout):
-        attended = self.attention(self.norm1(x), self.scale1, shapes, *layout)
-        if len(layout) > 2:
-            x = x.view(*shapes[0], -1)[:, layout[2]].flatten(0, 1)
-        x = x + attended
+    def run(self, x, *layout):
+        x = x + self.attention(self.norm1(x), self.scale1, *layout)
         return x + scaled_linear(self.mlp[:-1](self.norm2(x)), self.mlp[-1], self.scale2)
 
 
@@ -267,21 +263,20 @@ class Encoder(nn.Module):
         for parameter, value in self.first_weights():
             parameter.copy_(value)
 
-    def forward(self, signal, leads, mask=None, columns=None):
+    def forward(self, signal, leads, mask=None):
         """Features of windows, with gradients.
 
         signal (B, L, T) mV at FS Hz, T a multiple of P, NaN = missing: a patch with a missing sample, and so a whole
         missing lead, is hidden from every other token of its recording, and its own feature is NaN. leads (B, L) lead
         ids (places in ecg.LEADS; ecg.preprocess gives both). mask (B, L, N) bool: these patches are replaced by the
-        mask token. columns (Q,): which patches of each lead are wanted; the last block then runs for these, CLS and the
-        registers alone, which takes a quarter less time of tiny. Raises ValueError for other shapes; embed() takes any
-        recording. torch.export and torch.onnx.export (dynamo=True) give the same features, of signals with NaN too.
+        mask token. Raises ValueError for other shapes; embed() takes any recording. torch.export and torch.onnx.export
+        (dynamo=True) give the same features, of signals with NaN too.
         """
-        return self.encode([(signal, leads, mask)], gaps=True, columns=columns)[0]
+        return self.encode([(signal, leads, mask)], gaps=True)[0]
 
-    def encode(self, views, gaps=False, columns=None):
+    def encode(self, views, gaps=False):
         """Features of each of several batches of windows (signal, leads, mask), see forward. gaps: look for NaN, and
-        the host then waits for the device; otherwise the signals must be finite. columns: of one batch, see forward.
+        the host then waits for the device; otherwise the signals must be finite.
 
         Each block runs once, on the tokens of all batches, and FSDP then fetches its weights once. On a CPU a narrow
         network takes the batches one by one, because these fit the cache. The result is the same."""
@@ -308,15 +303,8 @@ class Encoder(nn.Module):
             shapes.append(tuple(x.shape[:2]))
             tokens.append(x.flatten(0, 1))
         x = join(tokens)
-        for block in self.blocks[:-1]:
+        for block in self.blocks:
             x = block(x, shapes, ropes, keys)
-        if columns is None:
-            x = self.blocks[-1](x, shapes, ropes, keys)
-        else:
-            patches = N * torch.arange(L, device=columns.device)[:, None] + columns
-            asking = torch.cat((torch.arange(first, device=columns.device), first + patches.flatten()))
-            x, shapes = self.blocks[-1](x, shapes, ropes, keys, asking), [(B, len(asking))]
-            valid = [None if seen is None else seen[..., columns] for seen in valid]
         features = []
         for x, (B, M), (_, leads, _), seen in zip(self.norm(x).split([B * M for B, M in shapes]), shapes, views, valid):
             x = x.view(B, M, self.width)
@@ -490,16 +478,15 @@ def token_features(encoder, signal_mv, lead_ids, beats_s, window_s=BEAT_WINDOW_S
     r = torch.from_numpy(np.rint(beats_s * FS).astype(int)) - start                        # (K,) in its window
     from_r = (torch.arange(N) + 0.5) * P - r[:, None]                                      # (K, N) centres of patches
     around = (from_r >= AROUND_S[0] * FS) & (from_r <= AROUND_S[1] * FS)
-    wanted = torch.stack((torch.arange(N) == (r[:, None] // P).clip(0, N - 1), around), dim=1)           # (K, 2, N)
     for k in torch.arange(len(r)).split(BEAT_BATCH):
         windows = signal_mv.unfold(1, N * P, 1)[:, start[k]].transpose(0, 1)               # (B, L, T)
         leads = lead_ids.expand(len(k), -1)
         windows = windows if change is None else change(windows, leads, range(k[0], k[-1] + 1))
-        columns = wanted[k].any(dim=(0, 1)).nonzero()[:, 0]                # (Q,) the same four of most windows
         with torch.inference_mode(), low_precision(device, encoder.precision):
-            patches = encoder(windows.to(device), leads.to(device), columns=columns.to(device)).patches
-        tokens = patches.float().cpu().nanmean(dim=1)[:, None]                                           # (B, 1, Q, D)
-        features.append(torch.where(wanted[k][..., columns, None], tokens, torch.nan).nanmean(dim=2).flatten(1))
+            patches = encoder(windows.to(device), leads.to(device)).patches
+        tokens = patches.float().cpu().nanmean(dim=1)                                      # (B, N, D)
+        mean = torch.where(around[k][..., None], tokens, torch.nan).nanmean(dim=1)
+        features.append(torch.cat((tokens[torch.arange(len(k)), (r[k] // P).clip(0, N - 1)], mean), dim=1))
     return torch.cat(features).numpy()
 
 
