@@ -924,10 +924,10 @@ def read_any(path, fs=None, units="mV", leads=""):
     """Yield (start in s, Recording or Refused) of a recording in any form: read_pieces of a WFDB record or an EDF file;
     read_array, in one piece, of another file. fs, units and leads are those of arrays, see read_array."""
     kind = Path(path).suffix.lower()
-    if kind == ".edf" or os.path.isfile(find_file(f"{path}.hea")) or not os.path.isfile(path):
-        yield from read_pieces(path)
-    elif kind in ARRAY_READERS:
+    if kind in ARRAY_READERS and os.path.isfile(path) and not os.path.isfile(f"{path}.hea"):
         yield 0, read_array(path, fs, units, leads)
+    elif kind == ".edf" or not os.path.isfile(path) or os.path.isfile(find_file(f"{path}.hea")):
+        yield from read_pieces(path)
     else:
         raise Refused("unknown format", f"{kind or 'a file without suffix'} is not read here: expected a WFDB record "
                                         f"(.hea), .edf, {', '.join(ARRAY_READERS)}; README.md names converters")

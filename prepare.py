@@ -286,10 +286,10 @@ class Lookup(dict):
         self.may_miss = key == value               # a list of duplicates: a part of a database may hold none of them
         tables = sorted(path for depth in ("", "*/", "*/*/") for path in table.parent.glob(depth + table.name))
         parts = (part for path in ([table] if paths else tables) for part in read_table(path, [key, value]))
-        for key, value in itertools.chain.from_iterable(part.itertuples(index=False, name=None) for part in parts):
-            self.setdefault(self.short(key), value)
-            if paths and HELD_OUT_COPY.fullmatch(key):
-                self.held_out.add(value)
+        for name, found in itertools.chain.from_iterable(part.itertuples(index=False, name=None) for part in parts):
+            self.setdefault(self.short(name), found)               # `parts` still needs key and value
+            if paths and HELD_OUT_COPY.fullmatch(name):
+                self.held_out.add(found)
 
     def short(self, name):
         name = re.sub(r"(?i)\.(hea|mat|dat|edf)\Z", "", name.replace("\\", "/").removeprefix("./"))
@@ -502,6 +502,7 @@ def write_corpus(source, raw, out, args, command):
     part.mkdir(parents=True, exist_ok=True)
     lock, plan = lock_folder(part), part / "plan.json"
     try:
+        refuse_existing(out)                                       # another process may have finished it by now
         found = json.loads(plan.read_text()) if plan.exists() and not args.dry_run else None
         if found and found | same != found:
             raise ValueError(f"{part} holds an unfinished run of `{found.get('command')}`, and this is `{command}`, "
@@ -768,7 +769,7 @@ def check(dirs, held_out=None):
     for corpus, found in zip(corpora, [] if faults else rows_to_leave_out(corpora)):
         for rows, what in zip(found, ("are copies of held-out recordings", "are second copies")):
             if len(rows):
-                names = ", ".join(corpus.records[rows[:5]].astype(str)) + (" ..." if len(rows) > 5 else "")
+                names = b", ".join(corpus.records[rows[:5]]).decode() + (" ..." if len(rows) > 5 else "")
                 print(f"{corpus.dir}: {len(rows):,} recordings of split train {what}, of these corpora or of public "
                       f"test sets: {names}; train.py leaves them out when it is given the same corpora")
     if held_out and not faults:
@@ -794,7 +795,7 @@ def draw_overview(corpus, path):
                                  height_ratios=[2, 2, 1, 1, 1, 1, 1, 1], subplot_kw={"xmargin": 0})
     sets, of_set = np.unique(index[["n_leads", "leads"]], return_inverse=True)
     names = [" ".join(LEADS[k] for k in ids[:n]) if n < 5 else f"{n} leads" for n, ids in sets]
-    hours = pd.DataFrame({"hours": index["length"] / FS / 3600, "leads": np.array(names)[of_set],
+    hours = pd.DataFrame({"hours": index["length"] / FS / 3600, "leads": np.array(names, object)[of_set],
                           "original rate, Hz": index["fs_hz"], "length, s": pd.cut(
                               index["length"] / FS, [0, 5, 9, 11, 20, 60, 600, 3600, np.inf], right=False)})
     for key, what in zip("abc", hours.columns[1:]):
@@ -919,7 +920,7 @@ def run_command():
     try:
         sys.exit(bool(check(args.dirs, args.held_out)) if checking else main(args))
     except (ValueError, OSError, KeyboardInterrupt) as error:            # OSError: disk full, no permission
-        sys.exit(f"prepare.py: {error}" if checking else end_of_run(args, error))
+        sys.exit(f"prepare.py: {str(error) or 'interrupted'}" if checking else end_of_run(args, error))
 
 
 if __name__ == "__main__":

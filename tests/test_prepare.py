@@ -186,7 +186,7 @@ def test_ptbxl_counts_what_it_cannot_read(synth, ptbxl_table, tmp_path):
         rows.loc[ecg_id, "filename_lr"] = f"mine/{ecg_id}"
         write(raw, f"mine/{ecg_id}", noise(ecg_id, 1000, len(leads)), leads, fs=100)
     os.truncate(raw / "mine" / "3.dat", 5000)
-    rows.loc[4, "filename_lr"] = "mine/4"
+    rows.loc[4, "filename_lr"] = "no_such_folder/4"
     rows.to_csv(raw / "ptbxl_database.csv")
     corpus = run("ptbxl", raw, tmp_path / "out", "--rate", "100")
     assert names_of(corpus) == ["00001"]
@@ -1230,6 +1230,9 @@ def test_patients_of_a_folder_come_from_a_table(tmp_path):
     for record, patient in zip(records, patients, strict=True):
         pd.DataFrame({patient: ["p"], record: ["a/1"]}).to_csv(table)
         assert prepare.Lookup(table, *prepare.PATIENT_COLUMNS, paths=True) == {"a/1": "p"}
+    for part in ("a", "b"):                                        # a publisher's table may be in several folders
+        (raw / part / "t.csv").write_text(f"who,name\n{part}1,x/{part}.mat\n{part}2,{part}\n")
+    assert prepare.Lookup(raw / "t.csv", "name", "who") == {"a": "a1", "b": "b1"}
 
 
 def test_limit_and_dry_run(tmp_path, capsys):
@@ -1286,8 +1289,10 @@ def test_out_may_be_a_mount_point_or_a_link(small_raw, small_corpus, tmp_path, m
         assert sorted(os.listdir(tmp_path)) == (["big", "out"] if "link" in kind else ["out"])
         assert not disk.exists() or os.listdir(disk) == ["mine"]
         before = files_of(out)
-        with pytest.raises(ValueError, match="out already exists: delete it"):
-            prepare.main(args)
+        for again in (lambda: prepare.main(args),                      # or after a long download, made by another process
+                      lambda: prepare.write_corpus("wfdb", small_raw, out, args, "another command")):
+            with pytest.raises(ValueError, match="out already exists: delete it"):
+                again()
         assert files_of(out) == before
     finally:
         if kind == "mount":
@@ -1663,6 +1668,9 @@ def test_check_of_whole_and_damaged_corpora(small_corpus, tmp_path, capsys):
     words = (f"{twin}: 3 recordings of split train are second copies, of these corpora or of public test sets: "
              "r0, r1, r2;")
     assert words in capsys.readouterr().out
+    write(tmp_path / "raw", "Müller/1", noise(0))
+    assert prepare.check([copy, run("wfdb", tmp_path / "raw", tmp_path / "named").dir]) == 0
+    assert "of public test sets: Müller/1;" in capsys.readouterr().out
     open_corpus(copy)                                              # the picture is no part of the corpus
     data = bytearray((copy / "signal" / "00001.i16").read_bytes())
     data[77] ^= 4
