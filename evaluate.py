@@ -221,7 +221,7 @@ def fit_logistic(x, y, strengths):
                 size[worse] /= 2
             w[:, k] += size * step
             z[:, k] += size * z_step
-            go_on = np.abs(z_step).max(axis=0) > SOLVED
+            go_on = np.abs(size * z_step).max(axis=0) > SOLVED
             k, reached, pairs = k[go_on], reached[go_on], [tuple(a[..., go_on] for a in pair) for pair in pairs]
         found.append(np.append(basis @ w[:-1], w[-1:], axis=0))
     return np.stack(found)

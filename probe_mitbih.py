@@ -349,7 +349,7 @@ def examples(encoder, raw, data, beats, p):
 def parse_args(argv=None):
     parser = parser_of("Linear probes of heartbeats of MIT-BIH, for an encoder and its untrained control.", "raw/mitdb")
     parser.add_argument("--beats", type=int, metavar="N", help="for a quick look: at most so many beats of a class of "
-                        "each record, one window, all leads (default: all beats)")
+                        "each record, one window, all leads (default: all but N, see --normals)")
     parser.add_argument("--normals", type=int, metavar="N", default=MAX_N, help="so many normal beats of a record are "
                         "shown to the encoder, evenly spread, and count for all (default: %(default)s)")
     parser.add_argument("--noise", type=Path, help="prepared noise, such as data/nstdb: also score DS2 under it")

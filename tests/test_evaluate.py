@@ -141,6 +141,16 @@ def test_all_labels_and_strengths_at_once_are_those_of_sklearn(rows, features):
     assert (alone[:, :2] == 0).all() and evaluate.fit_logistic(x, y[:, :0], strengths).shape == (3, features + 1, 0)
 
 
+def test_a_fit_ends_where_rounding_hides_the_optimum():
+    """Almost without a penalty, of labels that can be separated: no step makes the loss smaller any more."""
+    x = np.random.default_rng(0).normal(size=(300, 40))
+    y = np.stack((x[:, 0] > 0, np.arange(300) == 5, np.arange(300) != 7), axis=1)
+    w, = evaluate.fit_logistic(x, y, [1e6])
+    for k in range(3):
+        model = LogisticRegression(C=1e6, solver="newton-cholesky", tol=1e-10, max_iter=1000).fit(x, y[:, k])
+        np.testing.assert_allclose(x @ w[:-1, k] + w[-1, k], model.decision_function(x), rtol=0.01, atol=0.2)
+
+
 def test_attention_is_that_of_nested_loops():
     torch.manual_seed(5)
     head, tokens = evaluate.AttentionPool(6, 3).double(), torch.randn(4, 7, 6, dtype=torch.float64)

@@ -517,7 +517,7 @@ def test_each_gets_the_score_that_it_deserves(kind):
         assert auroc == pytest.approx([0.5] * 3, abs=margin) and areas == pytest.approx([0] * 5, abs=margin + 1e-9)
         classes = [*(entry["per_class"][k] for k in "NSV"), *(entry["within_per_class"][k] for k in "NSV")]
         assert classes + [scores["s_without_232"][0]] == pytest.approx([0.5] * 7, abs=2 * margin)
-        of, rows, prevalence = entry["calibration"], probe_mitbih.one_hot(beats["cls"][beats["test"]]), {}
+        of, rows = entry["calibration"], probe_mitbih.one_hot(beats["cls"][beats["test"]])
         assert abs(of["brier_skill"]) < 0.01 and abs(of["nll_skill"]) < 0.02 and abs(of["resolution"]) < 2e-3
         assert abs(of["reliability"]) < 2e-3 and abs(of["ece"] - of["ece_perfect"]) < 0.02
         for k, name in ((1, "S"), (2, "V")):
