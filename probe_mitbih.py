@@ -357,6 +357,8 @@ def parse_args(argv=None):
 
 
 def main(args):
+    if min(args.normals, 1 if args.beats is None else args.beats) < 1:
+        raise ValueError(f"--beats {args.beats} and --normals {args.normals} must be at least 1")
     encoders, control_of = load_encoders(args.encoder, args.device, args.precision)
     noise = load_noise(open_corpus(args.noise), "test") if args.noise else None
     data = collect(args.raw, encoders, args.beats, args.normals, noise, args.seed)
