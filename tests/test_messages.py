@@ -483,6 +483,15 @@ def counts_of_prepare(work):
         work.prepare(source, flag, least)
 
 
+@follows("and --normals {} must be at least 1")
+def counts_of_beats(work):
+    def refused(*flags):
+        return refusal(probe_mitbih.main, probe_mitbih.parse_args(
+            ["--encoder", "random:tiny", "--raw", str(work.folder), "--out", str(work.folder / "beats"), *flags]))
+    assert "--beats 0 and" in refused("--beats", "0") and "--normals -1 must" in refused("--normals", "-1")
+    assert "holds 0 of the 44 records" in refused("--beats", "1", "--normals", "1")
+
+
 @follows("--raw {} is no folder")
 def no_raw_folder(work):
     work.prepare_refuses("mitdb", raw=work.folder / "absent")

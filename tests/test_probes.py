@@ -734,13 +734,6 @@ def test_a_wrong_folder_is_named(probe, words, encoder_path, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", ["--beats", "--normals"])
-def test_no_beats_at_all_are_refused(flag, tmp_path):
-    args = ["--encoder", "random:tiny", "--raw", str(tmp_path), "--out", str(tmp_path / "out"), flag, "0"]
-    with pytest.raises(ValueError, match=f"{flag} 0.* must be at least 1"):
-        probe_mitbih.main(probe_mitbih.parse_args(args))
-
-
 def test_noise_of_training_is_not_that_of_the_probe(synth):
     corpus = open_corpus(synth / "data" / "nstdb")
     train, test = (load_noise(corpus, split) for split in ("train", "test"))
