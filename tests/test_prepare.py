@@ -742,7 +742,8 @@ def test_an_interrupted_run_goes_on_where_it_stood(end, tmp_path):
         until(lambda: len(list(part.glob("done/*.npz"))) >= 4, "the first shards")
         if end == "a worker is killed":
             for pid in set(processes_of(process.pid)) - {process.pid}:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):      # it may have ended with the one before
+                    os.kill(pid, signal.SIGKILL)
         else:
             (os.killpg if end == "SIGINT" else os.kill)(process.pid, signal.Signals[end])   # Ctrl-C goes to all of them
         code, errors = process.wait(600), "" if end == "SIGKILL" else process.stderr.read()
