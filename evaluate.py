@@ -18,7 +18,6 @@ import shlex
 import sys
 import tempfile
 import time
-from collections import deque
 from html import escape
 from pathlib import Path
 
@@ -44,8 +43,7 @@ from model import load_encoder, rotate, untrained_like
 BOOTSTRAPS = 1000                # resamples of patients or records
 CALIBRATION_BINS = 15            # of equal size, of each label
 PERFECT_DRAWS = 200              # of labels from the probabilities themselves: what a perfect model would score
-SOLVED = 2e-5                    # largest change of a logit in the last Newton step, of which about 1 % is still wrong
-PAIRS = 8                        # of conjugate gradients, kept for the next Newton step
+SOLVED = 1e-5                    # largest change of a logit in the last Newton step, of which about 1 % is still wrong
 SCORES = {"macro_auroc": "ci95", "untrained": "untrained_ci95", "difference": "difference_ci95"}  # and their intervals
 EPOCHS, PATIENCE, BATCH, LR, WEIGHT_DECAY = 40, 5, 64, 1e-2, 1e-2  # of fit_attention
 TUNE_EPOCHS = 20                 # of fine_tune, with BATCH and PATIENCE; TUNE_LR is that of what lies above all blocks
@@ -189,9 +187,9 @@ def fit_logistic(x, y, strengths):
     each with both classes, on x (R, F) at all strengths (G,), which are scikit-learn's C.
 
     They minimise C * the sum of log losses + |w|^2 / 2, as scikit-learn's do. Newton's method, each step by conjugate
-    gradients (Lin, Weng and Keerthi 2008) of all labels together: a product of matrices takes a fraction of the time of
-    one product each. A strength starts where the one before ended. Among the singular vectors of x the second
-    derivatives are nearly diagonal, so few products are needed; these are in float32, gradients and losses in float64.
+    gradients (Lin, Weng and Keerthi 2008) of all labels and strengths together: a product of matrices takes a fraction
+    of the time of one product each. Among the singular vectors of x the second derivatives are nearly diagonal, so few
+    products are needed; these are in float32, gradients and losses in float64.
     """
     (R, F), C = x.shape, y.shape[1]
     if R > F:
@@ -199,76 +197,52 @@ def fit_logistic(x, y, strengths):
     else:                                        # twice as fast as singular vectors
         q, r = np.linalg.qr(x.T)
         basis = q @ np.linalg.eigh(r @ r.T)[1]
-    x, y, found = np.append(x @ basis, np.ones((R, 1)), axis=1), y.astype(float), []
-    low, penalty, square = x.astype(np.float32), np.ones((x.shape[1], 1)), (x * x).mean(axis=0)[:, None]
-    penalty[-1] = 0
-    w = np.zeros((x.shape[1], C))
+    x = np.append(x @ basis, np.ones((R, 1)), axis=1)
+    c, y, low = np.repeat(strengths, C), np.tile(y.astype(float), len(strengths)), x.astype(np.float32)
+    penalty, square = np.append(np.ones((basis.shape[1], 1)), [[0]], axis=0), (x * x).mean(axis=0)[:, None]
+    w = np.zeros((len(penalty), len(c)))
     w[-1] = np.log(y.sum(axis=0) / (1 - y).sum(axis=0))
-    z = x @ w
-    for c in strengths:
-        def loss(z, w, k):
-            return c * (np.logaddexp(0, z) - y[:, k] * z).sum(axis=0) + (penalty * w * w).sum(axis=0) / 2
 
-        k, pairs = np.arange(C), []              # k: what is not solved yet
-        reached = loss(z, w, k)
-        while len(k):
-            p = expit(z[:, k])
-            gradient, curvature = penalty * w[:, k] + c * (x.T @ (p - y[:, k])), c * p * (1 - p)
-            step, pairs = newton_step(low, gradient, curvature, penalty, curvature.sum(axis=0) * square, pairs)
-            z_step, size, before = x @ step, np.ones(len(k)), reached
-            while (worse := (reached := loss(z[:, k] + size * z_step, w[:, k] + size * step, k))
-                   > before * (1 + 1e-12)).any():
-                size[worse] /= 2
-            w[:, k] += size * step
-            z[:, k] += size * z_step
-            go_on = np.abs(size * z_step).max(axis=0) > SOLVED
-            k, reached, pairs = k[go_on], reached[go_on], [tuple(a[..., go_on] for a in pair) for pair in pairs]
-        found.append(np.append(basis @ w[:-1], w[-1:], axis=0))
-    return np.stack(found)
+    def loss(z, w, k):
+        return c[k] * (np.logaddexp(0, z) - y[:, k] * z).sum(axis=0) + (penalty * w * w).sum(axis=0) / 2
+
+    z, k = x @ w, np.arange(len(c))              # k: what is not solved yet
+    while len(k):
+        p = expit(z[:, k])
+        gradient, curvature = penalty * w[:, k] + c[k] * (x.T @ (p - y[:, k])), c[k] * p * (1 - p)
+        step = newton_step(low, gradient, curvature, penalty, penalty + curvature.sum(axis=0) * square)
+        z_step, size, before = x @ step, np.ones(len(k)), loss(z[:, k], w[:, k], k)
+        while (worse := loss(z[:, k] + size * z_step, w[:, k] + size * step, k) > before * (1 + 1e-12)).any():
+            size[worse] /= 2
+        w[:, k] += size * step
+        z[:, k] += size * z_step
+        k = k[np.abs(size * z_step).max(axis=0) > SOLVED]
+    w = w.reshape(len(w), len(strengths), C).swapaxes(0, 1)
+    return np.append(basis @ w[:, :-1], w[:, -1:], axis=1)
 
 
-def newton_step(x, gradient, curvature, penalty, diagonal, pairs):
+def newton_step(x, gradient, curvature, penalty, diagonal):
     """Solve (penalty + x' curvature x) step = -gradient for every label by conjugate gradients, the closer the smaller
-    the step; diagonal (F, C): about that of x' curvature x.
-
-    pairs: the last directions of the step before, their products with the matrix, and 1 / (direction * product): as in
-    L-BFGS they say what the diagonal does not (Morales and Nocedal 2000). Returns the step and its own pairs.
-    """
-    K, diagonal, kept = gradient.shape[1], penalty + diagonal, deque(maxlen=PAIRS)
-
-    def scaled(residual, k):
-        residual, shares = residual.copy(), []
-        for direction, product, inverse in reversed(pairs):
-            shares.append(inverse[k] * (direction[:, k] * residual).sum(axis=0))
-            residual -= shares[-1] * product[:, k]
-        residual /= diagonal[:, k]
-        for direction, product, inverse in pairs:
-            residual += direction[:, k] * (shares.pop() - inverse[k] * (product[:, k] * residual).sum(axis=0))
-        return residual
-
-    residual, step = -gradient, np.zeros_like(gradient)
-    direction = scaled(residual, np.arange(K))
-    left = first = (residual * direction).sum(axis=0)
-    enough, curvature, k = first * np.clip(np.sqrt(first), 1e-4, 0.1), curvature.astype(x.dtype), np.arange(K)
-    go_on = first > 0
-    while go_on.any():
-        if not go_on.all():
-            k, left, direction, residual, curvature = (
-                a[..., go_on] for a in (k, left, direction, residual, curvature))
+    the step; diagonal (F, C): about that of the matrix."""
+    first = (gradient * gradient / diagonal).sum(axis=0)
+    enough, step, k = first * np.clip(np.sqrt(first), 1e-4, 0.1), np.zeros_like(gradient), np.flatnonzero(first)
+    residual, left, curvature, diagonal = -gradient[:, k], first[k], curvature[:, k].astype(x.dtype), diagonal[:, k]
+    direction = residual / diagonal
+    while len(k):
         product = x @ direction.astype(x.dtype)
         product *= curvature
         product = x.T @ product + penalty * direction
-        inverse = 1 / (direction * product).sum(axis=0)
-        kept.append(tuple(np.zeros((*a.shape[:-1], K)) for a in (direction, product, inverse)))
-        for of_all, a in zip(kept[-1], (direction, product, inverse)):
-            of_all[..., k] = a
-        step[:, k] += left * inverse * direction
-        residual -= left * inverse * product
-        downhill = scaled(residual, k)
-        left, before = (residual * downhill).sum(axis=0), left
-        direction = downhill + left / before * direction
+        size = left / (direction * product).sum(axis=0)
+        step[:, k] += size * direction
+        residual -= size * product
+        scaled = residual / diagonal
+        left, before = (residual * scaled).sum(axis=0), left
+        direction = scaled + left / before * direction
         go_on = left > enough[k]
-    return step, kept
+        if not go_on.all():
+            k, left, direction, residual, diagonal, curvature = (
+                a[..., go_on] for a in (k, left, direction, residual, diagonal, curvature))
+    return step
 
 
 # ---- attention over local features ----------------------------------------------------------------------------------
