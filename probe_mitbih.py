@@ -294,13 +294,12 @@ def report(result):
             result["sides"], macros | {"lost within": "lost.within_nsv.difference"}),
         "paired difference to the untrained control": (compared, {
             key: f"differences.{path}.difference" for key, path in (macros | f1 | rr | areas).items()})}
-    over = "seeds and records" if len(result["encoder"]) > 1 else "records alone, as there is one seed"
+    over = "seeds and records" if result["encoder"][1:] else "records alone, as there is one seed"
     shown = f"at most {result['beats']} of a class" if result["beats"] else f"of N at most {result['normals']}"
     lines = [f"MIT-BIH, DS1 ({n['train_records']} records) to DS2 ({n['test_records']}); {shown} of a record are shown "
              f"({n['train']} and {n['test_shown']} beats)" + "".join(f"; none is {name}" for name in n["absent"]),
              f"encoders: {' '.join(result['encoder'])}; [95 %] over {over}; temperature and thresholds by {FOLDS} "
-             f"folds of DS1 records; symbols: "
-             f"{' '.join(f'{name}={of}' for name, of in SYMBOLS.items())}; Q is neither trained nor scored",
+             f"folds of DS1 records; symbols: {' '.join(map('='.join, SYMBOLS.items()))}; Q is not used",
              table({f"{part}, e and j are {k}": of for k, parts in zip("NS", result["mappings"].values())
                     for part, of in parts.items()}, {name: name for name in CLASSES})]
     return "\n".join(lines + [f"{title}\n{text}" for title, of in tables.items() if (text := table(*of))])
@@ -340,8 +339,7 @@ def examples(encoder, raw, data, beats, p):
         from_r = (start + (np.arange(N) + 0.5) * P - np.rint(beat_s * FS)) / FS
         window = Recording(signal_mv[:, start:start + N * P], FS, [LEADS[i] for i in ids])
         return f"record {record}, {beat_s[0]:.1f} s", window, (from_r >= AROUND_S[0]) & (from_r <= AROUND_S[1])
-    x = data["all", 0][train]
-    return draw_examples(encoder, x, lambda new: logit(fit(x, y[train], new)), CLASSES,
+    return draw_examples(encoder, x := data["all", 0][train], lambda new: logit(fit(x, y[train], new)), CLASSES,
                          p.reshape(-1, *p.shape[-2:])[0], y[test], data["record"][test], show_row)
 
 
@@ -357,7 +355,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    if min(args.normals, 1 if args.beats is None else args.beats) < 1:
+    if args.normals < 1 or args.beats is not None and args.beats < 1:
         raise ValueError(f"--beats {args.beats} and --normals {args.normals} must be at least 1")
     encoders, control_of = load_encoders(args.encoder, args.device, args.precision)
     noise = load_noise(open_corpus(args.noise), "test") if args.noise else None
@@ -365,11 +363,10 @@ def main(args):
     papers, bxb = (select(data, slice(None), args.seed, escape) for escape in "NS")
     few = select(data | dict(weight=np.ones_like(data["weight"])), data["few"], args.seed)
     train, test, records = papers["train"], papers["test"], papers["counts"].shape[1]
-    first = np.flatnonzero(np.diff(test, prepend=-1))              # in test, a beat may be there several times
+    first = np.flatnonzero(np.diff(test, prepend=-1))              # a beat is there as often as it counts
     stored = {key: data[key][test] for key in ("record", "beat_s", "group")} | dict(cls=papers["cls"][test])
     found = dict(features={}, controls={}, sides={}, bxb={})
-    for name in ("rr", "raw"):
-        run = score(data[name], papers)
+    for name, run in ((name, score(data[name], papers)) for name in ("rr", "raw")):
         found["controls"][name], stored[f"p_{name}"] = with_intervals([run], records)[0], run[1][0]
     for name, width in dict(r_token=encoders[0].width, neighbourhood=None).items():
         def features(kind):
@@ -387,15 +384,13 @@ def main(args):
         ("DS1", train), ("DS2", test[first]))} for name, of in dict(papers=papers, bxb=bxb).items()}
     n = dict(train=len(train), test=len(test), train_records=len(set(data["record"][train])), test_records=records,
              test_shown=len(first), absent=[name for name, of in counted["papers"]["DS2"].items() if not of])
-    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed,
-                          untrained_only=len(encoders) == len(args.encoder), beats=args.beats or 0,
-                          normals=args.normals, n=n, mapping=SYMBOLS, mappings=counted,
-                          snr_db=NOISE_DB if args.noise else [], **found))
-    text = report(result)
-    print(text)
-    shown = examples(encoders[0], args.raw, data, papers, stored["p_calibrated_neighbourhood"])
+    result = to_json(dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed, beats=args.beats or 0,
+                          normals=args.normals, untrained_only=len(encoders) == len(args.encoder), n=n,
+                          mapping=SYMBOLS, mappings=counted, snr_db=NOISE_DB if args.noise else [], **found))
+    print(text := report(result))
     write_results(args, "mitbih", result, stored, draw(result), text, encoders,
-                  (read_wfdb(args.raw / record) for record in sorted(set(stored["record"]))), shown)
+                  (read_wfdb(args.raw / record) for record in sorted(set(stored["record"]))),
+                  examples(encoders[0], args.raw, data, papers, stored["p_calibrated_neighbourhood"]))
 
 
 if __name__ == "__main__":
