@@ -379,7 +379,7 @@ def main(args):
             for side, (entry, _, scores) in sides.items():
                 found["sides"][f"{name}, {side}"] = entry | dict(lost=gains(sides["few"][2], scores, records))
     if not args.beats:
-        found["bxb"][name] = compare(features("all"), bxb, control_of)[0]
+        found["bxb"]["neighbourhood"] = compare([data["all", e] for e in range(len(encoders))], bxb, control_of)[0]
     counted = {name: {part: dict(zip(CLASSES, of["weight"][rows] @ one_hot(of["cls"][rows]))) for part, rows in (
         ("DS1", train), ("DS2", test[first]))} for name, of in dict(papers=papers, bxb=bxb).items()}
     n = dict(train=len(train), test=len(test), train_records=len(set(data["record"][train])), test_records=records,
