@@ -7,6 +7,7 @@ chooses the recordings for the batch of a step.
 Shapes: L leads, T samples, N recordings, B recordings of a batch, G lead groups, S slots (leads that a batch carries),
 W samples of a window.
 """
+import contextlib
 import functools
 import hashlib
 import json
@@ -30,9 +31,7 @@ INDEX_DTYPE = np.dtype([
     ("split", "u1"), ("label", "u1"),            # label: bit set of SUPERCLASSES, 0 = none known
     ("patient", "<u4"),                          # row in patients.npy
     ("fs_hz", "<f4"),                            # sampling rate before it became FS
-    ("first_event", "<u4"), ("n_events", "<u4")])  # annotations, in the file of the same shard in events/
-EVENT_DTYPE = np.dtype([("sample", "<i4"), ("symbol", "S6")])  # sample at FS; a beat ("N") or a rhythm ("(AFIB", ")")
-NO_EVENTS = np.zeros(0, EVENT_DTYPE)
+    ("first_event", "<u4"), ("n_events", "<u4")])  # 0: annotations are no longer kept
 RECORD_DTYPE, PATIENT_DTYPE = np.dtype("S64"), np.dtype("S32")
 MAGIC, FORMAT_VERSION = "ecg-dino corpus", 4
 OPEN_SHARDS = 500                # files that a reader keeps mapped; a process may have 1,024 file descriptors
@@ -103,14 +102,6 @@ class Corpus:
         sums = {name: digest for name, digest in self.manifest["sha256"].items()
                 if name.startswith("signal/") or name in ("index.npy", "patients.npy")}
         return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:12]
-
-    def events(self, i):
-        """Annotations of recording i, EVENT_DTYPE (K,), in order of time; none where the source has none."""
-        row = self.index[i]
-        if not row["n_events"]:
-            return NO_EVENTS
-        first = int(row["first_event"])
-        return np.load(self.dir / "events" / f"{row['shard']:05d}.npy", mmap_mode="r")[first:first + row["n_events"]]
 
 
 def open_corpus(dir):
@@ -191,11 +182,9 @@ def part_of(out):
 
 def git(*command):
     """What git says about the folder of this program; None if it says nothing."""
-    try:
-        found = subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:                              # there is no git
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):        # there is no git, or no repository
+        return subprocess.run(["git", *command], capture_output=True, check=True, text=True,
+                              cwd=Path(__file__).parent).stdout.strip()
 
 
 # ---- copies within and between corpora ------------------------------------------------------------------------------
@@ -486,20 +475,18 @@ def write_held_out(corpora, path):
 def known_by_content(recordings, held_out_file=HELD_OUT_FILE):
     """How many recordings share 5 s or more with one that held_out_file knows, and how many there are. recordings: an
     iterable of ecg.Recording; one that cannot be used is not known."""
-    prints, index, known = [NO_FINGERPRINTS], [np.zeros(0, INDEX_DTYPE)], open_held_out(held_out_file)
-    for number, recording in enumerate(recordings):
-        index.append(np.zeros(1, INDEX_DTYPE))
-        try:
+    prints, index, known = [NO_FINGERPRINTS], [], open_held_out(held_out_file)
+    for recording in recordings:
+        index.append(np.zeros((), INDEX_DTYPE))
+        with contextlib.suppress(Refused):
             signal_mv, lead_ids = (x[:MAX_LEADS] for x in preprocess(*recording[:4], {}))
-        except Refused:
-            continue
-        steps = np.nan_to_num(np.rint(signal_mv * UV_PER_MV).clip(MISSING + 1, -MISSING - 1), nan=MISSING)
-        prints.append(fingerprint(steps.astype(np.int16), lead_ids))
-        prints[-1]["row"] = number
-        index[-1]["n_leads"], index[-1]["length"], index[-1]["leads"][0, :len(lead_ids)] = *steps.shape, lead_ids
-    ours = Corpus(None, {}, np.concatenate(index), None, None, np.concatenate(prints))
+            steps = np.nan_to_num(np.rint(signal_mv * UV_PER_MV).clip(MISSING + 1, -MISSING - 1), nan=MISSING)
+            prints.append(fingerprint(steps.astype(np.int16), lead_ids))
+            prints[-1]["row"] = len(index) - 1
+            index[-1]["n_leads"], index[-1]["length"], index[-1]["leads"][:len(lead_ids)] = *steps.shape, lead_ids
+    ours = Corpus(None, {}, np.array(index, INDEX_DTYPE), None, None, np.concatenate(prints))
     held = HeldOut([known], [np.ones(len(known.index), bool)])
-    return len(held.search([ours], [np.ones(len(ours.index), bool)])[0]), len(ours.index)
+    return len(held.search([ours], [np.ones(len(index), bool)])[0]), len(index)
 
 
 def rows_to_leave_out(corpora, excluded=(), held_out_file=HELD_OUT_FILE):
@@ -545,21 +532,21 @@ class Sampler:
         """The lead groups of self.shapes that have recordings, each with its members: a dict per corpus."""
         self.too_short = "shorter than " + ", ".join(f"{s.window_s:g} s with {s.leads}" for s in self.shapes) + " leads"
         self.skipped, self.left_out = {"not in split train": 0, self.too_short: 0}, []
-        pools = [self._pools(corpus, weight, *rows) for corpus, weight, rows in zip(self.corpora, weights, left_out)]
-        self.groups = []
-        for shape in self.shapes:
-            members = [dict(pool[shape], corpus=c) for c, pool in enumerate(pools) if shape in pool]
-            if members:
-                weight, patients = (np.array([m[key] for m in members]) for key in ("weight", "patients"))
-                self.groups.append(dict(shape=shape, members=members, window=round(shape.window_s * FS), weight=weight,
-                                        patients=patients, named=shape is self.shapes[0]))
+        groups = [dict(shape=shape, members=[], window=round(shape.window_s * FS), named=shape is self.shapes[0])
+                  for shape in self.shapes]
+        for c, (weight, rows) in enumerate(zip(weights, left_out)):
+            self._add_members(groups, c, weight, *rows)
+        self.groups = [group for group in groups if group["members"]]
+        for group in self.groups:
+            group |= {key: np.array([m[key] for m in group["members"]]) for key in ("weight", "patients")}
         if not self.groups:
             raise ValueError(f"no recording to train on in {', '.join(str(c.dir) for c in self.corpora)}: "
                              f"{self.skipped}")
 
-    def _pools(self, corpus, weight, leaks, twice):
-        """Per lead group of one corpus: its rows, sorted by patient, with each patient's first one and count; weight"""
-        index = corpus.index
+    def _add_members(self, groups, c, weight, leaks, twice):
+        """Add corpus c to its groups: its rows, sorted by patient; each patient's number, the same in every group, and
+        first row and count; its weight."""
+        corpus, index = self.corpora[c], self.corpora[c].index
         train = index["split"] == SPLITS.index("train")
         self.skipped["not in split train"] += int((~train).sum())
         for rows, why in ((leaks, "copy of a held-out recording"), (twice, "copy of another recording")):
@@ -570,16 +557,16 @@ class Sampler:
         rows = np.flatnonzero(train).astype(np.uint32)                                  # half the memory of int64
         rows = rows[np.argsort(index["patient"][rows], kind="stable")]
         belongs = lead_group(index, rows, [shape.leads for shape in self.shapes])
-        pools = {}
-        for g, shape in enumerate(self.shapes):
-            members = rows[(belongs == g) & (index["length"][rows] >= shape.window_s * FS)]
+        self.skipped[self.too_short] += len(rows)
+        for g, group in enumerate(groups):
+            members = rows[(belongs == g) & (index["length"][rows] >= group["window"])]
+            self.skipped[self.too_short] -= len(members)
             if len(members):
-                _, first, count = np.unique(index["patient"][members], return_index=True, return_counts=True)
+                who, first, count = np.unique(index["patient"][members], return_index=True, return_counts=True)
                 hours = float(index["length"][members].sum(dtype=np.int64)) / FS / 3600
-                pools[shape] = dict(rows=members, first=first, count=count, patients=len(first),
-                                    weight=weight * (len(first) * hours) ** 0.25)
-        self.skipped[self.too_short] += len(rows) - sum(len(pool["rows"]) for pool in pools.values())
-        return pools
+                group["members"].append(dict(corpus=c, rows=members, people=(c << 32) + who.astype(np.int64),
+                                             first=first, count=count, patients=len(first),
+                                             weight=weight * (len(first) * hours) ** 0.25))
 
     def named_leads(self):
         """Names of the leads that views may show by name; all others are trained as unknown."""
@@ -587,14 +574,9 @@ class Sampler:
         ids = [row["leads"][np.arange(MAX_LEADS) < row["n_leads"][:, None]] for row in rows]
         return [LEADS[i] for i in np.unique(np.concatenate([DERIVED, *ids])) if i] if rows else []
 
-    def _people(self, member, patients=slice(None)):
-        """A number for each patient of a member of a group; the same person has the same one in every group."""
-        rows = member["rows"][member["first"][patients]]
-        return (member["corpus"] << 32) + self.corpora[member["corpus"]].index["patient"][rows].astype(np.int64)
-
     def _share_batch(self, ranks):
         """Set the number of recordings of every group in the batch; ValueError that names a possible batch."""
-        people = [np.concatenate([self._people(m) for m in group["members"]]) for group in self.groups]
+        people = [np.concatenate([m["people"] for m in group["members"]]) for group in self.groups]
         common = np.array([[np.isin(a, b, assume_unique=True).sum() for b in people] for a in people])         # (G, G)
         sizes = self._sizes(self.batch, ranks, common)
         if sizes is None:
@@ -646,7 +628,7 @@ class Sampler:
                 patient = (rng.random(len(member)) * group["patients"][member]).astype(np.int64)
                 who = np.empty(len(member), np.int64)
                 for m, pool in enumerate(group["members"]):
-                    who[member == m] = self._people(pool, patient[member == m])
+                    who[member == m] = pool["people"][patient[member == m]]
                 new = np.sort(np.unique(who, return_index=True)[1])      # where each person comes first
                 new = new[~np.isin(who[new], taken)][:group["size"] - len(places)]
                 taken, places = np.append(taken, who[new]), np.append(places, np.c_[member, patient][new], axis=0)

@@ -6,7 +6,6 @@ an interruption run the same command again: it continues there and ends with the
 
 the result, in OUT (for synth in OUT/ptbxl, OUT/mitdb and OUT/nstdb); corpus.py says what a row holds
   signal/        int16 at 250 Hz, 1 uV per step, -32768 = missing; for every recording one (leads, samples) block
-  events/        only for icentia11k: beats and rhythms, by sample at 250 Hz
   *.npy          a row per recording (index, records), names of patients, fingerprints to find copies
   manifest.json  counts, hours, what was rejected or changed, leak rules, checksums, the command
   rejects.csv    every recording that could not be used, and why
@@ -43,16 +42,15 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import scipy.signal
+import scipy
 import wfdb
 from joblib import cpu_count                                       # of this job: affinity and containers count
 from tqdm import tqdm
 
-from corpus import (EVENT_DTYPE, FINGERPRINT_DTYPE, FORMAT_VERSION, MAGIC, NO_EVENTS, NO_FINGERPRINTS, SPLITS,
-                    SUPERCLASSES, TABLES, fingerprint, index_faults, lock_folder, open_corpus, part_of,
-                    rows_to_leave_out, write_held_out)
-from ecg import (ARRAY_READERS, FS, LEAD_IDS, LEADS, MAX_LEADS, MAX_MV, MISSING, NOT_READ, PAD_S, UV_PER_MV, Recording,
-                 Refused, as_refused, atomic_write, find_files, list_recordings, preprocess, read_any, sha256)
+from corpus import (FINGERPRINT_DTYPE, FORMAT_VERSION, MAGIC, NO_FINGERPRINTS, SPLITS, SUPERCLASSES, TABLES,
+                    fingerprint, index_faults, lock_folder, open_corpus, part_of, rows_to_leave_out, write_held_out)
+from ecg import (ARRAY_READERS, FS, LEADS, MAX_LEADS, MAX_MV, MISSING, NOT_READ, PAD_S, UV_PER_MV, Recording, Refused,
+                 as_refused, atomic_write, find_files, list_recordings, preprocess, read_any, sha256)
 from synth import atomic_folder, synthesize
 
 MIN_VALID_S = 2.0                # s of signal that a lead needs to be kept
@@ -60,7 +58,6 @@ SHARD_BYTES = 256 * 2**20        # of signal, about; 12 million recordings of 10
 SHARDS_AT_LEAST = 64             # if there are as many recordings, so that a small corpus too gives work to all cores
 ESTIMATE_RECORDINGS = 5          # recordings that are read first, to estimate disk and time
 NAMES_LISTED = 20                # of unknown leads or channels left out, in the manifest: the most frequent
-OVERVIEW_RECORDINGS = 2000       # chosen at random, for the histograms of check.png
 ROW_DTYPE = np.dtype([(name, TABLES[name]) for name in ("index", "records", "patients")])  # of the files in done/
 # MIT-BIH inter-patient split: de Chazal et al., IEEE TBME 51(7), 2004. The rest of the 48 are the four paced records.
 MITDB_DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
@@ -80,8 +77,6 @@ PHYSIONET = {                    # database, and the files of it that are needed
     "nstdb": ("nstdb", r"[^/]*\.(hea|dat|atr)|RECORDS")}
 CODE_LEADS, CODE_FS = LEADS[1:13], 400  # of code15: DI to V6, and Hz
 CODE_SCALES = {"mV": 1.0, "1e-4 V": 0.1, "uV": 1e-3}  # units that code15 may be in, as factors to mV
-ANNOTATION_SYMBOLS = {label.label_store: label.symbol for label in wfdb.io.annotation.ann_labels}
-SKIP, NUM, AUX = 59, 60, 63      # codes of annot(5) that are not symbols
 ARRAY_COLUMNS = ("file", "rate", "unit", "leads", "patient", "split")
 PATIENT_COLUMNS = "record path file_name FileName", "patient patient_id subject_id BDSPPatientID"  # of --patients
 LEAK_NOTES = {
@@ -106,7 +101,6 @@ class Job(NamedTuple):
     part: tuple | None = None    # start and end, as shares of the first NOISE_S
     tracing: tuple | None = None  # of an HDF5 file: row, and factor to mV
     array: tuple = ()            # of an array: rate in Hz, unit and names of leads, as the table has them
-    annotator: str = ""          # of a WFDB record: suffix of the file whose annotations are kept
     reject: tuple | None = None  # reason and detail, if the lister knows already that it cannot be used
 
 
@@ -198,12 +192,11 @@ def list_code(raw, args, notes):
 
 
 def list_icentia11k(raw, args, notes):
-    """Icentia11k: 11,000 patients, one lead, 541,794 segments of 70 minutes; events/ gets beats and rhythms"""
+    """Icentia11k: 11,000 patients, one lead, 541,794 segments of 70 minutes"""
     for path in find_files(raw, notes):
         known = re.fullmatch(r"p\d{5}_s\d\d", path.name)
         reject = None if known else ("file name", f"{path.name}.hea: expected p, patient, _s and the segment")
-        record, patient = path.relative_to(raw).as_posix(), f"icentia11k/{path.name[:6]}"
-        yield job_of(path, record, patient, annotator="atr", reject=reject)
+        yield job_of(path, path.relative_to(raw).as_posix(), f"icentia11k/{path.name[:6]}", reject=reject)
 
 
 def list_wfdb(raw, args, notes):
@@ -359,18 +352,25 @@ def code15_unit(parts):
     return unit, peak * CODE_SCALES[unit]
 
 
+def read_tracing(path, row, scale):
+    """Yield 0 and the Recording in a row of an exams_part*.hdf5, in one piece as read_any. scale: factor to mV."""
+    with as_refused(path):
+        yield 0, Recording(open_h5(path)["tracings"][row].astype(float) * scale, CODE_FS, CODE_LEADS)
+
+
 # ---- one recording --------------------------------------------------------------------------------------------------
 def prepare_recording(job, changes):
     """Yield a recording as rows of the corpus: one, or the pieces of a long record. Raise Refused if there is none.
 
-    A row is int16 (L, T) uV, lead ids (L,), the rate in Hz before it became FS, and EVENT_DTYPE (K,). changes: a
-    Counter that gets what was changed or left out."""
+    A row is int16 (L, T) uV, lead ids (L,), and the rate in Hz before it became FS. changes: a Counter that gets what
+    was changed or left out."""
     if job.reject:
         raise Refused(*job.reject)
     refused, lost, found = None, Counter(), None
-    for start_s, recording in read(job):
+    pieces = read_tracing(job.path, *job.tracing) if job.tracing else read_any(job.path, *job.array)
+    for _, recording in pieces:
         try:
-            row, found = prepare_piece(job, start_s, recording)
+            row, found = prepare_piece(job, recording)
         except Refused as error:
             refused = refused or error
             lost.update(getattr(recording, "notes", None))
@@ -383,36 +383,23 @@ def prepare_recording(job, changes):
     changes.update(lost)
 
 
-def prepare_piece(job, start_s, recording):
-    """A row of the corpus from a Recording that begins `start_s` after its record, and what was changed."""
+def prepare_piece(job, recording):
+    """A row of the corpus from a Recording, and what was changed."""
     if isinstance(recording, Refused):
         raise recording
     if job.n_channels and len(recording.leads) != job.n_channels:
         raise Refused("channel count", f"{len(recording.leads)} channels, expected {job.n_channels}")
-    changes, events = Counter(recording.notes), NO_EVENTS
+    changes = Counter(recording.notes)
     signal_mv, ids = preprocess(*recording[:4], changes)
     if job.part:
         n = min(signal_mv.shape[1], NOISE_S * FS)
         signal_mv = signal_mv[:, round(job.part[0] * n):round(job.part[1] * n)]
-    steps, ids, start = drop_unusable_leads(signal_mv, ids, changes)
-    if job.annotator:
-        start += round(start_s * FS)
-        events = read_events(f"{job.path}.{job.annotator}", recording.fs, start, steps.shape[1], changes)
-    return (steps, ids, recording.fs, events), changes
-
-
-def read(job):
-    """(start in s, Recording) of the pieces of a job. Raises Refused if its file is absent or damaged."""
-    if not job.tracing:
-        return read_any(job.path, *job.array)
-    row, scale = job.tracing
-    with as_refused(job.path):
-        return [(0, Recording(open_h5(job.path)["tracings"][row].astype(float) * scale, CODE_FS, CODE_LEADS))]
+    return (*drop_unusable_leads(signal_mv, ids, changes), recording.fs), changes
 
 
 def drop_unusable_leads(signal_mv, ids, changes):
     """Drop leads without signal, cut ends where no lead has signal, and make every name unique; count the changes.
-    Returns int16 (L, T) uV, lead ids (L,), and the sample at which the recording begins now."""
+    Returns int16 (L, T) uV and lead ids (L,)."""
     valid = np.isfinite(signal_mv)
     keep = np.flatnonzero(valid.sum(axis=1) >= MIN_VALID_S * FS)
     if not len(keep):
@@ -437,56 +424,12 @@ def drop_unusable_leads(signal_mv, ids, changes):
     steps = np.rint(signal_mv * UV_PER_MV)                         # beyond the range where the resampler overshoots
     steps = np.where(np.abs(steps) < -MISSING, steps, MISSING).astype("<i2")             # NaN becomes MISSING too
     changes["samples missing"] += int((steps == MISSING).sum())
-    return steps, ids, int(start)
-
-
-def read_events(path, fs, start, length, changes):
-    """Annotations in a WFDB file as EVENT_DTYPE, in samples at FS from `start` of the prepared recording on: the
-    symbols of beats, and for "+" the rhythm that it names. An absent or damaged file is counted; the signal is kept."""
-    try:
-        events = decode_annotations(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        why = {FileNotFoundError: "absent", ValueError: "damaged"}.get(type(error), f"closed ({type(error).__name__})")
-        changes[f"recordings without annotations: the file is {why}"] += 1
-        return NO_EVENTS
-    events["sample"] = sample = np.rint(events["sample"] * (FS / fs)) - start
-    inside = (sample >= 0) & (sample < length) & ~np.isin(events["symbol"], (b'"', b" "))  # comments are no events
-    return events[inside].astype(EVENT_DTYPE)
-
-
-def decode_annotations(data):
-    """The bytes of a .atr file -> sample (K,) at the record's rate and symbol (K,). ValueError if it is damaged. The
-    format is annot(5) of the WFDB manual: words of 16 bits. The upper 6 bits are a code, the lower 10 the samples since
-    the last annotation. wfdb.rdann reads the same, but never returns on some damaged files."""
-    words, time, samples, symbols = iter(np.frombuffer(data[:len(data) // 2 * 2], "<u2").tolist()), 0, [], []
-    for word in words:
-        code, step = word >> 10, word & 0x3FF
-        if word == 0:
-            break
-        if code == SKIP:                                           # a signed long, its upper half first
-            long = next(words, 0) << 16 | next(words, 0)
-            time += long - (long >> 31 << 32)
-        elif code == AUX:                                          # text of the last annotation, `step` bytes of it
-            text = b"".join(next(words, 0).to_bytes(2, "little") for _ in range((step + 1) // 2))[:step]
-            if symbols and symbols[-1] == b"+":
-                symbols[-1] = text.rstrip(b"\0 ")
-        elif code < NUM:                                           # above: subtype, channel, number
-            time += step
-            if code not in ANNOTATION_SYMBOLS or time < (samples[-1] if samples else 0):
-                raise ValueError(f"code {code} at sample {time}")
-            samples.append(time)
-            symbols.append(ANNOTATION_SYMBOLS[code].encode())
-    else:
-        raise ValueError("cut short: no end mark")
-    return np.array(list(zip(samples, symbols)), [("sample", "<i8"), ("symbol", "S6")])
+    return steps, ids
 
 
 # ---- writing a corpus -----------------------------------------------------------------------------------------------
-# OUT/.part/ holds, while a corpus is made (in OUT, because OUT may be a mount point, or a link to another disk):
-#     jobs.jsonl, plan.json                        the jobs, fixed when the run first started
-#     signal/00000.i16 ... (events/00000.npy ...)  the shards; the shard of a job is fixed from the start
-#     done/00000.npz ...                           index rows and rejects of each finished shard
-# A shard is finished when its file in done/ is there. That file is written last, and atomically.
+# OUT/.part holds, while a corpus is made: the jobs and their shards, in jobs.jsonl and plan.json, fixed when the run
+# first started; the shards in signal/; and in done/ the index rows and rejects of each finished shard, written last.
 
 def refuse_existing(out):
     """ValueError if `out` holds anything but an unfinished run. (A new disk of ext4 has a folder lost+found.)"""
@@ -607,7 +550,7 @@ def start_worker():
 
 def prepare_shard(part, number, start, n_jobs):
     """Prepare a shard, n_jobs lines from byte `start` of jobs.jsonl on. Returns the number of its jobs, and totals."""
-    rows, events, fingerprints, rejects, changes = [], [NO_EVENTS], [NO_FINGERPRINTS], [], Counter()
+    rows, fingerprints, rejects, changes = [], [NO_FINGERPRINTS], [], Counter()
     with open(part / "jobs.jsonl") as file:
         file.seek(start)
         jobs = [Job(*json.loads(line)) for line in itertools.islice(file, n_jobs)]
@@ -615,28 +558,22 @@ def prepare_shard(part, number, start, n_jobs):
     def write(file):
         for job in jobs:
             try:
-                for steps, leads, fs_hz, found in prepare_recording(job, changes):
+                for steps, leads, fs_hz in prepare_recording(job, changes):
                     n_leads, length = steps.shape
                     row = (number, file.tell() // 2, length, n_leads, np.pad(leads, (0, MAX_LEADS - n_leads)),
-                           SPLITS.index(job.split), job.label, 0, fs_hz, 0, len(found))                # 0: see below
+                           SPLITS.index(job.split), job.label, 0, fs_hz, 0, 0)   # assemble numbers the patients
                     file.write(steps.tobytes())
                     fingerprints.append(fingerprint(steps, leads, every_lead=job.split != "train"))
                     fingerprints[-1]["row"] = len(rows)            # assemble adds the recordings of the shards before
                     rows.append((row, job.record.encode(), job.patient.encode()))
-                    events.append(found)
             except Refused as error:                               # before its first row, never after it
                 rejects.append((job.record, error.reason, str(error)))
-    files = {f"signal/{number:05d}.i16": write}
-    if any(job.annotator for job in jobs):
-        files[f"events/{number:05d}.npy"] = lambda file: np.save(file, np.concatenate(events))
-        (part / "events").mkdir(exist_ok=True)
-    for name, content in files.items():
-        atomic_write(part / name, content)
-    rows = np.array(rows, ROW_DTYPE)                               # assemble numbers the patients
+    name = f"signal/{number:05d}.i16"
+    atomic_write(part / name, write)
+    rows = np.array(rows, ROW_DTYPE)
     index = rows["index"]
-    index["first_event"] = np.cumsum(index["n_events"]) - index["n_events"]
     about = {"rejects": rejects, "changes": most_frequent(changes, 10 * NAMES_LISTED),
-             "sha256": {name: sha256(part / name) for name in files}}
+             "sha256": {name: sha256(part / name)}}
     atomic_write(part / "done" / f"{number:05d}.npz", lambda file: np.savez(
         file, rows=rows, fingerprints=np.concatenate(fingerprints), about=json.dumps(about)))
     n_bytes, hours = 2 * (index["length"] * index["n_leads"]).sum(), index["length"].sum() / FS / 3600
@@ -762,6 +699,7 @@ def check(dirs, held_out=None):
         for fault in found:
             print(f"  DAMAGED: {fault}")
         if not found:
+            from evaluate import draw_overview                     # it loads torch, which nothing else here needs
             draw_overview(corpus, corpus.dir / "check.png")
             print(f"  overview: {corpus.dir / 'check.png'}")
     if faults:
@@ -776,53 +714,6 @@ def check(dirs, held_out=None):
         write_held_out(corpora, held_out)
     print(f"{len(corpora)} corpora, {faults} faults")
     return faults
-
-
-def heart_rate_bpm(lead):
-    """60 / the median time between R waves of a lead (T,) in mV at FS; NaN if there are fewer than three R waves."""
-    band = scipy.signal.butter(2, (5, 20), "band", fs=FS, output="sos")
-    steep = np.convolve(scipy.signal.sosfiltfilt(band, lead) ** 2, np.ones(FS // 10) / (FS // 10), "same")
-    peaks, _ = scipy.signal.find_peaks(steep, height=0.3 * np.percentile(steep, 98), distance=FS // 4)
-    return 60 * FS / np.median(np.diff(peaks)) if len(peaks) > 2 else np.nan
-
-
-def draw_overview(corpus, path):
-    """check.png: hours by lead set, rate and length; amplitudes and heart rates; six random recordings."""
-    from matplotlib.figure import Figure
-    index, rng = corpus.index, np.random.default_rng(0)
-    figure = Figure(figsize=(11, 14), layout="constrained")
-    axes = figure.subplot_mosaic("aabbcc;dddeee;ffffff;gggggg;hhhhhh;iiiiii;jjjjjj;kkkkkk",
-                                 height_ratios=[2, 2, 1, 1, 1, 1, 1, 1], subplot_kw={"xmargin": 0})
-    sets, of_set = np.unique(index[["n_leads", "leads"]], return_inverse=True)
-    names = [" ".join(LEADS[k] for k in ids[:n]) if n < 5 else f"{n} leads" for n, ids in sets]
-    hours = pd.DataFrame({"hours": index["length"] / FS / 3600, "leads": np.array(names, object)[of_set],
-                          "original rate, Hz": index["fs_hz"], "length, s": pd.cut(
-                              index["length"] / FS, [0, 5, 9, 11, 20, 60, 600, 3600, np.inf], right=False)})
-    for key, what in zip("abc", hours.columns[1:]):
-        top = hours.groupby(what, observed=True).hours.sum().nlargest(6)[::-1]
-        top.plot.barh(ax=axes[key], color="0.4", xlabel=f"hours by {what}", ylabel="").margins(x=0.2)
-        axes[key].bar_label(axes[key].containers[0], fmt=" %.3g", fontsize=8)
-    rows = np.sort(rng.choice(len(index), min(OVERVIEW_RECORDINGS, len(index)), replace=False))
-    shown = [shown_lead(corpus, i) for i in rows]
-    peaks = [np.percentile(np.abs(x - np.median(x)), 99.5) for x, _ in shown]
-    for key, values, most, what in (("d", peaks, 4, "lead II, 99.5th percentile, mV (last bar: 4 and more)"),
-                                    ("e", [heart_rate_bpm(x) for x, _ in shown], 200, "heart rate, 1/min")):
-        axes[key].hist(np.clip(values, 0, most), 60, range=(0, most), color="0.4")
-        axes[key].set_xlabel(what)
-    for key, k in zip("fghijk", np.sort(rng.choice(len(rows), min(6, len(rows)), replace=False))):
-        x, title = shown[k][0][:10 * FS], f"{corpus.records[rows[k]].decode()}, {shown[k][1]}, mV over s"
-        axes[key].plot(np.arange(len(x)) / FS, x, color="k", lw=0.7)
-        axes[key].set_title(title, loc="left", fontsize=9, pad=2)
-    figure.suptitle(f"{corpus.manifest['source']}, {len(index):,} recordings, {hours.hours.sum():,.1f} h")
-    atomic_write(path, lambda file: figure.savefig(file, dpi=90))
-
-
-def shown_lead(corpus, i):
-    """Up to a minute in the middle of recording i, in mV, of lead II (or of the first lead), and the lead's name."""
-    ids, length = corpus.lead_ids(i), int(corpus.index["length"][i])
-    k, n = int(np.argmax(ids == LEAD_IDS["II"])), min(length, 60 * FS)
-    lead = corpus.read(i, (length - n) // 2, n)[k]
-    return np.where(lead == MISSING, 0, lead) / UV_PER_MV, LEADS[ids[k]]
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from conftest import (RECORDS, ROOT, TWELVE, draw_ecg, edit_header, files_of, li
                       real_ptbxl, rows_of, run, write)
 from corpus import INDEX_DTYPE, SPLITS, lock_folder, open_corpus, part_of
 from ecg import FS, LEADS, MISSING, Refused, is_no_ecg, preprocess, read_array, read_edf, read_wfdb
+from evaluate import heart_rate_bpm
 from synth import MITDB_CONDITIONS, STATEMENTS, atomic_folder, write_record
 
 DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
@@ -81,7 +82,7 @@ def test_corpus_on_disk_is_what_its_manifest_says(synth, source):
         assert n_bytes == 2 * sizes[rows].sum() == manifest["shard_bytes"][f"{shard:05d}.i16"]
     for name, digest in manifest["sha256"].items():
         assert hashlib.sha256(files[name]).hexdigest() == digest
-    assert set(index["fs_hz"]) == {100 if source == "ptbxl" else 360} and not index["n_events"].any()
+    assert set(index["fs_hz"]) == {100 if source == "ptbxl" else 360}
     assert manifest["fs_hz"] == 250 and manifest["leads"] == list(LEADS) and "1 uV" in manifest["units"]
     assert manifest["recordings"] == len(index) and manifest["rejected"] == {} == rejects_of(corpus.dir)
     assert manifest["command"].startswith("python prepare.py synth --raw")
@@ -1085,14 +1086,12 @@ def test_faults_of_code15_are_counted(shared_data, tmp_path):
         run("code15", raw, tmp_path / "again")
 
 
-def test_icentia11k_keeps_beats_and_rhythms_beside_the_signal(shared_data, tmp_path):
+def test_icentia11k(shared_data, tmp_path):
     """Two patients, three segments, as long as the real ones in one case, from MIT-BIH at 250 Hz."""
     raw, expected = tmp_path / "raw", {}
     record = wfdb.rdrecord(str(shared_data / "mitdb" / "100"))
-    beats = wfdb.rdann(str(shared_data / "mitdb" / "100"), "atr")
     lead = scipy.signal.resample_poly(record.p_signal[:, 0], 25, 36)
     adc = np.rint(np.tile(lead, 3)[:2 ** 20 + 1] * 74.36 + 20 * np.sin(np.arange(2 ** 20 + 1) / 1e4)).astype(int)
-    sample = np.rint(beats.sample * 25 / 36).astype(int)
     for name, n, start in (("p00000_s00", 2 ** 20 + 1, 0), ("p00000_s01", 100_000, 30_000), ("p00017_s00", 50_000, 0)):
         folder = raw / "p00" / name[:6]
         folder.mkdir(parents=True, exist_ok=True)
@@ -1100,30 +1099,16 @@ def test_icentia11k_keeps_beats_and_rhythms_beside_the_signal(shared_data, tmp_p
         values[:start] = 0                                         # an electrode that was not on yet
         wfdb.wrsamp(name, 250, ["mV"], ["ecg"], d_signal=values[:, None], fmt=["16"], adc_gain=[74.36], baseline=[0],
                     write_dir=str(folder))
-        keep = (sample > 20) & (sample < n)
-        notes = [(10, "+", "(N")] + [(s, "N" if k != "A" else "S", "") for s, k in
-                                     zip(sample[keep].tolist(), np.array(beats.symbol)[keep]) if k in "NAV"]
-        notes += [(n - 5, "+", ")")]
-        samples, symbols, aux = zip(*notes)
-        wfdb.wrann(name, "atr", np.array(samples), list(symbols), aux_note=list(aux), fs=250, write_dir=str(folder))
-        expected[f"p00/{name[:6]}/{name}"] = values, start, notes
-    (raw / "p00" / "p00017" / "p00017_s00.atr").unlink()
+        (folder / f"{name}.atr").write_bytes(b"beats")                 # are not read
+        expected[f"p00/{name[:6]}/{name}"] = values, start
     corpus = run("icentia11k", raw, tmp_path / "out")
     rows = rows_of(corpus)
     assert set(rows) == set(expected) and not corpus.manifest["rejected"]
-    assert corpus.manifest["changed"]["recordings without annotations: the file is absent"] == 1
     assert corpus.patients.tolist() == [b"icentia11k/p00000", b"icentia11k/p00017"]
-    for name, (values, start, notes) in expected.items():
+    for name, (values, start) in expected.items():
         i = rows[name]
         assert corpus.index["leads"][i][0] == 0 and corpus.index["n_leads"][i] == 1
         np.testing.assert_allclose(corpus.read(i)[0], values[start:] / 74.36 * 1000, atol=0.5001)
-        events = corpus.events(i)
-        if "p00017" in name:
-            assert len(events) == 0
-            continue
-        wanted = [(s - start, (aux or symbol).encode()) for s, symbol, aux in notes if s >= start]
-        assert events.tolist() == wanted and len(events) > 200 and events["symbol"][-1] == b")"
-    assert corpus.events(rows["p00/p00000/p00000_s00"])["symbol"][0] == b"(N"
 
 
 def test_faults_of_heedb_are_counted(tmp_path):
@@ -1173,32 +1158,19 @@ def test_faults_of_heedb_are_counted(tmp_path):
 
 def test_faults_of_icentia11k_are_counted(tmp_path):
     raw, folder = tmp_path / "raw", "p01/p01000/"
-    names = ("p01000_s00", "p01000_s01", "p01000_s02", "p01000_s03", "p01000_batched", "p01000_s05")
+    names = ("p01000_s00", "p01000_s01", "p01000_s02", "p01000_batched", "p01000_s05")
     for seed, name in enumerate(names):
         adc = noise(seed, 3000, 1) // 4
         if name == "p01000_s02":
             adc[:] = 0                                             # the patch was not worn
         write(raw, folder + name, adc, ("ecg",), gain=74.36, baseline=0)
-        wfdb.wrann(name, "atr", np.arange(50, 2900, 200), ["N"] * 15, fs=250, write_dir=str(raw / folder))
     (raw / f"{folder}p01000_s01.dat").unlink()
-    os.truncate(raw / f"{folder}p01000_s03.atr", 30)
     os.truncate(raw / f"{folder}p01000_s05.dat", 4001)
     corpus = run("icentia11k", raw, tmp_path / "out")
     assert rejects_of(corpus.dir) == {f"{folder}p01000_s01": "absent file", f"{folder}p01000_s02": "no valid lead",
                                       f"{folder}p01000_batched": "file name",
                                       f"{folder}p01000_s05": "unreadable or truncated file"}
-    assert names_of(corpus) == [f"{folder}p01000_s00", f"{folder}p01000_s03"]
-    assert corpus.manifest["changed"]["recordings without annotations: the file is damaged"] == 1
-    assert corpus.index["n_events"].tolist() == [15, 0]
-
-
-@pytest.mark.parametrize("name", ["100", "114", "203", "232"])
-def test_annotations_are_decoded_as_wfdb_does(shared_data, name):
-    path, known = shared_data / "mitdb" / name, wfdb.rdann(str(shared_data / "mitdb" / name), "atr")
-    events = prepare.decode_annotations(path.with_suffix(".atr").read_bytes())
-    np.testing.assert_array_equal(events["sample"], known.sample)
-    symbols = [note.strip("\0 ")[:6] if symbol == "+" else symbol for symbol, note in zip(known.symbol, known.aux_note)]
-    assert [symbol.decode() for symbol in events["symbol"]] == symbols and len(events) > 1500
+    assert names_of(corpus) == [f"{folder}p01000_s00"]
 
 
 def test_patients_of_a_folder_come_from_a_table(tmp_path):
@@ -1530,8 +1502,6 @@ def mutant_trees(raw, shared_data):
     (raw / "wfdb" / "lay.hea").write_text("lay 3 250 0\n" + "".join(
         f"~ 0{spf} 0 0 0 0 0 0 {lead}\n" for spf, lead in (("x2", "ECG V1"), ("", "RESP"), ("x2", "Lead II"))))
     (raw / "wfdb" / "i.hea").write_text("i/5 3 250 2050\nlay 0\ng 750\n~ 100\nh 750\ngone 450\n")
-    wfdb.wrann("p00000_s00", "atr", np.arange(50, 1400, 100), ["N"] * 14, fs=500,
-               write_dir=str(raw / "icentia11k" / "p00" / "p00000"))
     (raw / "code" / "annotations.csv").write_text("id_exam,id_patient\n1,5\n2,5\n")
     (raw / "heedb" / "demographics_ECG.csv").write_text("FileName,BDSPPatientID\nx.mat,5\ny.mat,6\n")
     (raw / "heedb" / "duplicated.csv").write_text("file_name\nz\n")
@@ -1619,9 +1589,9 @@ def outcome(source, raw):
                 assert len(str(error)) > 5
                 found.append(error.reason)
                 continue
-            for steps, _, fs_hz, events in rows:
+            for steps, _, fs_hz in rows:
                 assert steps.dtype == np.int16 and 500 <= steps.shape[1] and 50 <= fs_hz <= 100_000
-                assert (steps != MISSING).any(axis=1).all() and (events["sample"] >= 0).all()
+                assert (steps != MISSING).any(axis=1).all()
             found.append("read")
     except ValueError as error:
         assert str(raw) in str(error) and len(str(error)) < 1000
@@ -1692,5 +1662,5 @@ def test_check_of_whole_and_damaged_corpora(small_corpus, tmp_path, capsys):
 
 @pytest.mark.parametrize("bpm", [45, 70, 120, 180])
 def test_heart_rate_of_the_overview(bpm):
-    assert abs(prepare.heart_rate_bpm(draw_ecg(FS, 20, rr_s=60 / bpm)[0]) - bpm) < 1
-    assert np.isnan(prepare.heart_rate_bpm(np.zeros(1000)))
+    assert abs(heart_rate_bpm(draw_ecg(FS, 20, rr_s=60 / bpm)[0]) - bpm) < 1
+    assert np.isnan(heart_rate_bpm(np.zeros(1000)))
