@@ -1,5 +1,5 @@
 """How good features are: scores with intervals, fits, calibration, noise and pictures for both probes; and pictures of
-a run for train.py.
+a run for train.py, and of a corpus for prepare.py check.
 
     number, counts = resample(patients, seed=0)                       # which patients each resample holds
     interval(resampled_auroc(y, score, number, counts))               # AUROC of each resample; their 95 % interval

@@ -1502,6 +1502,8 @@ def mutant_trees(raw, shared_data):
     (raw / "wfdb" / "lay.hea").write_text("lay 3 250 0\n" + "".join(
         f"~ 0{spf} 0 0 0 0 0 0 {lead}\n" for spf, lead in (("x2", "ECG V1"), ("", "RESP"), ("x2", "Lead II"))))
     (raw / "wfdb" / "i.hea").write_text("i/5 3 250 2050\nlay 0\ng 750\n~ 100\nh 750\ngone 450\n")
+    wfdb.wrann("p00000_s00", "atr", np.arange(50, 1400, 100), ["N"] * 14, fs=500,
+               write_dir=str(raw / "icentia11k" / "p00" / "p00000"))
     (raw / "code" / "annotations.csv").write_text("id_exam,id_patient\n1,5\n2,5\n")
     (raw / "heedb" / "demographics_ECG.csv").write_text("FileName,BDSPPatientID\nx.mat,5\ny.mat,6\n")
     (raw / "heedb" / "duplicated.csv").write_text("file_name\nz\n")
