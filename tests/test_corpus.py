@@ -70,6 +70,17 @@ def test_open_corpus_refuses_damage_and_names_the_command(small_corpus, tmp_path
     assert "`python prepare.py " in str(error.value) or "unfinished" in words
 
 
+def test_a_corpus_with_annotations_of_earlier_still_opens(small_corpus, tmp_path):
+    """Icentia11k had a file of them for each shard, and rows of the index that pointed into it."""
+    copy = Path(shutil.copytree(small_corpus, tmp_path / "corpus"))
+    index = np.load(copy / "index.npy")
+    index["n_events"] = 5
+    np.save(copy / "index.npy", index)
+    (copy / "events").mkdir()
+    np.save(copy / "events" / "00000.npy", np.zeros(5, [("sample", "<i4"), ("symbol", "S6")]))
+    assert np.array_equal(open_corpus(copy).read(0), open_corpus(small_corpus).read(0))
+
+
 def rewrite(folder, **changes):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
