@@ -22,7 +22,8 @@ SETTINGS = {
     "ProctrackType": "proctrack/linuxproc", "TaskPlugin": "task/none", "MpiDefault": "none", "MailProg": "/bin/true",
     "SelectType": "select/cons_tres", "SelectTypeParameters": "CR_CPU", "GresTypes": "gpu",
     "SlurmdParameters": "config_overrides", "SchedulerParameters": "sched_interval=1,bf_interval=5",
-    "ReturnToService": 2, "JobRequeue": 1, "SlurmdTimeout": 10, "MessageTimeout": 5, "KillWait": 15,
+    "ReturnToService": 2, "JobRequeue": 1, "SlurmdTimeout": 10, "KillWait": 15,
+    "MessageTimeout": 90,  # a busy machine answers late, and what is not answered is sent again, to the next turn
     "PartitionName": "test Nodes=ALL Default=YES MaxTime=INFINITE State=UP",
 }
 

@@ -68,10 +68,10 @@ def test_nothing_that_a_cluster_does_changes_the_run(corpora, tmp_path):
         env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     errors = reference.communicate(timeout=2 * LONG_S)[1]
     assert reference.returncode == 0, errors[-3000:]
-    # The path is short, because sockets lie in it. An srun that lost its node lives on for KillWait + 2 s, and would
-    # then end the step of the next turn, which starts after cred_expire; on a busy machine the 2 s become many.
+    # The path is short, because sockets lie in it. A requeued job starts after cred_expire, here Slurm's default: what
+    # was to end a turn on a dead node is sent again after 60 s, and would end the next turn if that had begun.
     with Cluster(Path("/tmp") / f"slurm{os.getpid()}", KillWait=10,
-                 AuthInfo="socket={folder}/munge.socket,cred_expire=40") as cluster:
+                 AuthInfo="socket={folder}/munge.socket,cred_expire=120") as cluster:
         job = cluster.run("sbatch", "--parsable", "--chdir", str(ROOT), "--nodes=2", "--cpus-per-task=1",
                           f"--signal=USR1@{LIMIT_SIGNAL_S}", "--time=300", f"--output={tmp_path}/job.log",
                           f"--export=ALL,OUT={out}", str(ROOT / "run.sbatch"), *flags(corpora, out))
@@ -83,7 +83,7 @@ def test_nothing_that_a_cluster_does_changes_the_run(corpora, tmp_path):
 
         def trains(turns):
             """The job runs on both nodes in this turn, and has got a few steps further. After a node died, a later
-            turn will do: on a busy machine the srun that lost it may still end the step of the next turn, which then
+            turn will do: on a busy machine what was to end the turn that lost it may still end the next one, which then
             fails and comes back by itself like any other."""
             start = last_step(out)
             cluster.wait_for(lambda: (turn() == turns or turn() > turns == 3) and cluster.state(job) == "RUNNING"
