@@ -20,13 +20,16 @@ set itself), K kinds and H levels of noise, M local features of width D.
 import ast
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from scipy.special import expit
 from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
+from threadpoolctl import threadpool_limits
 
 from augment import load_noise, snr_of_leads
 from corpus import open_corpus
@@ -148,6 +151,13 @@ class Data:
         return self.train[np.isin(patients, order[:math.ceil(share * len(order))])]
 
 
+def of_each(function, *networks):
+    """[function(...) of each network], side by side on parts of the cores, as most steps of a probe use few of them."""
+    workers = min(len(networks[0]), torch.get_num_threads())
+    with threadpool_limits(torch.get_num_threads() // workers), ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(function, *networks))
+
+
 def fit_labels(x, y):
     """Fit every label of y (R, C) bool on x (R, F) at every C. Returns a function of features (N, F): logits (G, N, C).
 
@@ -193,7 +203,7 @@ def score_task(logits, task, data, calibrated=False):
 def compare(logits, task, data):
     """JSON entry of a task and its arrays for predictions.npz; logits (G, R', all labels) of each network. Scores are
     means over encoders."""
-    (names, y), networks = data.sets[task], [score_task(z, task, data, calibrated=True) for z in logits]
+    (names, y), networks = data.sets[task], of_each(lambda z: score_task(z, task, data, calibrated=True), logits)
     labels, (y_train, y_val, y_test) = networks[0]["labels"], (y[rows] for rows in (data.train, data.val, data.test))
     frequent = y_test[:, labels].sum(axis=0) >= MIN_POSITIVES
     runs = {"macro_auroc": networks[:len(data.control_of)], "untrained": [networks[k] for k in data.control_of]}
@@ -219,8 +229,8 @@ def compare(logits, task, data):
 
 def probe_features(features, data):
     """Linear probes of features (E', R, F): the fits; the JSON entries and the arrays of compare; label_fractions."""
-    fits = [fit_labels(x[data.train], data.y[data.train]) for x in features]
-    logits = [fit(x[data.scored]) for fit, x in zip(fits, features)]
+    fits = of_each(lambda x: fit_labels(x[data.train], data.y[data.train]), features)
+    logits = of_each(lambda fit, x: fit(x[data.scored]), fits, features)
     found = {task: compare(logits, task, data) for task in data.sets}
     stored = {f"{task}_{key}": value for task, (_, arrays) in found.items() for key, value in arrays.items()}
     return fits, {task: entry for task, (entry, _) in found.items()}, stored, label_fractions(features, logits, data)
@@ -231,7 +241,7 @@ def macro_scores(logits, data):
     """Macro AUROC (tasks of SHORT, E', S) in fold 10; logits (G, R', all labels) of each network."""
     found = []
     for task, at_least in SHORT.items():
-        runs = [score_task(z, task, data) for z in logits]
+        runs = of_each(lambda z: score_task(z, task, data), logits)
         enough = data.sets[task][1][data.test][:, runs[0]["labels"]].sum(axis=0) >= at_least
         found.append([macro(run["auroc"][:, enough]) for run in runs])
     return np.array(found)
@@ -252,8 +262,8 @@ def label_fractions(features, logits, data):
     of 1 % is part of one of 10 %; fold 9 is whole."""
     found = {1: as_entries(data, macro_scores(logits, data))}
     for share in SHARES:
-        found[share] = as_entries(data, *(macro_scores([
-            fit_labels(x[some], data.y[some])(x[data.scored]) for x in features], data)
+        found[share] = as_entries(data, *(macro_scores(of_each(
+            lambda x: fit_labels(x[some], data.y[some])(x[data.scored]), features), data)
             for some in (data.few(share, draw) for draw in range(DRAWS))))
     return found
 
