@@ -1,10 +1,6 @@
 """How good features are: scores with intervals, fits, calibration, noise and pictures for both probes; and pictures of
 a run for train.py.
 
-    number, counts = resample(patients, seed=0)                       # which patients each resample holds
-    interval(resampled_auroc(y, score, number, counts))               # AUROC of each resample; their 95 % interval
-    features = global_features(encoders, recordings)                  # (E, R, 3D) by encoder.embed
-
 Shapes: E encoders, R recordings or rows, D width of an encoder, C labels, G groups (patients, records), S resamples,
 H levels of noise, L leads, T samples (at FS).
 """

@@ -40,7 +40,7 @@ from evaluate import (CALIBRATION_NOTE, NOISE_DB, NOISE_KINDS, NOISE_NOTE, SCORE
                       paired, parser_of, plain_auroc, platt, resample, stacked, table, to_json, write_results)
 
 TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
-TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's folds; a patient is in one fold only
+FOLDS = {"1 to 8": range(1, 9), "9": [9], "10": [10]}  # train, choose, are scored; a patient is in one fold only
 RECORD_S = 10                    # s that are read, the length of every PTB-XL recording
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, the inverse strength of the L2 penalty
 MIN_POSITIVES = 10               # positives in fold 10 below which the AUROC of a label is mostly noise
@@ -65,9 +65,9 @@ def read_tables(raw):
                              f"`python prepare.py ptbxl --raw {raw} --out DIR --download` fetches")
     table = pd.read_csv(raw / "ptbxl_database.csv", index_col="ecg_id")
     table["codes"] = [sorted(ast.literal_eval(codes)) for codes in table.scp_codes]
-    for rows, folds in zip(split_rows(table.strat_fold.to_numpy()), ("1 to 8", VAL_FOLD, TEST_FOLD)):
-        if not rows.any():
-            raise ValueError(f"{raw / 'ptbxl_database.csv'} has no recording of fold {folds}: 1-8, 9 and 10 are needed")
+    for name, folds in FOLDS.items():
+        if not table.strat_fold.isin(folds).any():
+            raise ValueError(f"{raw / 'ptbxl_database.csv'} has no recording of fold {name}: 1-8, 9 and 10 are needed")
     for rate, column in ((500, "filename_hr"), (100, "filename_lr")):
         table["path"] = [str(raw / name) for name in table[column]]
         absent = [path for path in table.path if not Path(f"{path}.hea").is_file()]
@@ -75,11 +75,6 @@ def read_tables(raw):
             return table, pd.read_csv(raw / "scp_statements.csv", index_col=0), rate
     raise ValueError(f"{len(absent)} of the {len(table)} recordings in {raw / 'ptbxl_database.csv'} are absent, "
                      f"for example {absent[0]}.hea: fetch the rest, or delete their rows in the table")
-
-
-def split_rows(fold):
-    """Masks (R,) of the rows for training, validation and test; fold (R,)."""
-    return np.isin(fold, TRAIN_FOLDS), fold == VAL_FOLD, fold == TEST_FOLD
 
 
 def label_sets(codes, statements):
@@ -136,7 +131,7 @@ class Data:
 
     def __init__(self, sets, fold, patients, control_of, seed=0):
         self.sets, self.patients, self.control_of, self.seed = sets, patients, control_of, seed
-        self.train, self.val, self.test = (np.flatnonzero(rows) for rows in split_rows(fold))
+        self.train, self.val, self.test = (np.flatnonzero(np.isin(fold, of)) for of in FOLDS.values())
         self.scored = np.append(self.val, self.test)                   # (R',)
         self.y = np.concatenate([y for _, y in sets.values()], axis=1)
         ends = np.cumsum([len(names) for names, _ in sets.values()])
@@ -422,7 +417,7 @@ def main(args):
     data = Data(label_sets(table.codes, statements), table.strat_fold.to_numpy(), table.patient_id.to_numpy(),
                 control_of, args.seed)
     shown = args.leads_scored or args.leads
-    paths, leads = table.path.to_numpy(), [args.leads if f in TRAIN_FOLDS else shown for f in table.strat_fold]
+    paths, leads = table.path.to_numpy(), [args.leads if f < 9 else shown for f in table.strat_fold]
     features, odd = extract_features(encoders, paths, leads)
     fits, tasks, stored, fractions = probe_features(features, data)
     result = dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed,
