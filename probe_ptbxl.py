@@ -126,14 +126,16 @@ def extract_features(encoders, paths, leads=None):
 # ---- linear probes --------------------------------------------------------------------------------------------------
 class Data:
     """What is known of the recordings besides the ECG. sets: {task: (names (C,), y (R, C) bool)}; fold, patients (R,).
-    Labels of all sets lie side by side in y, those of a task in `columns`. control_of: see load_encoders. number (T,)
-    and counts (S, patients): see resample, of the patients of fold 10."""
+    Labels of all sets lie side by side in y, those of a task in `columns`; in `short` only sets of the curves are not
+    empty, so that others are not fitted. control_of: see load_encoders. number (T,) and counts (S, patients): see
+    resample, of the patients of fold 10."""
 
     def __init__(self, sets, fold, patients, control_of, seed=0):
         self.sets, self.patients, self.control_of, self.seed = sets, patients, control_of, seed
         self.train, self.val, self.test = (np.flatnonzero(np.isin(fold, of)) for of in FOLDS.values())
         self.scored = np.append(self.val, self.test)                   # (R',)
         self.y = np.concatenate([y for _, y in sets.values()], axis=1)
+        self.short = np.concatenate([y & (task in SHORT) for task, (_, y) in sets.items()], axis=1)
         ends = np.cumsum([len(names) for names, _ in sets.values()])
         self.columns = {task: slice(end - len(sets[task][0]), end) for task, end in zip(sets, ends)}
         self.number, counts = resample(patients[self.test], seed)
@@ -258,7 +260,7 @@ def label_fractions(features, logits, data):
     found = {1: as_entries(data, macro_scores(logits, data))}
     for share in SHARES:
         found[share] = as_entries(data, *(macro_scores(of_each(
-            lambda x: fit_labels(x[some], data.y[some])(x[data.scored]), features), data)
+            lambda x: fit_labels(x[some], data.short[some])(x[data.scored]), features), data)
             for some in (data.few(share, draw) for draw in range(DRAWS))))
     return found
 
@@ -268,7 +270,7 @@ def leads_curve(encoders, paths, fits, data):
     found, curve = global_features(encoders, lambda: read_recordings(paths, [LEAD_SETS] * len(paths))), {}
     for number, name in enumerate(LEAD_SETS):
         x = found[:, number::len(LEAD_SETS)]
-        own = (fit_labels(each[data.train], data.y[data.train]) for each in x)
+        own = of_each(lambda each: fit_labels(each[data.train], data.short[data.train]), x)
         for kind, of in (("same", own), ("moved", fits)):
             curve.setdefault(kind, {})[name] = as_entries(data, macro_scores(
                 [fit(each[data.scored]) for fit, each in zip(of, x)], data))
