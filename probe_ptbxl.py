@@ -20,13 +20,16 @@ set itself), K kinds and H levels of noise, M local features of width D.
 import ast
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from scipy.special import expit
 from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
+from threadpoolctl import threadpool_limits
 
 from augment import load_noise, snr_of_leads
 from corpus import open_corpus
@@ -37,7 +40,7 @@ from evaluate import (CALIBRATION_NOTE, NOISE_DB, NOISE_KINDS, NOISE_NOTE, SCORE
                       paired, parser_of, plain_auroc, platt, resample, stacked, table, to_json, write_results)
 
 TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
-TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # the publisher's folds; a patient is in one fold only
+FOLDS = {"1 to 8": range(1, 9), "9": [9], "10": [10]}  # train, choose, are scored; a patient is in one fold only
 RECORD_S = 10                    # s that are read, the length of every PTB-XL recording
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, the inverse strength of the L2 penalty
 MIN_POSITIVES = 10               # positives in fold 10 below which the AUROC of a label is mostly noise
@@ -62,9 +65,9 @@ def read_tables(raw):
                              f"`python prepare.py ptbxl --raw {raw} --out DIR --download` fetches")
     table = pd.read_csv(raw / "ptbxl_database.csv", index_col="ecg_id")
     table["codes"] = [sorted(ast.literal_eval(codes)) for codes in table.scp_codes]
-    for rows, folds in zip(split_rows(table.strat_fold.to_numpy()), ("1 to 8", VAL_FOLD, TEST_FOLD)):
-        if not rows.any():
-            raise ValueError(f"{raw / 'ptbxl_database.csv'} has no recording of fold {folds}: 1-8, 9 and 10 are needed")
+    for name, folds in FOLDS.items():
+        if not table.strat_fold.isin(folds).any():
+            raise ValueError(f"{raw / 'ptbxl_database.csv'} has no recording of fold {name}: 1-8, 9 and 10 are needed")
     for rate, column in ((500, "filename_hr"), (100, "filename_lr")):
         table["path"] = [str(raw / name) for name in table[column]]
         absent = [path for path in table.path if not Path(f"{path}.hea").is_file()]
@@ -72,11 +75,6 @@ def read_tables(raw):
             return table, pd.read_csv(raw / "scp_statements.csv", index_col=0), rate
     raise ValueError(f"{len(absent)} of the {len(table)} recordings in {raw / 'ptbxl_database.csv'} are absent, "
                      f"for example {absent[0]}.hea: fetch the rest, or delete their rows in the table")
-
-
-def split_rows(fold):
-    """Masks (R,) of the rows for training, validation and test; fold (R,)."""
-    return np.isin(fold, TRAIN_FOLDS), fold == VAL_FOLD, fold == TEST_FOLD
 
 
 def label_sets(codes, statements):
@@ -128,14 +126,16 @@ def extract_features(encoders, paths, leads=None):
 # ---- linear probes --------------------------------------------------------------------------------------------------
 class Data:
     """What is known of the recordings besides the ECG. sets: {task: (names (C,), y (R, C) bool)}; fold, patients (R,).
-    Labels of all sets lie side by side in y, those of a task in `columns`. control_of: see load_encoders. number (T,)
-    and counts (S, patients): see resample, of the patients of fold 10."""
+    Labels of all sets lie side by side in y, those of a task in `columns`; in `short` only sets of the curves are not
+    empty, so that others are not fitted. control_of: see load_encoders. number (T,) and counts (S, patients): see
+    resample, of the patients of fold 10."""
 
     def __init__(self, sets, fold, patients, control_of, seed=0):
         self.sets, self.patients, self.control_of, self.seed = sets, patients, control_of, seed
-        self.train, self.val, self.test = (np.flatnonzero(rows) for rows in split_rows(fold))
+        self.train, self.val, self.test = (np.flatnonzero(np.isin(fold, of)) for of in FOLDS.values())
         self.scored = np.append(self.val, self.test)                   # (R',)
         self.y = np.concatenate([y for _, y in sets.values()], axis=1)
+        self.short = np.concatenate([y & (task in SHORT) for task, (_, y) in sets.items()], axis=1)
         ends = np.cumsum([len(names) for names, _ in sets.values()])
         self.columns = {task: slice(end - len(sets[task][0]), end) for task, end in zip(sets, ends)}
         self.number, counts = resample(patients[self.test], seed)
@@ -146,6 +146,13 @@ class Data:
         patients = self.patients[self.train]
         order = np.random.default_rng([self.seed, draw]).permutation(np.unique(patients))
         return self.train[np.isin(patients, order[:math.ceil(share * len(order))])]
+
+
+def of_each(function, *networks):
+    """[function(...) of each network], side by side on parts of the cores, as most steps of a probe use few of them."""
+    workers = min(len(networks[0]), torch.get_num_threads())
+    with threadpool_limits(torch.get_num_threads() // workers), ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(function, *networks))
 
 
 def fit_labels(x, y):
@@ -193,7 +200,7 @@ def score_task(logits, task, data, calibrated=False):
 def compare(logits, task, data):
     """JSON entry of a task and its arrays for predictions.npz; logits (G, R', all labels) of each network. Scores are
     means over encoders."""
-    (names, y), networks = data.sets[task], [score_task(z, task, data, calibrated=True) for z in logits]
+    (names, y), networks = data.sets[task], of_each(lambda z: score_task(z, task, data, calibrated=True), logits)
     labels, (y_train, y_val, y_test) = networks[0]["labels"], (y[rows] for rows in (data.train, data.val, data.test))
     frequent = y_test[:, labels].sum(axis=0) >= MIN_POSITIVES
     runs = {"macro_auroc": networks[:len(data.control_of)], "untrained": [networks[k] for k in data.control_of]}
@@ -219,8 +226,8 @@ def compare(logits, task, data):
 
 def probe_features(features, data):
     """Linear probes of features (E', R, F): the fits; the JSON entries and the arrays of compare; label_fractions."""
-    fits = [fit_labels(x[data.train], data.y[data.train]) for x in features]
-    logits = [fit(x[data.scored]) for fit, x in zip(fits, features)]
+    fits = of_each(lambda x: fit_labels(x[data.train], data.y[data.train]), features)
+    logits = of_each(lambda fit, x: fit(x[data.scored]), fits, features)
     found = {task: compare(logits, task, data) for task in data.sets}
     stored = {f"{task}_{key}": value for task, (_, arrays) in found.items() for key, value in arrays.items()}
     return fits, {task: entry for task, (entry, _) in found.items()}, stored, label_fractions(features, logits, data)
@@ -231,7 +238,7 @@ def macro_scores(logits, data):
     """Macro AUROC (tasks of SHORT, E', S) in fold 10; logits (G, R', all labels) of each network."""
     found = []
     for task, at_least in SHORT.items():
-        runs = [score_task(z, task, data) for z in logits]
+        runs = of_each(lambda z: score_task(z, task, data), logits)
         enough = data.sets[task][1][data.test][:, runs[0]["labels"]].sum(axis=0) >= at_least
         found.append([macro(run["auroc"][:, enough]) for run in runs])
     return np.array(found)
@@ -252,8 +259,8 @@ def label_fractions(features, logits, data):
     of 1 % is part of one of 10 %; fold 9 is whole."""
     found = {1: as_entries(data, macro_scores(logits, data))}
     for share in SHARES:
-        found[share] = as_entries(data, *(macro_scores([
-            fit_labels(x[some], data.y[some])(x[data.scored]) for x in features], data)
+        found[share] = as_entries(data, *(macro_scores(of_each(
+            lambda x: fit_labels(x[some], data.short[some])(x[data.scored]), features), data)
             for some in (data.few(share, draw) for draw in range(DRAWS))))
     return found
 
@@ -263,7 +270,7 @@ def leads_curve(encoders, paths, fits, data):
     found, curve = global_features(encoders, lambda: read_recordings(paths, [LEAD_SETS] * len(paths))), {}
     for number, name in enumerate(LEAD_SETS):
         x = found[:, number::len(LEAD_SETS)]
-        own = (fit_labels(each[data.train], data.y[data.train]) for each in x)
+        own = of_each(lambda each: fit_labels(each[data.train], data.short[data.train]), x)
         for kind, of in (("same", own), ("moved", fits)):
             curve.setdefault(kind, {})[name] = as_entries(data, macro_scores(
                 [fit(each[data.scored]) for fit, each in zip(of, x)], data))
@@ -412,7 +419,7 @@ def main(args):
     data = Data(label_sets(table.codes, statements), table.strat_fold.to_numpy(), table.patient_id.to_numpy(),
                 control_of, args.seed)
     shown = args.leads_scored or args.leads
-    paths, leads = table.path.to_numpy(), [args.leads if f in TRAIN_FOLDS else shown for f in table.strat_fold]
+    paths, leads = table.path.to_numpy(), [args.leads if f < 9 else shown for f in table.strat_fold]
     features, odd = extract_features(encoders, paths, leads)
     fits, tasks, stored, fractions = probe_features(features, data)
     result = dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed,
