@@ -569,9 +569,7 @@ def read_pieces(path):
     GB, whatever the record's length; only format 8 is read from its start each time."""
     with as_refused(path):
         record = open_record(str(path))
-    samples = record.frames * record.per_frame * len(record.keys)
-    n = max(math.ceil(record.frames / record.fs / PIECE_S), math.ceil(samples / PIECE_SAMPLES))
-    edges = [round(i * record.frames // n // record.fs * record.fs) for i in range(n)] + [record.frames]
+    edges = piece_edges(record.frames, record.fs, record.frames * record.per_frame * len(record.keys))
     for start, stop in zip(edges, edges[1:]):
         try:
             with as_refused(path):
@@ -579,6 +577,12 @@ def read_pieces(path):
         except Refused as error:
             recording = error                    # the other pieces may be whole
         yield start / record.fs, recording
+
+
+def piece_edges(frames, fs, samples):
+    """Where pieces begin and end: frames from 0 to `frames`, which hold `samples` of all channels together."""
+    n = max(math.ceil(frames / fs / PIECE_S), math.ceil(samples / PIECE_SAMPLES), 1)
+    return [round(i * frames // n // fs * fs) for i in range(n)] + [frames]
 
 
 @contextlib.contextmanager
@@ -920,12 +924,26 @@ ARRAY_READERS = {".csv": read_csv, ".npy": lambda path: (np.load(path, mmap_mode
                  ".npz": lambda path: only_array(np.load(path)), ".mat": lambda path: only_array(loadmat(path))}
 
 
+def pieces_of(recording):
+    """Yield (start in s, Recording) of a Recording of an array (L, T) or (T, L), in pieces as those of read_pieces; in
+    one if preprocess will refuse it."""
+    signal, fs, leads = recording[:3]
+    signal = signal[:, None] if signal.ndim == len(leads) == 1 else signal
+    if signal.ndim != 2 or len(leads) not in signal.shape or not FS_RANGE[0] <= fs <= FS_RANGE[1]:
+        yield 0, recording
+        return
+    leads_first = len(signal) == len(leads)
+    edges = piece_edges(signal.shape[int(leads_first)], fs, signal.size)
+    for start, stop in zip(edges, edges[1:]):
+        yield start / fs, recording._replace(signal=signal[:, start:stop] if leads_first else signal[start:stop])
+
+
 def read_any(path, fs=None, units="mV", leads=""):
-    """Yield (start in s, Recording or Refused) of a recording in any form: read_pieces of a WFDB record or an EDF file;
-    read_array, in one piece, of another file. fs, units and leads are those of arrays, see read_array."""
+    """Yield (start in s, Recording or Refused) of a recording in any form, in pieces as those of read_pieces. fs, units
+    and leads are those of arrays, see read_array."""
     kind = Path(path).suffix.lower()
     if kind in ARRAY_READERS and os.path.isfile(path) and not os.path.isfile(f"{path}.hea"):
-        yield 0, read_array(path, fs, units, leads)
+        yield from pieces_of(read_array(path, fs, units, leads))
     elif kind == ".edf" or not os.path.isfile(path) or os.path.isfile(find_file(f"{path}.hea")):
         yield from read_pieces(path)
     else:

@@ -353,7 +353,7 @@ def code15_unit(parts):
 
 
 def read_tracing(path, row, scale):
-    """Yield 0 and the Recording in a row of an exams_part*.hdf5, in one piece as read_any. scale: factor to mV."""
+    """Yield 0 and the Recording in a row of an exams_part*.hdf5, as read_any does. scale: factor to mV."""
     with as_refused(path):
         yield 0, Recording(open_h5(path)["tracings"][row].astype(float) * scale, CODE_FS, CODE_LEADS)
 

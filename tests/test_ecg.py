@@ -2,6 +2,7 @@
 
     pytest -q tests/test_ecg.py
 """
+import functools
 import math
 import os
 import subprocess
@@ -15,7 +16,7 @@ import wfdb
 
 from conftest import ROOT, TWELVE, draw_ecg, edit_header, noise, rows_of, run, write
 import ecg
-from ecg import FS, LEADS, MISSING, Refused, is_no_ecg, lead_id, preprocess, read_pieces, read_wfdb
+from ecg import FS, LEADS, MISSING, Refused, is_no_ecg, lead_id, preprocess, read_any, read_pieces, read_wfdb
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -473,6 +474,40 @@ def test_pieces_are_the_record(tmp_path, monkeypatch):
     assert [piece.notes for _, piece in pieces] == [whole.notes, None, None, None]
     monkeypatch.setattr(ecg, "PIECE_SAMPLES", 1500)
     assert len(list(read_pieces(path))) == 6
+
+
+@pytest.mark.parametrize("kind", [".npy", ".npz", ".csv"])
+@pytest.mark.parametrize("leads", ["II", "I;II"])
+def test_pieces_of_an_array_are_the_array(tmp_path, monkeypatch, kind, leads):
+    """Whichever axis is time; also of one lead without an axis of its own."""
+    n, path = leads.count(";") + 1, tmp_path / f"a{kind}"
+    x = np.random.default_rng(0).normal(size=(2000, n))
+    arrays = [x] if kind == ".csv" else [x, x.T] + [x[:, 0]] * (n == 1)
+    for array in arrays:
+        save = {".npy": np.save, ".npz": np.savez, ".csv": functools.partial(np.savetxt, delimiter=",")}[kind]
+        save(path, array)
+        with monkeypatch.context() as patch:
+            (start, whole), = read_any(path, "62.5", "mV", leads)
+            assert start == 0 and np.array_equal(np.reshape(whole.signal, array.shape), array)
+            patch.setattr(ecg, "PIECE_S", 10)
+            starts, pieces = zip(*read_any(path, "62.5", "mV", leads))
+            assert starts == (0, 8, 16, 24)
+            rows = np.concatenate([preprocess(*piece[:4], {})[0] for piece in pieces], axis=1)
+            assert rows.shape == (n, 8000)
+            patch.setattr(ecg, "PIECE_SAMPLES", 500)
+            assert len(list(read_any(path, "62.5", "mV", leads))) == 4 * n
+
+
+@pytest.mark.parametrize("shape, fs", [((4000,), 100), ((3, 4000), 100), ((2, 4000, 1), 100), ((2, 4000), 0),
+                                       ((2, 4000), "inf"), ((2, 4000), "nan"), ((2, 4000), -1)])
+def test_an_array_that_will_be_refused_is_one_piece(tmp_path, monkeypatch, shape, fs):
+    """So that the error tells of the whole."""
+    monkeypatch.setattr(ecg, "PIECE_S", 1)
+    np.save(tmp_path / "a.npy", np.zeros(shape))
+    (start, recording), = read_any(tmp_path / "a.npy", fs, "mV", "I;II")
+    with pytest.raises(Refused, match="shape|fs is"):
+        preprocess(*recording[:4], {})
+    assert start == 0 and recording.signal.shape == shape
 
 
 def test_a_long_record_becomes_several_rows(tmp_path, monkeypatch):
