@@ -18,7 +18,7 @@ examples
   python prepare.py arrays --raw my_csvs       --out data/csvs --table my_csvs.csv
   python prepare.py check data/ptbxl data/mine       verify them, list copies and leaks, draw DIR/check.png for each
 """
-# Shapes: L leads, T samples (at FS unless said otherwise), N recordings, K annotations.
+# Shapes: L leads, T samples (at FS unless said otherwise), N recordings.
 import argparse
 import ast
 import contextlib

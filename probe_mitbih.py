@@ -294,7 +294,7 @@ def report(result):
             result["sides"], macros | {"lost within": "lost.within_nsv.difference"}),
         "paired difference to the untrained control": (compared, {
             key: f"differences.{path}.difference" for key, path in (macros | f1 | rr | areas).items()})}
-    over = "seeds and records" if result["encoder"][1:] else "records alone, as there is one seed"
+    over = "seeds and records" if len(result["encoder"]) > 1 else "records alone, as there is one seed"
     shown = f"at most {result['beats']} of a class" if result["beats"] else f"of N at most {result['normals']}"
     lines = [f"MIT-BIH, DS1 ({n['train_records']} records) to DS2 ({n['test_records']}); {shown} of a record are shown "
              f"({n['train']} and {n['test_shown']} beats)" + "".join(f"; none is {name}" for name in n["absent"]),
@@ -331,7 +331,7 @@ def draw(result):
 def examples(encoder, raw, data, beats, p):
     """Confident classes of beats in DS2, by evaluate.draw_examples; p ([E,] K', C) of the neighbourhood's probe."""
     train, test, y, P = beats["train"], beats["test"], one_hot(beats["cls"]), encoder.patch_samples
-
+    x = data["all", 0][train]
     def show_row(row):
         record, beat_s = data["record"][test[row]], data["beat_s"][test[[row]]]
         signal_mv, ids = preprocess(*read_wfdb(raw / record)[:4], {})
@@ -339,7 +339,7 @@ def examples(encoder, raw, data, beats, p):
         from_r = (start + (np.arange(N) + 0.5) * P - np.rint(beat_s * FS)) / FS
         window = Recording(signal_mv[:, start:start + N * P], FS, [LEADS[i] for i in ids])
         return f"record {record}, {beat_s[0]:.1f} s", window, (from_r >= AROUND_S[0]) & (from_r <= AROUND_S[1])
-    return draw_examples(encoder, x := data["all", 0][train], lambda new: logit(fit(x, y[train], new)), CLASSES,
+    return draw_examples(encoder, x, lambda new: logit(fit(x, y[train], new)), CLASSES,
                          p.reshape(-1, *p.shape[-2:])[0], y[test], data["record"][test], show_row)
 
 

@@ -419,7 +419,7 @@ def main(args):
     data = Data(label_sets(table.codes, statements), table.strat_fold.to_numpy(), table.patient_id.to_numpy(),
                 control_of, args.seed)
     shown = args.leads_scored or args.leads
-    paths, leads = table.path.to_numpy(), [args.leads if f < 9 else shown for f in table.strat_fold]
+    paths, leads = table.path.to_numpy(), [args.leads if f in FOLDS["1 to 8"] else shown for f in table.strat_fold]
     features, odd = extract_features(encoders, paths, leads)
     fits, tasks, stored, fractions = probe_features(features, data)
     result = dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed,
