@@ -6,6 +6,7 @@ gradient.
     iBOT      a masked patch should fall on the prototypes of the patch that the teacher saw there (Zhou et al. 2022)
     Leads     a patch of a view of few leads should fall on the prototypes of the teacher's patch, seen among all leads
     Wave      a patch should predict the ECG of another one of its lead, a given time before or after; a masked its own
+    Context   the same for what all blocks of the teacher say of that patch (Baevski et al. 2022, data2vec)
     Sinkhorn  the teacher's assignments use every prototype equally, so not all recordings share one (SwAV 2020, DINOv2)
     KoLeo     global features of different recordings keep a distance (Sablayrolles et al. 2019)
     Contrast  a view is nearer to its own recording than to others (InfoNCE); a short run needs it
@@ -34,7 +35,7 @@ STUDENT_TEMPERATURE = 0.1
 # Norm of a prototype at the start; later it is free. DINOv3's 0.02 per weight gives a norm of 0.3: the targets are then
 # almost uniform for thousands of steps, and a short run does not have so many.
 PROTOTYPE_NORM = 1.0
-OFFSET_STD = 0.5                 # standard deviation of the vectors of WaveHead at the start
+OFFSET_STD = 0.5                 # standard deviation of the vectors of PatchHead at the start
 KOLEO_EPS = 1e-8
 CONTRAST_TEMPERATURE = 0.15      # of InfoNCE; no other value was tried
 LOWEST = -1e30                   # a logit this far below the best has no effect; keeps -inf out of sums and products
@@ -86,15 +87,16 @@ class DINOHead(nn.Module):
         return (self.prototypes(x), x) if with_bottleneck else self.prototypes(x)
 
 
-class WaveHead(nn.Module):
-    """Predicts the ECG of a patch (M, P) from the feature of another, x (M, D); offset (M,) in [0, offsets): which."""
+class PatchHead(nn.Module):
+    """Predicts what a patch is like (M, out_dim) from the feature of another, x (M, D); offset (M,) in [0, offsets):
+    which."""
 
-    def __init__(self, in_dim, hidden_dim, offsets, patch_samples, init_seed=0):
+    def __init__(self, in_dim, hidden_dim, offsets, out_dim, init_seed=0):
         super().__init__()
         self.init_seed, self.offset_vectors = init_seed, nn.Embedding(offsets, hidden_dim)
         self.first = nn.Linear(in_dim, hidden_dim)
         self.rest = nn.Sequential(nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
-                                  nn.Linear(hidden_dim, patch_samples))
+                                  nn.Linear(hidden_dim, out_dim))
         if not self.first.weight.is_meta:
             for parameter, value in self.first_weights():
                 parameter.data.copy_(value)
@@ -115,8 +117,8 @@ class WaveHead(nn.Module):
 
 def build_networks(encoder, hidden_dim, bottleneck_dim, cls_prototypes, patch_prototypes, offsets=0):
     """Student and teacher, each a ModuleDict of encoder, dino_head (of [CLS, mean patch]) and ibot_head (of patches);
-    the teacher is a frozen copy. With `offsets` the student has wave_head too, as its last part. They are on the device
-    of the encoder, which may be meta."""
+    the teacher is a frozen copy. With `offsets` the student has wave_head and context_head too, as its last parts. They
+    are on the device of the encoder, which may be meta."""
     seed, width = encoder.config["init_seed"], encoder.width
     with encoder.cls_token.device:
         student = nn.ModuleDict(dict(
@@ -124,7 +126,8 @@ def build_networks(encoder, hidden_dim, bottleneck_dim, cls_prototypes, patch_pr
             ibot_head=DINOHead(width, hidden_dim, bottleneck_dim, patch_prototypes, seed + 2)))
         teacher = copy.deepcopy(student).requires_grad_(False).eval()
         if offsets:
-            student["wave_head"] = WaveHead(width, hidden_dim, offsets, encoder.patch_samples, seed + 3)
+            student["wave_head"] = PatchHead(width, hidden_dim, offsets, encoder.patch_samples, seed + 3)
+            student["context_head"] = PatchHead(width, hidden_dim, offsets, width, seed + 4)
     return student, teacher
 
 
@@ -132,7 +135,7 @@ def build_networks(encoder, hidden_dim, bottleneck_dim, cls_prototypes, patch_pr
 def update_teacher(teacher, student, momentum):
     """teacher <- momentum * teacher + (1 - momentum) * student, on the shards that this rank holds."""
     averages = list(teacher.parameters())
-    get_ema_multi_avg_fn(momentum)(averages, list(student.parameters())[:len(averages)], None)      # without wave_head
+    get_ema_multi_avg_fn(momentum)(averages, list(student.parameters())[:len(averages)], None)    # without PatchHeads
 
 
 # ---- collectives, which do nothing on one process -------------------------------------------------------------------
@@ -294,17 +297,22 @@ def gram_loss(student, teacher):
 # ---- the objective on one batch -------------------------------------------------------------------------------------
 def group_features(group, target, anchor, views):
     """What the losses need from a lead group: global features, view-major (S, B, 2D), and the patches of the student
-    (M, D) and of the teacher at the same lead and time: masked ones, then those that views of few leads are asked for.
+    (M, D) and of the teacher at the same `place` (M,), lead and time: masked ones, then those that views of few leads
+    are asked for. With target.context, the context (T*B*L*N, D) less its mean over the recordings of all ranks at the
+    same lead and time, which can be told without looking at the ECG.
     target and anchor: Features of the clean global views, from teacher and Gram teacher; views: Features of all noisy
     views, from the student."""
     B, asked, place = group["recordings"], group["asked"], group["place"]
-    patches = views[0].patches
+    patches, context = views[0].patches, target.context
     found = patches.flatten(0, 2)[place]
     if asked is not None:
         found = torch.cat((found, views[-1].patches.flatten(0, 2)[asked["token"]]))
         place = torch.cat((place, asked["target"]))
+    if context is not None:
+        context = (context - reduce_(context.mean(0)) / num_ranks()).flatten(0, 2)
     return dict(cls=[v.pooled().unflatten(0, (-1, B)) for v in views], target_cls=target.pooled().unflatten(0, (-1, B)),
                 patches=found, target_patches=target.patches.flatten(0, 2)[place], all_patches=patches,
+                place=place, context=context,
                 position=place % target.patches[0, ..., 0].numel(), positions=target.patches[0, ..., 0].numel(),
                 gram=gram_loss(patches.flatten(1, 2), anchor.patches.flatten(1, 2)) if anchor is not None else None)
 
@@ -345,28 +353,34 @@ def group_parts(group, f, target, patch_target, logits, points, patch_logits, co
     return parts
 
 
-def wave_loss(head, encoder, groups, features):
-    """Mean squared error of the ECG predicted from patches of noisy global views, by lead groups: of another patch of
-    their lead (`near` of augment.cut_views), plus that of masked patches of their own ECG, each view with the same
-    weight. The ECG is the clean one, as the front end of the encoder has it."""
+def patch_losses(student, encoder, groups, features):
+    """Mean squared errors of what is predicted of patches: {wave, context} of each lead group. A patch of a noisy
+    global view tells of another one of its lead (`near` of augment.cut_views), a masked one of itself, and a patch of a
+    view of few leads the context of itself; each view has the same weight. The wave is the clean ECG as the front end
+    of the encoder has it, the context that of group_features."""
     near = [g["near"] for g in groups]
-    flat = [f["all_patches"].flatten(0, 2) for f in features]
-    told = head(torch.cat([x[torch.cat((n["token"], g["place"]))] for x, n, g in zip(flat, near, groups)]),
-                torch.cat([F.pad(n["offset"], (0, len(g["place"]))) for n, g in zip(near, groups)]))
-    told, losses = told.split([len(n["token"]) + len(g["place"]) for n, g in zip(near, groups)]), []
-    for x, n, g in zip(told, near, groups):
+    tokens = [torch.cat((f["all_patches"].flatten(0, 2)[n["token"]], f["patches"])) for n, f in zip(near, features)]
+    offsets = torch.cat([F.pad(n["offset"], (0, len(f["place"]))) for n, f in zip(near, features)])
+    told, losses = [student[name](torch.cat(tokens), offsets).split([len(x) for x in tokens])
+                    for name in ("wave_head", "context_head")], []
+    for n, g, f, *mine in zip(near, groups, features, *told):
+        place, counts = torch.cat((n["target"], f["place"])), [len(n["token"]), len(g["place"])]
         with torch.no_grad():
-            clean = encoder.front_end(g["views"][0][1]).flatten(0, 2)[torch.cat((n["target"], g["place"]))]
-        error = (x.float() - clean).square().mean(-1)
-        masked = (error[len(n["token"]):] * g["weights"]).sum() / len(g["masks"])
-        losses.append(error[:len(n["token"])].mean() + masked)
+            actual = encoder.front_end(g["views"][0][1]).flatten(0, 2)[place], f["context"][place]
+        wave, context = ((x.float() - y).square().mean(-1).split([*counts, len(x) - sum(counts)])
+                         for x, y in zip(mine, actual))
+        losses.append({name: others.mean() + (masked * g["weights"]).sum() / len(g["masks"])
+                       for name, (others, masked, _) in dict(wave=wave, context=context).items()})
+        if g["asked"] is not None:
+            asked = (context[2] * g["asked"]["weight"]).sum() / f["cls"][-1][..., 0].numel()
+            losses[-1]["context"] = losses[-1]["context"] + asked
     return losses
 
 
 def objective(student, teacher, gram_teacher, groups, temperature, patch_temperature, weights):
     """Loss of a batch (lead groups of augment.cut_views), its parts and the entropy of its targets (dict of scalars),
     the teacher's global features (T, B, 2D) and the student's logits (rows, K). Temperatures of the targets of global
-    features and of patches; weights of the terms contrast, leads, wave and gram.
+    features and of patches; weights of the terms contrast, leads, wave, context and gram.
 
     Everything that compares recordings does so within a lead group, where all global views show the same leads: an
     encoder that looks at lead names alone gains nothing.
@@ -375,7 +389,7 @@ def objective(student, teacher, gram_teacher, groups, temperature, patch_tempera
     noisy = [(signal, ids, mask) for g in groups
              for (signal, _, ids, _), mask in zip(g["views"], (g["masks"], None, None))]
     with torch.no_grad():
-        targets = teacher["encoder"].encode(clean)
+        targets = teacher["encoder"].encode(clean, context="context_head" in student)
         anchors = gram_teacher.encode(clean) if gram_teacher is not None else [None] * len(groups)
     views = iter(student["encoder"].encode(noisy))
     features = [group_features(g, target, anchor, [next(views) for _ in g["views"]])
@@ -389,15 +403,15 @@ def objective(student, teacher, gram_teacher, groups, temperature, patch_tempera
     patch_logits = patch_logits.split([len(p) for p in patch_probs])
     found = [group_parts(g, *rest, contrast=bool(weights["contrast"]))
              for g, *rest in zip(groups, features, probs, patch_probs, *by_group, patch_logits)]
-    if "wave_head" in student:
-        for mine, value in zip(found, wave_loss(student["wave_head"], teacher["encoder"], groups, features)):
-            mine["wave"] = value
+    if "context_head" in student:
+        for mine, told in zip(found, patch_losses(student, teacher["encoder"], groups, features)):
+            mine |= told
     parts, B = defaultdict(float), sum(g["recordings"] for g in groups)
     for g, mine in zip(groups, found):
         for name, value in mine.items():
             parts[name] = parts[name] + g["recordings"] / B * value
     loss = DINO_WEIGHT * parts.pop("dino") + KOLEO_WEIGHT * parts["koleo"] + IBOT_WEIGHT * parts["ibot"]
-    for name in ("contrast", "leads", "wave", "gram"):
+    for name in ("contrast", "leads", "wave", "context", "gram"):
         loss = loss + weights[name] * parts[name] if name in parts else loss
     parts["target_entropy"] = torch.special.entr(torch.cat([p.flatten(0, 1) for p in probs])).sum(-1).mean()
     # Ranks hold different numbers of masked patches: weighted, so that the mean of the ranks is the mean of all.

@@ -476,7 +476,7 @@ def save_figure(figure, path, dpi=110):
 def draw_curves(out):
     """OUT/curves.png from OUT/log.jsonl: losses, entropies next to ln K, and the online probe, against the step."""
     rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    panels = {"losses": ("dino_global", "dino_local", "ibot", "leads", "contrast", "wave"),
+    panels = {"losses": ("dino_global", "dino_local", "ibot", "leads", "contrast", "wave", "context"),
               "entropy (nats)": ("target_entropy", "patch_target_entropy", "prediction_entropy"),
               "online probe, macro AUROC": ("online_auroc",)}
     figure = Figure(figsize=(13, 3.4), layout="constrained")

@@ -83,6 +83,7 @@ class Features(NamedTuple):
     registers: torch.Tensor      # (B, R, D)
     patches: torch.Tensor        # (B, L, N, D) local features, NaN where not valid
     valid: torch.Tensor | None = None  # (B, L, N) bool: the patches without a missing sample; None: all of them
+    context: torch.Tensor | None = None  # (B, L, N, D) context_of the blocks; None if encode() is not asked for it
 
     def pooled(self):
         """[CLS, mean of the valid patches] (B, 2D), which the DINO head sees. Without any valid patch the mean is 0."""
@@ -148,6 +149,13 @@ def attend(q, k, v, seen=None):
         hidden = q.new_zeros(seen.shape).masked_fill(~seen, -math.inf).repeat_interleave(H, dim=0)[:, None]
     scores = torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=E ** -0.5)                              # (B * H, M, M)
     return torch.bmm(scores.softmax(dim=-1), v).view(B, H, M, E)
+
+
+def context_of(outputs):
+    """LayerNorm of the mean of the outputs of blocks: (B, M, D) each -> (B, M, D), fp32. First each channel of a block
+    gets mean 0 and deviation 1 over the patches of a recording. The target of data2vec (Baevski et al. 2022)."""
+    scaled = [F.instance_norm(x.float().transpose(1, 2)) for x in outputs]
+    return F.layer_norm((sum(scaled) / len(scaled)).transpose(1, 2), outputs[0].shape[-1:])
 
 
 def join(parts):
@@ -274,15 +282,15 @@ class Encoder(nn.Module):
         """
         return self.encode([(signal, leads, mask)], gaps=True)[0]
 
-    def encode(self, views, gaps=False):
+    def encode(self, views, gaps=False, context=False):
         """Features of each of several batches of windows (signal, leads, mask), see forward. gaps: look for NaN, and
-        the host then waits for the device; otherwise the signals must be finite.
+        the host then waits for the device; otherwise the signals must be finite. context: also return Features.context.
 
         Each block runs once, on the tokens of all batches, and FSDP then fetches its weights once. On a CPU a narrow
         network takes the batches one by one, because these fit the cache. The result is the same."""
         small = self.width <= ONE_BY_ONE_WIDTH and self.cls_token.device.type == "cpu"
         if small and len(views) > 1 and not self.sharded:
-            return [features for view in views for features in self.encode([view], gaps)]
+            return [features for view in views for features in self.encode([view], gaps, context)]
         first = 1 + self.num_registers           # tokens before the patches
         tokens, shapes, ropes, keys, valid = [], [], [], [], []
         for signal, leads, mask in views:
@@ -302,19 +310,21 @@ class Encoder(nn.Module):
             keys.append(None if valid[-1] is None else F.pad(valid[-1].flatten(1), (first, 0), value=True))
             shapes.append(tuple(x.shape[:2]))
             tokens.append(x.flatten(0, 1))
-        x = join(tokens)
+        x, outputs = join(tokens), []
         for block in self.blocks:
             x = block(x, shapes, ropes, keys)
-        features = []
-        for x, (B, M), (_, leads, _), seen in zip(self.norm(x).split([B * M for B, M in shapes]), shapes, views, valid):
+            outputs += [x] if context else []
+        features, last = [], [layer.split([B * M for B, M in shapes]) for layer in (self.norm(x), *outputs)]
+        for (x, *blocks), (B, M), (_, leads, _), seen in zip(zip(*last), shapes, views, valid):
             x = x.view(B, M, self.width)
             patches = x[:, first:].unflatten(1, (leads.shape[1], -1))
+            said = context_of([y.view_as(x)[:, first:] for y in blocks]).view_as(patches) if context else None
             if seen is not None:
                 patches = torch.where(seen[..., None], patches, float("nan"))
             parts = x[:, 0], x[:, 1:first], patches
             if self.sharded:                     # FSDP attaches hooks to what a module returns: copies, not views
                 parts = (part.contiguous() for part in parts)
-            features.append(Features(*parts, seen))
+            features.append(Features(*parts, seen, said))
         return features
 
     def valid_patches(self, signal):

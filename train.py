@@ -95,9 +95,10 @@ RECIPES = {
     "adam_beta2":        (.99,            .999,         .999,         .999,         .999,         .99),
     "clip_norm":         (3.0,            3.0,          3.0,          3.0,          3.0,          30.0),
     # Weights of the terms that DINOv3 does not have (dino.py); 0 where they were not shown to help.
-    "contrast":          (1.0,            0.0,          0.0,          0.0,          0.0,          0.0),
+    "contrast":          (0.5,            0.0,          0.0,          0.0,          0.0,          0.0),
     "leads":             (0.5,            0.5,          0.5,          0.5,          0.5,          0.5),
     "wave":              (1.0,            0.0,          0.0,          0.0,          0.0,          0.0),
+    "context":           (2.0,            0.0,          0.0,          0.0,          0.0,          0.0),
     "gram_from":         (-1,             -1,           -1,           -1,           -1,           1_000_000),
 }
 
@@ -640,7 +641,7 @@ def signs_of_health(groups, parts, target_cls, logits):
 def networks_of(encoder, recipe):
     """Student and teacher with the heads of a recipe."""
     return build_networks(encoder, recipe["head_hidden"], recipe["head_bottleneck"], recipe["prototypes"],
-                          recipe["patch_prototypes"], NEAR_OFFSETS if recipe["wave"] else 0)
+                          recipe["patch_prototypes"], NEAR_OFFSETS if recipe["wave"] or recipe["context"] else 0)
 
 
 def build(args, mesh, device, watchdog):

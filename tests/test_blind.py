@@ -25,7 +25,7 @@ from model import Encoder, load_encoder
 
 K, BATCH, STEPS, CPU = 64, 32, 30, torch.device("cpu")
 TEMPERATURE, MOMENTUM = 0.02, 0.9
-WEIGHTS = dict(contrast=1.0, leads=0.5, wave=1.0)
+WEIGHTS = dict(contrast=1.0, leads=0.5, wave=1.0, context=2.0)
 NAMES = [name for name in LEADS if name != "unknown"]
 COUNTS = (1, 2, 3, 4, 15)        # leads of the recordings of `mixed`, which form all lead groups
 PEOPLE = 16                      # of each count
@@ -101,12 +101,17 @@ def below_chance(student, teacher, groups):
     names = ("target_entropy", "patch_target_entropy", "dino_global", "dino_local", "ibot")
     chance = dict.fromkeys(names, math.log(K))
     chance["contrast"] = sum(g["recordings"] / B * math.log(g["recordings"]) for g in groups)
-    # Of two predictions of 0: near patches and masked ones.
-    chance["wave"] = 0.0
+    # Of predictions of 0: near patches, masked ones, and, of the context, those that views of few leads are asked for.
+    chance |= dict(wave=0.0, context=0.0)
     for g in groups:
-        power = encoder.front_end(g["views"][0][1]).square().mean(-1).flatten()
-        both = power[g["near"]["target"]].mean() + power[g["place"]] @ g["weights"] / len(g["masks"])
-        chance["wave"] += g["recordings"] / B * both.item()
+        clean, named = (g["views"][0][k] for k in (1, 3))
+        said = encoder.encode([(clean, named, None)], context=True)[0].context
+        for name, x in dict(wave=encoder.front_end(clean), context=said - said.mean(0)).items():
+            power = x.square().mean(-1).flatten()
+            both = power[g["near"]["target"]].mean() + power[g["place"]] @ g["weights"] / len(g["masks"])
+            if name == "context" and g["asked"] is not None:
+                both += power[g["asked"]["target"]] @ g["asked"]["weight"] / len(g["views"][2][0])
+            chance[name] += g["recordings"] / B * both.item()
     if "leads" in parts:                                               # a view whose leads no teacher sees adds 0
         chance["leads"] = math.log(K) * sum(
             g["recordings"] / B * g["asked"]["weight"].sum().item() / len(g["views"][2][0])
@@ -139,9 +144,10 @@ def given_away(student, teacher, sampler, noise, first=0, batches=4):
 
 
 # Contrast is that of noisy views, so it varies by 1e-3; everything else is exact, or above chance because of them. Wave,
-# which is near 2, may learn the mean ECG of a lead, which is not 0: that says nothing about a recording.
+# which is near 2, may learn the mean ECG of a lead, which is not 0: that says nothing about a recording. Context, near 3,
+# has mean 0.
 LIMITS = dict(target_entropy=1e-3, patch_target_entropy=1e-3, contrast=3e-3, dino_global=0.01, dino_local=0.01,
-              ibot=0.01, leads=0.01, wave=0.1) | dict.fromkeys(
+              ibot=0.01, leads=0.01, wave=0.1, context=0.01) | dict.fromkeys(
                   ("global views", "local views", "views of few leads"), 1e-3)
 
 

@@ -373,7 +373,7 @@ def test_teacher_is_the_moving_average(networks, momentum):
         p.data.add_(randn(*p.shape, seed=i))
     update_teacher(teacher, student, momentum)
     after = dict(teacher.named_parameters())
-    shared = {name: p for name, p in student.named_parameters() if not name.startswith("wave_head")}
+    shared = {name: p for name, p in student.named_parameters() if not name.startswith(("wave_head", "context_head"))}
     assert set(before) == set(after) == set(shared)
     for name, p in shared.items():
         expected = momentum * before[name] + (1 - momentum) * p.double()
@@ -420,6 +420,23 @@ def lead_group(recordings, leads, patches, few, seed=0):
                 weights=1 / masks.sum((1, 2))[place // masks[0].numel()])
 
 
+def plain_context(encoder, clean, named):
+    """What the blocks of a teacher say of each patch (V, L, N, D), less the mean over views; channel by channel."""
+    outputs = []
+    hooks = [block.register_forward_hook(lambda *of: outputs.append(of[-1].view(len(clean), -1, encoder.width)))
+             for block in encoder.blocks]
+    V, L, N, D = encoder(clean, named).patches.shape
+    for hook in hooks:
+        hook.remove()
+    total = 0
+    for output in outputs:
+        patches = output[:, -L * N:]                                   # after CLS and registers
+        total += (patches - patches.mean(1, keepdim=True)) / (patches.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    mean = total / len(outputs)
+    mean = (mean - mean.mean(-1, keepdim=True)) / (mean.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    return (mean - mean.mean(0)).view(V, L, N, D)
+
+
 def plain_group(student, teacher, anchor, g, temperature, patch_temperature):
     """Parts of the loss of one lead group, and its teacher probabilities, patch by patch; networks in double."""
     n, (T, L, N) = g["recordings"], g["masks"].shape
@@ -445,26 +462,32 @@ def plain_group(student, teacher, anchor, g, temperature, patch_temperature):
     theirs = plain_centered(theirs, torch.tensor([lead * N + t for _, (_, lead, t), _ in pairs]))
     patch_probs = plain_sinkhorn(theirs @ teacher["ibot_head"].prototypes.weight.T, patch_temperature)
     terms = [w / T * plain_cross_entropy(student["ibot_head"](mine), p) for (mine, _, w), p in zip(pairs, patch_probs)]
-    ecg, head = teacher["encoder"].front_end(clean).flatten(0, 2), student["wave_head"]
+    truth = dict(wave=teacher["encoder"].front_end(clean).flatten(0, 2),
+                 context=plain_context(teacher["encoder"], clean, named).flatten(0, 2))
 
-    def error(token, place, offset):
-        told = head.rest(head.first(views[0].patches.flatten(0, 2)[token]) + head.offset_vectors.weight[offset])
-        return (told - ecg[place]).square().mean()
-    near = list(zip(*(g["near"][k] for k in ("token", "target", "offset"))))
-    wave = [error(*pair) / len(near) for pair in near]
-    wave += [w / T * error(place, place, 0) for place, (*_, w) in zip(g["place"], pairs)]
+    def error(name, patch, place, offset):
+        head = student[f"{name}_head"]
+        told = head.rest(head.first(patch) + head.offset_vectors.weight[offset])
+        return (told - truth[name][place]).square().mean()
+    near, own = list(zip(*(g["near"][k] for k in ("token", "target", "offset")))), views[0].patches.flatten(0, 2)
+    errors = {name: sum(error(name, own[token], place, offset) / len(near) for token, place, offset in near)
+              + sum(w / T * error(name, own[place], place, 0) for place, (*_, w) in zip(g["place"], pairs))
+              for name in truth}
+    for token, place, weight in zip(*(asked[k].tolist() for k in ("token", "target", "weight"))):
+        told = error("context", views[2].patches[token // 3, 0, token % 3], place, 0)
+        errors["context"] = errors["context"] + weight / len(views[2].cls) * told
     parts = dict(dino=plain_dino(logits, probs, ignore_diagonal=True), ibot=sum(terms[:masked]),
                  dino_global=plain_dino(logits[:2], probs, ignore_diagonal=True),
                  dino_local=plain_dino(logits[2:], probs), koleo=plain_koleo(x[0]) + plain_koleo(x[1]),
                  contrast=plain_contrast(on_sphere, 2),
-                 wave=sum(wave),
+                 **errors,
                  gram=plain_gram(views[0].patches.flatten(1, 2), anchor(clean, named).patches.flatten(1, 2)))
     if g["asked"]:
         parts["leads"] = sum(terms[masked:])
     return parts, probs.flatten(0, 1), patch_probs
 
 
-WEIGHTS = dict(dino=1.0, koleo=0.1, ibot=1.0, contrast=1.5, leads=0.5, wave=0.7, gram=3.0)
+WEIGHTS = dict(dino=1.0, koleo=0.1, ibot=1.0, contrast=1.5, leads=0.5, wave=0.7, context=1.3, gram=3.0)
 TEMPERATURES = 0.1, 0.08         # of global features and of patches
 GROUPS = {"with and without views of few leads": [(3, 2, 4, True), (4, 1, 5, False)], "without": [(4, 2, 3, False)],
           "the same leads twice": [(3, 2, 4, True), (2, 2, 4, True)]}
@@ -523,7 +546,7 @@ def test_lead_groups_do_not_see_each_other():
 
 
 def test_objective_with_a_patch_that_no_teacher_sees():
-    """A view of few leads whose leads the teacher does not see adds nothing; `leads` counts all views all the same."""
+    """A view of few leads whose leads the teacher does not see adds nothing; all views count all the same."""
     student, teacher = small_networks()
     group = lead_group(3, 2, 4, True)
     half = copy.deepcopy(group)
@@ -531,8 +554,8 @@ def test_objective_with_a_patch_that_no_teacher_sees():
     none = copy.deepcopy(group)
     none["asked"]["weight"][:] = 0
     a, b, c = (objective(student, teacher, None, [g], 0.05, 0.05, WEIGHTS)[1] for g in (group, half, none))
-    assert c["leads"] == 0 and 0 < b["leads"] < a["leads"]
-    assert all(a[name] == b[name] == c[name] for name in a if name != "leads")
+    assert c["leads"] == 0 and 0 < b["leads"] < a["leads"] and 0 < c["context"] < b["context"] < a["context"]
+    assert all(a[name] == b[name] == c[name] for name in a if name not in ("leads", "context"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
