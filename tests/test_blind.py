@@ -5,6 +5,7 @@ Lead counts, lead names, their order, masks and times are all that is left to an
 any of them told recordings or patches apart, the teacher's targets would not be uniform, or a loss would fall below its
 chance level, at once or after some training.
 """
+import copy
 import math
 from unittest import mock
 
@@ -168,6 +169,22 @@ def test_a_blind_encoder_learns_nothing(corpora):
     moved = [name for name, p in student.named_parameters() if not torch.equal(p, first[name])]
     assert len(moved) == len(first) - 2 and "encoder.lead_embedding.weight" in moved
     assert not beyond(given_away(student, teacher, sampler, noise, first=STEPS))
+
+
+def test_a_blind_student_cannot_tell_the_context(corpora):
+    """Of a teacher that sees, and stays as it is; a prediction of 0 is as near."""
+    corpora, noise = corpora
+    sampler = Sampler(corpora, BATCH, 3, lead_groups())
+    (student, _), (_, teacher) = networks(blind=True), networks(blind=False)
+    with mock.patch("test_blind.update_teacher"):
+        train(student, teacher, sampler, noise, STEPS)
+    silent = copy.deepcopy(student)
+    for p in silent["context_head"].rest[-1].parameters():
+        torch.nn.init.zeros_(p)
+    told, chance = (np.mean([objective(network, teacher, None, batch(sampler, noise, step), TEMPERATURE, TEMPERATURE,
+                                       WEIGHTS)[1]["context"].item() for step in range(STEPS, STEPS + 4)])
+                    for network in (student, silent))
+    assert 1 < chance < 3 and told > 0.99 * chance, (told, chance)
 
 
 def with_names(self, step, g, chosen, rows, draw=Sampler.draw):
