@@ -216,19 +216,22 @@ class PlainNetwork(nn.Module):
             nn.RMSNorm(bottleneck, elementwise_affine=False), nn.Linear(bottleneck, recipe[k], bias=False))
             for inputs, k in ((2 * width, "prototypes"), (width, "patch_prototypes")))
         self.offsets = nn.Embedding(NEAR_OFFSETS, width)
-        self.wave_head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                       nn.Linear(hidden, P))
+        self.wave_head, self.context_head = (nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+            for outputs in (P, width))
         times_s = torch.cat((torch.zeros(1), (torch.arange(100) + 0.5) * PATCH_S))     # the first: CLS and registers
         angle = 2 * torch.pi * times_s[:, None] / torch.logspace(*np.log10(ROPE_PERIODS_S), width // heads // 2)
         self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())).repeat(1, 1, 2))          # (2, 101, E)
 
-    def forward(self, signal, leads, mask=None):
+    def forward(self, signal, leads, mask=None, outputs=None):
         x = self.patches(signal.unflatten(-1, (-1, P)))
         x = (x if mask is None else torch.where(mask[..., None], self.masked, x)) + self.leads(leads)[:, :, None]
         place = F.pad(torch.arange(1, 1 + x.shape[2], device=x.device).repeat(x.shape[1]), (1 + REGISTERS, 0))
         x, rope = torch.cat((self.first.expand(len(x), -1, -1), x.flatten(1, 2)), dim=1), self.rope[:, place]
         for block in self.blocks:
             x = block(x, *rope)
+            if outputs is not None:
+                outputs.append(F.instance_norm(x[:, 1 + REGISTERS:].float().transpose(1, 2)))
         x = self.norm(x)
         return torch.cat((x[:, 0], x[:, 1 + REGISTERS:].mean(1)), dim=1), x[:, 1 + REGISTERS:].flatten(0, 1)
 
@@ -243,25 +246,28 @@ def plain_loss(student, teacher, centers, g, recipe):
     if asked is not None:
         place, found = torch.cat((place, asked["target"])), torch.cat((found, views[2][1][asked["token"]]))
         weights = torch.cat((weights, recipe["leads"] * asked["weight"] / len(views[2][0])))
-    near, wave = g["near"], 0.0
-    if recipe["wave"]:
-        which, own = (torch.cat((near[k], g["place"])) for k in ("token", "target"))
-        offset = student.offsets(F.pad(near["offset"], (0, len(g["place"]))))
-        ecg = g["views"][0][1].unflatten(-1, (-1, P)).flatten(0, 2)[own]
-        wave = recipe["wave"] * F.mse_loss(student.wave_head(views[0][1][which] + offset), ecg)
+    near, told, outputs = g["near"], 0.0, [] if recipe["context"] else None
     with torch.no_grad():
-        clean_cls, clean_patches = teacher(g["views"][0][1], g["views"][0][3])
+        clean_cls, clean_patches = teacher(g["views"][0][1], g["views"][0][3], outputs=outputs)
         logits = [teacher.cls_head(clean_cls.unflatten(0, (-1, n))).float(),
                   teacher.patch_head(clean_patches[place]).float()]                             # (T, n, K), (M, K)
         target, patch_target = (((y - c) / TEMPERATURE).softmax(dim=-1) for y, c in zip(logits, centers))
         for y, center in zip(logits, centers):
             center.lerp_(y.flatten(0, -2).mean(0), 0.1)
+    if recipe["context"]:                        # Wave and Context
+        which, own = (torch.cat((near[k], g["place"])) for k in ("token", "target"))
+        tokens = views[0][1][which] + student.offsets(F.pad(near["offset"], (0, len(g["place"]))))
+        ecg = g["views"][0][1].unflatten(-1, (-1, P)).flatten(0, 2)[own]
+        context = F.layer_norm(sum(outputs).transpose(1, 2), tokens.shape[-1:])
+        context = (context - context.mean(0)).flatten(0, 1)[own]
+        told = (recipe["wave"] * F.mse_loss(student.wave_head(tokens), ecg)
+                + recipe["context"] * F.mse_loss(student.context_head(tokens), context))
     pairs = (log_probs(student.cls_head(x))[:, None] * target).sum(-1).mean(-1)                         # (S, T)
     patches = (log_probs(student.patch_head(found)) * patch_target).sum(-1) @ weights                   # iBOT, Leads
     x = F.normalize(x[:len(target)].float(), dim=-1)
     nearest = (torch.cdist(x, x) + 2 * torch.eye(n, device=x.device)).amin(-1)
     dino_pairs = (pairs.sum() - pairs.trace()) / (pairs.numel() - len(target))
-    return wave - (dino_pairs + patches + 0.1 * nearest.log().mean())
+    return told - (dino_pairs + patches + 0.1 * nearest.log().mean())
 
 
 def bench_peers(args):
