@@ -479,9 +479,11 @@ def draw_curves(out):
     panels = {"losses": ("dino_global", "dino_local", "ibot", "leads", "contrast", "wave", "context"),
               "entropy (nats)": ("target_entropy", "patch_target_entropy", "prediction_entropy"),
               "online probe, macro AUROC": ("online_auroc",)}
-    figure = Figure(figsize=(13, 3.4), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(1, 3), panels.items()):
-        for name in (n for n in names if any(n in r for r in rows)):
+    panels = {title: [n for n in names if any(n in r for r in rows)] for title, names in panels.items()}
+    panels = {title: names for title, names in panels.items() if names}          # a run may have no online probe
+    figure = Figure(figsize=(4.4 * len(panels), 3.4), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for name in names:
             steps, values = [r["step"] for r in rows if name in r], [r[name] for r in rows if name in r]
             axis.plot(steps, np.array(values, dtype=float), marker="" if len(names) > 1 else "o", label=name)
         axis.set(title=title, xlabel="step")
