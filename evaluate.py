@@ -130,9 +130,9 @@ def interval(samples):
     return np.nanpercentile(samples, [2.5, 97.5]).tolist() if np.isfinite(samples).any() else [np.nan, np.nan]
 
 
-def interval_of_seeds(scores, groups):
+def interval_of_seeds(scores, groups, signed=True):
     """95 % interval of the mean over encoders (seeds of one recipe) of scores (E, S): of the test set itself, [:, 0],
-    and of its resamples; groups: how many patients or records are resampled.
+    and of its resamples; groups: how many patients or records are resampled; signed: scores may be below 0 or above 1.
 
     One encoder: the percentiles of its resamples, which say nothing about another seed. Several: the variance of the
     mean over resamples of patients plus that over seeds, by Student's t with the degrees of freedom of Welch (1947) and
@@ -145,7 +145,8 @@ def interval_of_seeds(scores, groups):
     variance = of_patients + of_seeds
     freedom = variance ** 2 / (of_seeds ** 2 / (E - 1) + of_patients ** 2 / (groups - 1))
     half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance)
-    return [mean[0] - half, mean[0] + half]
+    ends = np.array([mean[0] - half, mean[0] + half])
+    return (ends if signed else ends.clip(0, 1)).tolist()
 
 
 def paired(a, b, groups, suffix=""):
@@ -480,7 +481,7 @@ def draw_curves(out):
               "entropy (nats)": ("target_entropy", "patch_target_entropy", "prediction_entropy"),
               "online probe, macro AUROC": ("online_auroc",)}
     panels = {title: [n for n in names if any(n in r for r in rows)] for title, names in panels.items()}
-    panels = {title: names for title, names in panels.items() if names}          # a run may have no online probe
+    panels = {title: names for title, names in panels.items() if names} or {"losses": []}      # there may be no probe
     figure = Figure(figsize=(4.4 * len(panels), 3.4), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for name in names:

@@ -245,7 +245,7 @@ def with_intervals(runs, records):
     """JSON entry of runs of score(), of encoders with other seeds: means, intervals; and scores {name: (E, S)}."""
     entry, scores = mean_of([run[0] for run in runs]), {k: np.stack([run[2][k] for run in runs]) for k in runs[0][2]}
     for key, of in scores.items():
-        entry |= {key: of[:, 0].mean(), f"{key}_ci95": interval_of_seeds(of, records)}
+        entry |= {key: of[:, 0].mean(), f"{key}_ci95": interval_of_seeds(of, records, key.endswith(("area", "_r")))}
     return entry | dict(each={key: of[:, 0].tolist() for key, of in scores.items()},
                         within_ci95=entry["within_nsv_ci95"], ci95=entry["macro_nsv_ci95"]), scores
 

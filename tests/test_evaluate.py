@@ -897,6 +897,12 @@ def test_seeds_that_cannot_be_scored_or_do_not_differ_have_an_interval_too():
     assert evaluate.interval_of_seeds(some, 5) == [1, 1]
 
 
+def test_the_interval_of_a_share_stays_within_0_and_1():
+    scores = np.random.default_rng(0).uniform(0.4, 0.5, (3, 101)) + np.array([[-0.4], [0], [0.5]])
+    low, high = evaluate.interval_of_seeds(scores, 50)
+    assert low < 0 and high > 1 and evaluate.interval_of_seeds(scores, 50, signed=False) == [0, 1]
+
+
 @pytest.mark.parametrize("paths", [["a", "a"], ["a", "wide"], ["a", "random:tiny"], ["random:tiny", "random:tiny"]])
 def test_what_cannot_be_averaged_is_refused(tmp_path, paths):
     for name, width in (("a", WIDTH), ("wide", 2 * WIDTH)):
