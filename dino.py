@@ -295,15 +295,15 @@ def gram_loss(student, teacher):
 
 
 # ---- the objective on one batch -------------------------------------------------------------------------------------
-def group_features(group, target, anchor, views):
+def group_features(group, target, context, anchor, views):
     """What the losses need from a lead group: global features, view-major (S, B, 2D), and the patches of the student
     (M, D) and of the teacher at the same `place` (M,), lead and time: masked ones, then those that views of few leads
-    are asked for. With target.context, the context (T*B*L*N, D) less its mean over the recordings of all ranks at the
-    same lead and time, which can be told without looking at the ECG.
+    are asked for. With context (T*B, L, N, D) also this, (T*B*L*N, D), less its mean over the recordings of all ranks
+    at the same lead and time, which can be told without looking at the ECG.
     target and anchor: Features of the clean global views, from teacher and Gram teacher; views: Features of all noisy
     views, from the student."""
     B, asked, place = group["recordings"], group["asked"], group["place"]
-    patches, context = views[0].patches, target.context
+    patches = views[0].patches
     found = patches.flatten(0, 2)[place]
     if asked is not None:
         found = torch.cat((found, views[-1].patches.flatten(0, 2)[asked["token"]]))
@@ -389,10 +389,12 @@ def objective(student, teacher, gram_teacher, groups, temperature, patch_tempera
     noisy = [(signal, ids, mask) for g in groups
              for (signal, _, ids, _), mask in zip(g["views"], (g["masks"], None, None))]
     with torch.no_grad():
-        targets = teacher["encoder"].encode(clean, context="context_head" in student)
+        context = "context_head" in student
+        targets = teacher["encoder"].encode(clean, context=context)
+        targets = targets if context else [(target, None) for target in targets]
         anchors = gram_teacher.encode(clean) if gram_teacher is not None else [None] * len(groups)
     views = iter(student["encoder"].encode(noisy))
-    features = [group_features(g, target, anchor, [next(views) for _ in g["views"]])
+    features = [group_features(g, *target, anchor, [next(views) for _ in g["views"]])
                 for g, target, anchor in zip(groups, targets, anchors)]
     probs, patch_probs = group_targets(teacher, features, temperature, patch_temperature)
     cls = [torch.cat(f["cls"]) for f in features]                                     # (S, B, 2D) each
@@ -403,7 +405,7 @@ def objective(student, teacher, gram_teacher, groups, temperature, patch_tempera
     patch_logits = patch_logits.split([len(p) for p in patch_probs])
     found = [group_parts(g, *rest, contrast=bool(weights["contrast"]))
              for g, *rest in zip(groups, features, probs, patch_probs, *by_group, patch_logits)]
-    if "context_head" in student:
+    if context:
         for mine, told in zip(found, patch_losses(student, teacher["encoder"], groups, features)):
             mine |= told
     parts, B = defaultdict(float), sum(g["recordings"] for g in groups)

@@ -83,7 +83,6 @@ class Features(NamedTuple):
     registers: torch.Tensor      # (B, R, D)
     patches: torch.Tensor        # (B, L, N, D) local features, NaN where not valid
     valid: torch.Tensor | None = None  # (B, L, N) bool: the patches without a missing sample; None: all of them
-    context: torch.Tensor | None = None  # (B, L, N, D) context_of the blocks; None if encode() is not asked for it
 
     def pooled(self):
         """[CLS, mean of the valid patches] (B, 2D), which the DINO head sees. Without any valid patch the mean is 0."""
@@ -284,7 +283,8 @@ class Encoder(nn.Module):
 
     def encode(self, views, gaps=False, context=False):
         """Features of each of several batches of windows (signal, leads, mask), see forward. gaps: look for NaN, and
-        the host then waits for the device; otherwise the signals must be finite. context: also return Features.context.
+        the host then waits for the device; otherwise the signals must be finite. context: return pairs of Features and
+        the context_of the patches (B, L, N, D).
 
         Each block runs once, on the tokens of all batches, and FSDP then fetches its weights once. On a CPU a narrow
         network takes the batches one by one, because these fit the cache. The result is the same."""
@@ -324,7 +324,7 @@ class Encoder(nn.Module):
             parts = x[:, 0], x[:, 1:first], patches
             if self.sharded:                     # FSDP attaches hooks to what a module returns: copies, not views
                 parts = (part.contiguous() for part in parts)
-            features.append(Features(*parts, seen, said))
+            features.append((Features(*parts, seen), said) if context else Features(*parts, seen))
         return features
 
     def valid_patches(self, signal):

@@ -106,7 +106,7 @@ def below_chance(student, teacher, groups):
     chance |= dict(wave=0.0, context=0.0)
     for g in groups:
         clean, named = (g["views"][0][k] for k in (1, 3))
-        said = encoder.encode([(clean, named, None)], context=True)[0].context
+        said = encoder.encode([(clean, named, None)], context=True)[0][1]
         for name, x in dict(wave=encoder.front_end(clean), context=said - said.mean(0)).items():
             power = x.square().mean(-1).flatten()
             both = power[g["near"]["target"]].mean() + power[g["place"]] @ g["weights"] / len(g["masks"])
