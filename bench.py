@@ -237,8 +237,8 @@ class PlainNetwork(nn.Module):
 
 
 def plain_loss(student, teacher, centers, g, recipe):
-    """Loss of a lead group, one forward pass per view list: as in dino.py, but with DINO v1's centred targets and
-    without the contrast, which is less work."""
+    """Loss of a lead group, one forward pass per view list: as in dino.py, but with DINO v1's centred targets, without
+    the contrast and without the context of views of few leads, which is less work."""
     n, asked, log_probs = g["recordings"], g["asked"], lambda x: F.log_softmax(x.float() / 0.1, dim=-1)
     views = [student(v[0], v[2], mask) for v, mask in zip(g["views"], (g["masks"], None, None))]
     x = torch.cat([cls for cls, _ in views]).unflatten(0, (-1, n))                                      # (S, n, 2D)

@@ -6,15 +6,17 @@ gradient.
     iBOT      a masked patch should fall on the prototypes of the patch that the teacher saw there (Zhou et al. 2022)
     Leads     a patch of a view of few leads should fall on the prototypes of the teacher's patch, seen among all leads
     Wave      a patch should predict the ECG of another one of its lead, a given time before or after; a masked its own
-    Context   the same for what all blocks of the teacher say of that patch (Baevski et al. 2022, data2vec)
+    Context   the same for what all blocks of the teacher say of that patch (Baevski et al. 2022, data2vec), also from
+              patches of views of few leads, of themselves
     Sinkhorn  the teacher's assignments use every prototype equally, so not all recordings share one (SwAV 2020, DINOv2)
     KoLeo     global features of different recordings keep a distance (Sablayrolles et al. 2019)
     Contrast  a view is nearer to its own recording than to others (InfoNCE); a short run needs it
     Gram      similarities between patches stay those of an earlier teacher (Simeoni et al. 2025)
 
-Everything here is computed in fp32 and stays finite for any finite logits. Where a process group exists, Sinkhorn sums
-and KoLeo neighbours are over all ranks, and a loss is this rank's share: the mean of the ranks' values is the loss of
-the whole batch, if every rank holds the same number of rows (sinkhorn_knopp and ibot_loss do not need that).
+Everything here is computed in fp32 and stays finite for any finite logits. Where a process group exists, Sinkhorn sums,
+means at a lead and time and KoLeo neighbours are over all ranks, and a loss is this rank's share: the mean of the
+ranks' values is the loss of the whole batch, if every rank holds the same number of rows (sinkhorn_knopp and ibot_loss
+do not need that).
 
 Shapes: S student views, T teacher views, B recordings, K prototypes, M patches, R rows, N patches, D width.
 """
@@ -37,14 +39,14 @@ STUDENT_TEMPERATURE = 0.1
 PROTOTYPE_NORM = 1.0
 OFFSET_STD = 0.5                 # standard deviation of the vectors of PatchHead at the start
 KOLEO_EPS = 1e-8
-CONTRAST_TEMPERATURE = 0.15      # of InfoNCE; no other value was tried
+CONTRAST_TEMPERATURE = 0.15      # of InfoNCE; .08 is worse, .3 no better (LOG.md)
 LOWEST = -1e30                   # a logit this far below the best has no effect; keeps -inf out of sums and products
 
 COLLAPSED_RANK = 2.0             # effective rank of a batch's global features within equal lead sets
 SHARED_AT_LEAST = 4              # recordings beyond one per lead set; the rank within lead sets cannot exceed this
 SAME_FEATURES = 1e-3             # of the features' root mean square: with a smaller difference they count as equal
 COLLAPSED_ENTROPY = 0.3          # of the mean prediction, as a share of ln K; 0.95 in a good run
-UNIFORM_ENTROPY = 0.98           # of the targets after the warm-up, as a share of ln K; 0.45 in a good run
+UNIFORM_ENTROPY = 0.98           # of the targets after the warm-up, as a share of ln K; 0.6 in a good run
 ONE_HOT_ENTROPY = 0.1            # of the patch targets after the warm-up, as a share of ln K
 
 
@@ -117,8 +119,8 @@ class PatchHead(nn.Module):
 
 def build_networks(encoder, hidden_dim, bottleneck_dim, cls_prototypes, patch_prototypes, offsets=0):
     """Student and teacher, each a ModuleDict of encoder, dino_head (of [CLS, mean patch]) and ibot_head (of patches);
-    the teacher is a frozen copy. With `offsets` the student has wave_head and context_head too, as its last parts. They
-    are on the device of the encoder, which may be meta."""
+    the teacher is a frozen copy. With `offsets` the student has wave_head and context_head too, as its last parts, also
+    if one of them has weight 0. They are on the device of the encoder, which may be meta."""
     seed, width = encoder.config["init_seed"], encoder.width
     with encoder.cls_token.device:
         student = nn.ModuleDict(dict(
@@ -309,7 +311,7 @@ def group_features(group, target, context, anchor, views):
         found = torch.cat((found, views[-1].patches.flatten(0, 2)[asked["token"]]))
         place = torch.cat((place, asked["target"]))
     if context is not None:
-        context = (context - reduce_(context.mean(0)) / num_ranks()).flatten(0, 2)
+        context = context.sub_(reduce_(context.mean(0)) / num_ranks()).flatten(0, 2)
     return dict(cls=[v.pooled().unflatten(0, (-1, B)) for v in views], target_cls=target.pooled().unflatten(0, (-1, B)),
                 patches=found, target_patches=target.patches.flatten(0, 2)[place], all_patches=patches,
                 place=place, context=context,
@@ -361,8 +363,8 @@ def patch_losses(student, encoder, groups, features):
     near = [g["near"] for g in groups]
     tokens = [torch.cat((f["all_patches"].flatten(0, 2)[n["token"]], f["patches"])) for n, f in zip(near, features)]
     offsets = torch.cat([F.pad(n["offset"], (0, len(f["place"]))) for n, f in zip(near, features)])
-    told, losses = [student[name](torch.cat(tokens), offsets).split([len(x) for x in tokens])
-                    for name in ("wave_head", "context_head")], []
+    patches, losses = torch.cat(tokens), []
+    told = [student[name](patches, offsets).split([len(x) for x in tokens]) for name in ("wave_head", "context_head")]
     for n, g, f, *mine in zip(near, groups, features, *told):
         place, counts = torch.cat((n["target"], f["place"])), [len(n["token"]), len(g["place"])]
         with torch.no_grad():

@@ -139,7 +139,7 @@ def interval_of_seeds(scores, groups, signed=True):
     Satterthwaite, because few seeds say little about their own spread.
     """
     E, mean = len(scores), scores.mean(axis=0)
-    if E == 1 or not np.isfinite(mean[1:]).any() or not np.nanstd(scores):       # nothing scored, or all equal
+    if E == 1 or not np.isfinite(mean[1:]).any() or np.nanmax(scores) == np.nanmin(scores):    # not scored, or equal
         return interval(mean[1:])
     of_patients, of_seeds = np.nanvar(mean[1:], ddof=1) * groups / (groups - 1), scores[:, 0].var(ddof=1) / E
     variance = of_patients + of_seeds
