@@ -314,8 +314,8 @@ class Encoder(nn.Module):
         for block in self.blocks:
             x = block(x, shapes, ropes, keys)
             outputs += [x] if context else []
-        features, last = [], [layer.split([B * M for B, M in shapes]) for layer in (self.norm(x), *outputs)]
-        for (x, *blocks), (B, M), (_, leads, _), seen in zip(zip(*last), shapes, views, valid):
+        features, layers = [], [layer.split([B * M for B, M in shapes]) for layer in (self.norm(x), *outputs)]
+        for (x, *blocks), (B, M), (_, leads, _), seen in zip(zip(*layers), shapes, views, valid):
             x = x.view(B, M, self.width)
             patches = x[:, first:].unflatten(1, (leads.shape[1], -1))
             said = context_of([y.view_as(x)[:, first:] for y in blocks]).view_as(patches) if context else None
