@@ -246,7 +246,7 @@ def plain_loss(student, teacher, centers, g, recipe):
     if asked is not None:
         place, found = torch.cat((place, asked["target"])), torch.cat((found, views[2][1][asked["token"]]))
         weights = torch.cat((weights, recipe["leads"] * asked["weight"] / len(views[2][0])))
-    near, told, outputs = g["near"], 0.0, [] if recipe["context"] else None
+    near, told, outputs = g["near"], 0.0, [] if recipe["wave"] or recipe["context"] else None
     with torch.no_grad():
         clean_cls, clean_patches = teacher(g["views"][0][1], g["views"][0][3], outputs=outputs)
         logits = [teacher.cls_head(clean_cls.unflatten(0, (-1, n))).float(),
@@ -254,7 +254,7 @@ def plain_loss(student, teacher, centers, g, recipe):
         target, patch_target = (((y - c) / TEMPERATURE).softmax(dim=-1) for y, c in zip(logits, centers))
         for y, center in zip(logits, centers):
             center.lerp_(y.flatten(0, -2).mean(0), 0.1)
-    if recipe["context"]:                        # Wave and Context
+    if outputs is not None:                      # Wave and Context
         which, own = (torch.cat((near[k], g["place"])) for k in ("token", "target"))
         tokens = views[0][1][which] + student.offsets(F.pad(near["offset"], (0, len(g["place"]))))
         ecg = g["views"][0][1].unflatten(-1, (-1, P)).flatten(0, 2)[own]
