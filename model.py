@@ -68,7 +68,7 @@ PREPROCESSING = dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=B
 # LayerScale starts near 1 in shallow networks (otherwise a short run trains little more than the patch embedding), and
 # tiny in deep ones.
 SIZES = {
-    "tiny": dict(width=128, depth=3, heads=2, layer_scale=1.0),
+    "tiny": dict(width=128, depth=6, heads=4, layer_scale=1.0),
     "small": dict(width=384, depth=12, heads=6, layer_scale=0.1),
     "base": dict(width=768, depth=12, heads=12, layer_scale=1e-2),
     "large": dict(width=1024, depth=24, heads=16, layer_scale=1e-5),
