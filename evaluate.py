@@ -1,5 +1,5 @@
 """How good features are: scores with intervals, fits, calibration, noise and pictures for both probes; and pictures of
-a run for train.py, and of a corpus for prepare.py check.
+a run for train.py.
 
 Shapes: E encoders, R recordings or rows, D width of an encoder, C labels, G groups (patients, records), S resamples,
 H levels of noise, L leads, T samples (at FS).
@@ -32,8 +32,8 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
 from augment import NOISE_TYPES, add_noise_levels
-from corpus import fingerprint, git, known_by_content
-from ecg import FS, LEADS, MAX_LEADS, MISSING, UV_PER_MV, Refused, atomic_write, cut_patches, lead_id, preprocess
+from corpus import git, known_by_content
+from ecg import FS, LEADS, MAX_LEADS, Refused, atomic_write, cut_patches, lead_id, preprocess
 from model import load_encoder, rotate, untrained_like
 
 BOOTSTRAPS = 1000                # resamples of patients or records
@@ -55,7 +55,6 @@ SHIFT_SAMPLES = 5                # samples at FS between the local features in d
 MM_PER_S, MM_PER_MV, MM_PER_INCH = 25, 10, 25.4  # of ECG paper
 MARGIN_MM, NAME_MM, MIN_WIDTH_MM = 4, 4, 95  # left and right of an ECG; of the names above a row; room for a title
 PAPER_MARGINS_MM = 16, 34        # of a figure, both sides together: width, height
-OVERVIEW_RECORDINGS = 2000       # chosen at random, for the histograms of draw_overview
 MAX_SHOWN_MV = 4.0               # about a lead's median; what is beyond is cut off
 ATTENTION_COLOURS = LinearSegmentedColormap.from_list("attention", ["#9aa7b5", "#f08a3c", "#8b0000"])
 SMALL_STEP = 1e-3                # of a feature, to find the weight of a probe for it
@@ -650,51 +649,6 @@ def draw_scores(axis, kinds, keys, x_label):
     axis.tick_params(axis="x", labelrotation=60 * (len(points) > len(NOISE_DB)))
     axis.legend(frameon=False, fontsize=8)
     axis.set(xlabel=x_label, ylabel="macro AUROC, superclasses")
-
-
-def draw_overview(corpus, path):
-    """A corpus: hours by lead set, rate and length; amplitudes and heart rates; six random recordings."""
-    index, rng = corpus.index, np.random.default_rng(0)
-    figure = Figure(figsize=(11, 14), layout="constrained")
-    axes = figure.subplot_mosaic("aabbcc;dddeee;ffffff;gggggg;hhhhhh;iiiiii;jjjjjj;kkkkkk",
-                                 height_ratios=[2, 2, 1, 1, 1, 1, 1, 1], subplot_kw={"xmargin": 0})
-    sets, of_set = np.unique(index[["n_leads", "leads"]], return_inverse=True)
-    names = [" ".join(LEADS[k] for k in ids[:n]) if n < 5 else f"{n} leads" for n, ids in sets]
-    hours = pd.Series(index["length"] / FS / 3600)
-    lengths = pd.cut(hours * 3600, [0, 5, 9, 11, 20, 60, 600, 3600, np.inf], right=False)
-    for key, what, kinds in (("a", "leads", np.array(names, object)[of_set]),
-                             ("b", "original rate, Hz", index["fs_hz"]), ("c", "length, s", lengths)):
-        top = hours.groupby(kinds, observed=True).sum().nlargest(6)[::-1]
-        top.plot.barh(ax=axes[key], color="0.4", xlabel=f"hours by {what}", ylabel="").margins(x=0.2)
-        axes[key].bar_label(axes[key].containers[0], fmt=" %.3g", fontsize=8)
-    rows = np.sort(rng.choice(len(index), min(OVERVIEW_RECORDINGS, len(index)), replace=False))
-    shown = [shown_lead(corpus, i) for i in rows]
-    peaks = [np.percentile(np.abs(x - np.median(x)), 99.5) for x, _ in shown]
-    for key, values, most, what in (("d", peaks, 4, "lead II, 99.5th percentile, mV (last bar: 4 and more)"),
-                                    ("e", [heart_rate_bpm(x) for x, _ in shown], 200, "heart rate, 1/min")):
-        axes[key].hist(np.clip(values, 0, most), 60, range=(0, most), color="0.4")
-        axes[key].set_xlabel(what)
-    for key, k in zip("fghijk", np.sort(rng.choice(len(rows), min(6, len(rows)), replace=False))):
-        x, title = shown[k][0][:10 * FS], f"{corpus.records[rows[k]].decode()}, {shown[k][1]}, mV over s"
-        axes[key].plot(np.arange(len(x)) / FS, x, color="k", lw=0.7)
-        axes[key].set_title(title, loc="left", fontsize=9, pad=2)
-    figure.suptitle(f"{corpus.manifest['source']}, {len(index):,} recordings, {hours.sum():,.1f} h")
-    save_figure(figure, path, dpi=90)
-
-
-def shown_lead(corpus, i):
-    """Up to a minute in the middle of recording i, in mV, of lead II (or of the first lead), and the lead's name."""
-    ids, length = corpus.lead_ids(i), int(corpus.index["length"][i])
-    k, n = int(np.argmax(ids == lead_id("II"))), min(length, 60 * FS)
-    lead = corpus.read(i, (length - n) // 2, n)[k]
-    return np.where(lead == MISSING, 0, lead) / UV_PER_MV, LEADS[ids[k]]
-
-
-def heart_rate_bpm(lead):
-    """60 / the median time between the landmarks of fingerprints, most often R waves, of a lead (T,) in mV at FS; NaN
-    if there are fewer than three."""
-    at = fingerprint(np.rint(lead[None] * UV_PER_MV).astype(np.int16), np.zeros(1))["sample"]
-    return 60 * FS / np.median(np.diff(at)) if len(at) > 2 else np.nan
 
 
 # ---- command line and results of both probes ------------------------------------------------------------------------

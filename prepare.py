@@ -50,7 +50,7 @@ from tqdm import tqdm
 from corpus import (FINGERPRINT_DTYPE, FORMAT_VERSION, MAGIC, NO_FINGERPRINTS, SPLITS, SUPERCLASSES, TABLES,
                     fingerprint, index_faults, lock_folder, open_corpus, part_of, rows_to_leave_out, write_held_out)
 from ecg import (ARRAY_READERS, FS, LEADS, MAX_LEADS, MAX_MV, MISSING, NOT_READ, PAD_S, UV_PER_MV, Recording, Refused,
-                 as_refused, atomic_write, find_files, list_recordings, preprocess, read_any, sha256)
+                 as_refused, atomic_write, find_files, lead_id, list_recordings, preprocess, read_any, sha256)
 from synth import atomic_folder, synthesize
 
 MIN_VALID_S = 2.0                # s of signal that a lead needs to be kept
@@ -70,6 +70,7 @@ HELD_OUT_COPY = re.compile(
     rf"({'|'.join(sorted(MITDB_HELD_OUT))})(m|a|skew|[_-](ecg|mlii|v\d|\d\d?))?)(\.(dat|mat|hea|edf|csv|np[yz]))*")
 NOISE_S = 30 * 60                # s of an NSTDB record that are used
 NOISE_PARTS = (("train", 0, 2 / 3), ("test", 2 / 3, 1))  # minutes 0-20 and 20-30; a shorter record has the same shares
+OVERVIEW_RECORDINGS = 2000       # chosen at random, for the histograms of draw_overview
 SYNTH_RECORDS = 600              # default number of synthetic 12-lead recordings
 PHYSIONET = {                    # database, and the files of it that are needed
     "ptbxl": ("ptb-xl", r"recordsRATE/.*|[^/]*\.csv|LICENSE\.txt"),
@@ -699,7 +700,6 @@ def check(dirs, held_out=None):
         for fault in found:
             print(f"  DAMAGED: {fault}")
         if not found:
-            from evaluate import draw_overview                     # it loads torch, which nothing else here needs
             draw_overview(corpus, corpus.dir / "check.png")
             print(f"  overview: {corpus.dir / 'check.png'}")
     if faults:
@@ -714,6 +714,53 @@ def check(dirs, held_out=None):
         write_held_out(corpora, held_out)
     print(f"{len(corpora)} corpora, {faults} faults")
     return faults
+
+
+def draw_overview(corpus, path):
+    """A corpus: hours by lead set, rate and length; amplitudes and heart rates; six random recordings."""
+    from matplotlib.figure import Figure         # only here: no other command draws
+
+    index, rng = corpus.index, np.random.default_rng(0)
+    figure = Figure(figsize=(11, 14), layout="constrained")
+    axes = figure.subplot_mosaic("aabbcc;dddeee;ffffff;gggggg;hhhhhh;iiiiii;jjjjjj;kkkkkk",
+                                 height_ratios=[2, 2, 1, 1, 1, 1, 1, 1], subplot_kw={"xmargin": 0})
+    sets, of_set = np.unique(index[["n_leads", "leads"]], return_inverse=True)
+    names = [" ".join(LEADS[k] for k in ids[:n]) if n < 5 else f"{n} leads" for n, ids in sets]
+    hours = pd.Series(index["length"] / FS / 3600)
+    lengths = pd.cut(hours * 3600, [0, 5, 9, 11, 20, 60, 600, 3600, np.inf], right=False)
+    for key, what, kinds in (("a", "leads", np.array(names, object)[of_set]),
+                             ("b", "original rate, Hz", index["fs_hz"]), ("c", "length, s", lengths)):
+        top = hours.groupby(kinds, observed=True).sum().nlargest(6)[::-1]
+        top.plot.barh(ax=axes[key], color="0.4", xlabel=f"hours by {what}", ylabel="").margins(x=0.2)
+        axes[key].bar_label(axes[key].containers[0], fmt=" %.3g", fontsize=8)
+    rows = np.sort(rng.choice(len(index), min(OVERVIEW_RECORDINGS, len(index)), replace=False))
+    shown = [shown_lead(corpus, i) for i in rows]
+    peaks = [np.percentile(np.abs(x - np.median(x)), 99.5) for x, _ in shown]
+    for key, values, most, what in (("d", peaks, 4, "lead II, 99.5th percentile, mV (last bar: 4 and more)"),
+                                    ("e", [heart_rate_bpm(x) for x, _ in shown], 200, "heart rate, 1/min")):
+        axes[key].hist(np.clip(values, 0, most), 60, range=(0, most), color="0.4")
+        axes[key].set_xlabel(what)
+    for key, k in zip("fghijk", np.sort(rng.choice(len(rows), min(6, len(rows)), replace=False))):
+        x, title = shown[k][0][:10 * FS], f"{corpus.records[rows[k]].decode()}, {shown[k][1]}, mV over s"
+        axes[key].plot(np.arange(len(x)) / FS, x, color="k", lw=0.7)
+        axes[key].set_title(title, loc="left", fontsize=9, pad=2)
+    figure.suptitle(f"{corpus.manifest['source']}, {len(index):,} recordings, {hours.sum():,.1f} h")
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=90))
+
+
+def shown_lead(corpus, i):
+    """Up to a minute in the middle of recording i, in mV, of lead II (or of the first lead), and the lead's name."""
+    ids, length = corpus.lead_ids(i), int(corpus.index["length"][i])
+    k, n = int(np.argmax(ids == lead_id("II"))), min(length, 60 * FS)
+    lead = corpus.read(i, (length - n) // 2, n)[k]
+    return np.where(lead == MISSING, 0, lead) / UV_PER_MV, LEADS[ids[k]]
+
+
+def heart_rate_bpm(lead):
+    """60 / the median time between the landmarks of fingerprints, most often R waves, of a lead (T,) in mV at FS; NaN
+    if there are fewer than three."""
+    at = fingerprint(np.rint(lead[None] * UV_PER_MV).astype(np.int16), np.zeros(1))["sample"]
+    return 60 * FS / np.median(np.diff(at)) if len(at) > 2 else np.nan
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ from conftest import (RECORDS, ROOT, TWELVE, draw_ecg, edit_header, files_of, li
                       real_ptbxl, rows_of, run, write)
 from corpus import INDEX_DTYPE, SPLITS, lock_folder, open_corpus, part_of
 from ecg import FS, LEADS, MISSING, Refused, is_no_ecg, preprocess, read_array, read_edf, read_wfdb
-from evaluate import heart_rate_bpm
 from synth import MITDB_CONDITIONS, STATEMENTS, atomic_folder, write_record
 
 DS2 = "100 103 105 111 113 117 121 123 200 202 210 212 213 214 219 221 222 228 231 232 233 234".split()
@@ -1664,5 +1663,5 @@ def test_check_of_whole_and_damaged_corpora(small_corpus, tmp_path, capsys):
 
 @pytest.mark.parametrize("bpm", [45, 70, 120, 180])
 def test_heart_rate_of_the_overview(bpm):
-    assert abs(heart_rate_bpm(draw_ecg(FS, 20, rr_s=60 / bpm)[0]) - bpm) < 1
-    assert np.isnan(heart_rate_bpm(np.zeros(1000)))
+    assert abs(prepare.heart_rate_bpm(draw_ecg(FS, 20, rr_s=60 / bpm)[0]) - bpm) < 1
+    assert np.isnan(prepare.heart_rate_bpm(np.zeros(1000)))
