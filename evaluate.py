@@ -481,7 +481,7 @@ def draw_curves(out):
               "online probe, macro AUROC": ("online_auroc",)}
     panels = {title: [n for n in names if any(n in r for r in rows)] for title, names in panels.items()}
     panels = {title: names for title, names in panels.items() if names} or {"losses": []}      # there may be no probe
-    figure = Figure(figsize=(4.4 * len(panels), 3.4), layout="constrained")
+    figure = Figure(figsize=(5.6 * len(panels), 3.4), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for name in names:
             steps, values = [r["step"] for r in rows if name in r], [r[name] for r in rows if name in r]
@@ -490,7 +490,7 @@ def draw_curves(out):
         if len(names) > 1:
             for ln_k in [r["ln_k"] for r in rows if r.get("ln_k")][:1]:
                 axis.axhline(ln_k, color="0.6", linestyle=":", label="ln K")
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))        # covers no line
     save_figure(figure, Path(out) / "curves.png")
 
 
