@@ -148,12 +148,13 @@ def interval_of_seeds(scores, groups, signed=True):
     return (ends if signed else ends.clip(0, 1)).tolist()
 
 
-def paired(a, b, groups, suffix=""):
+def paired(a, b, groups, suffix="", signed=False):
     """Entry of a result: the means of the scores a (E, S) of encoders and b (E, S) of their controls and of their
     difference, the intervals (see interval_of_seeds), and those of `each` encoder; the keys of SCORES with suffix."""
     entry, each = {}, {}
     for (key, ci), x in zip(SCORES.items(), (a, b, a - b)):
-        entry |= {f"{key}{suffix}": x[:, 0].mean(), f"{ci}{suffix}": interval_of_seeds(x, groups)}
+        around = interval_of_seeds(x, groups, signed or key == "difference")
+        entry |= {f"{key}{suffix}": x[:, 0].mean(), f"{ci}{suffix}": around}
         each |= {f"{key}{suffix}": x[:, 0].tolist(), f"{ci}{suffix}": [interval(one[1:]) for one in x]}
     return entry | dict(each=each)
 

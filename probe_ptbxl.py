@@ -244,13 +244,13 @@ def macro_scores(logits, data):
     return np.array(found)
 
 
-def as_entries(data, *draws):
+def as_entries(data, *draws, signed=False):
     """{task of SHORT: evaluate.paired} of macro_scores, one or several draws of them. Intervals of one encoder are over
     draws and patients, those of several over seeds and patients, of the mean over draws."""
     E, entries = len(data.control_of), {}
     for task, x in zip(SHORT, np.stack(draws, axis=2)):                                      # (E', draws, S)
         a, b = (of[0] if E == 1 else of.mean(axis=1) for of in (x[:E], x[data.control_of]))
-        entries[task] = paired(a, b, data.counts.shape[1])
+        entries[task] = paired(a, b, data.counts.shape[1], signed=signed)
     return entries
 
 
@@ -285,7 +285,7 @@ def noise_curve(features, noisy, fits, data):
         rows = [np.append(features[:, data.val], noisy[:, k, h], axis=1) for h in range(len(NOISE_DB))]
         x = [macro_scores([fit(part) for fit, part in zip(fits, level)], data) for level in rows]
         curve[kind] = {str(db): as_entries(data, level) for db, level in zip(NOISE_DB, x)}
-        curve[kind]["area"] = as_entries(data, np.mean(x, axis=0) - 0.5)
+        curve[kind]["area"] = as_entries(data, np.mean(x, axis=0) - 0.5, signed=True)
     return curve
 
 
