@@ -111,7 +111,7 @@ ADAM_BETA1 = 0.9
 FREEZE_PROTOTYPES_SHARE = 0.01                  # of the steps, with learning rate 0 for the prototypes
 
 # Running: these do not change what is learned.
-DEMO_STEPS, DEMO_BEATS = 50, "60"
+DEMO_STEPS, DEMO_LEADS, DEMO_BEATS = 50, ("I", "II", "V2"), "60"
 KEEP_LAST = 2                    # checkpoints, in addition to those of --keep-every
 # Without --checkpoint-every: seconds between checkpoints, or more, so that a day does not write more than so many GB.
 CHECKPOINT_S, CHECKPOINT_GB_PER_DAY = 300, 5000
@@ -127,7 +127,7 @@ PROBE_BATCH = 64                 # windows in a forward pass
 # The best one is taken: what training teaches lies along directions of little variance, which a small C hides.
 PROBE_C = (0.01, 0.1, 1.0)
 # Constants of all files that a resumed run may change.
-RUNNING = {"DEMO_STEPS", "DEMO_BEATS", "KEEP_LAST", "CHECKPOINT_S", "CHECKPOINT_GB_PER_DAY", "HANG_S",
+RUNNING = {"DEMO_STEPS", "DEMO_LEADS", "DEMO_BEATS", "KEEP_LAST", "CHECKPOINT_S", "CHECKPOINT_GB_PER_DAY", "HANG_S",
            "MAX_SKIPPED", "LOCK_S", "EXIT_STOPPED", "OUT_OF_MEMORY", "OPEN_SHARDS", "MAX_EMBED_TOKENS", "FORMAT",
            "FORMAT_VERSION", "GIVE", "SIZES", "WINDOW_PATCHES", "FINGERPRINTS_FILE", "PREPROCESSING",
            "MAX_BATCHED_TOKENS", "MAX_SCALED_WEIGHT", "ONE_BY_ONE_WIDTH", "RECIPES", "READABLE_VERSIONS",
@@ -841,9 +841,9 @@ def prepare_demo(args, rank):
 
 
 def demo_scores(encoders, out):
-    """For the statements from lead I and for RR intervals, (score, control, difference, interval) of each encoder."""
+    """For the statements from DEMO_LEADS and for RR intervals, (score, control, difference, interval) of each encoder."""
     probe_ptbxl.main(probe_ptbxl.parse_args(
-        ["--encoder", *encoders, "--raw", str(out / "raw/ptbxl"), "--out", str(out / "ptbxl"), "--leads", "I"]))
+        ["--encoder", *encoders, "--raw", str(out / "raw/ptbxl"), "--out", str(out / "ptbxl"), "--leads", *DEMO_LEADS]))
     probe_mitbih.main(probe_mitbih.parse_args(
         ["--encoder", *encoders, "--raw", str(out / "raw/mitdb"), "--out", str(out / "mitbih"), "--beats", DEMO_BEATS]))
     leads = json.loads((out / "ptbxl/ptbxl.json").read_text())["tasks"]["all"]["each"]
@@ -867,8 +867,8 @@ def show_demo(args):
     recording = Recording(corpus.read(row), ecg.FS, [LEADS[i] for i in corpus.lead_ids(row)], "uV")
     draw_recording(load_encoder("tiny"), recording, out / "features.png")
     print("\nsynthetic recordings, linear probes of frozen features; the same network untrained; difference [95 %]")
-    for name, row in zip(("lead I alone, all statements: AUROC", "a heartbeat, RR interval before it: correlation"),
-                         scores):
+    for name, row in zip((f"leads {', '.join(DEMO_LEADS)}, all statements: AUROC",
+                          "a heartbeat, RR interval before it: correlation"), scores):
         print(name)
         for of, (score, control, difference, (low, high)) in zip((f"this run, {args.steps} steps",
                                                                   "tiny.pt, of real recordings"), row):
