@@ -11,7 +11,7 @@ trained on), --leads-curve with few leads, --attention a probe of local features
 trained with these labels, next to the same network trained from scratch.
 
 Writes OUT/report.html, OUT/ptbxl.json, OUT/predictions.npz (fold 10) and OUT/ptbxl.png. 2,000 records, size tiny, one
-core: 3 minutes.
+core: 5 minutes.
 
 Shapes: R recordings, R' those of fold 9 and then of fold 10, T those of fold 10, F features, C labels, G values of the
 regularisation, E encoders, E' these and their controls, S resamples of patients (the first row of `counts` is the test
