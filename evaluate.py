@@ -150,7 +150,8 @@ def interval_of_seeds(scores, groups, signed=True):
 
 def paired(a, b, groups, suffix="", signed=False):
     """Entry of a result: the means of the scores a (E, S) of encoders and b (E, S) of their controls and of their
-    difference, the intervals (see interval_of_seeds), and those of `each` encoder; the keys of SCORES with suffix."""
+    difference, the intervals (see interval_of_seeds), and those of `each` encoder; the keys of SCORES with suffix.
+    signed: scores may be below 0, as areas above chance are; differences always may."""
     entry, each = {}, {}
     for (key, ci), x in zip(SCORES.items(), (a, b, a - b)):
         around = interval_of_seeds(x, groups, signed or key == "difference")

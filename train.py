@@ -841,7 +841,7 @@ def prepare_demo(args, rank):
 
 
 def demo_scores(encoders, out):
-    """For the statements from DEMO_LEADS and for RR intervals, (score, control, difference, interval) of each encoder."""
+    """For statements from DEMO_LEADS and for RR intervals, (score, control, difference, interval) of each encoder."""
     probe_ptbxl.main(probe_ptbxl.parse_args(
         ["--encoder", *encoders, "--raw", str(out / "raw/ptbxl"), "--out", str(out / "ptbxl"), "--leads", *DEMO_LEADS]))
     probe_mitbih.main(probe_mitbih.parse_args(

@@ -207,8 +207,8 @@ def test_every_parameter_has_one_group_and_vectors_do_not_decay():
 # ---------------------------------------------------------------------------------------------------------------------
 # first weights
 
-# Of the first weights of tiny at commit 7774147, which had three blocks of two heads: see checksums(). Processors differ
-# in the last bits of normal numbers.
+# Of the first weights of tiny at commit 7774147, which had three blocks of two heads: see checksums(). Processors
+# differ in the last bits of normal numbers.
 FIRST_WEIGHTS = {"encoder": (618.1252785, 5135.4475781), "student": (335.3822561, 5527.2126869)}
 
 
