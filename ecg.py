@@ -87,6 +87,12 @@ NOT_READ = "other things in these folders, which were not read"  # a note: their
 OTHER_FORMATS = set(".dat .mat .edf .bdf .gdf .rec .ecg .dcm .xml .scp .csv .tsv .npy .npz .h5 .hdf5 .parquet .mef "
                     ".zip .gz .tar .7z .pdf".split())  # suffixes of files that may hold recordings
 
+MM_PER_S, MM_PER_MV, MM_PER_INCH = 25, 10, 25.4  # of ECG paper
+MARGIN_MM, NAME_MM, MIN_WIDTH_MM = 4, 4, 95  # left and right of an ECG; of the names above a row; room for a title
+PAPER_MARGINS_MM = 16, 34        # of a figure, both sides together: width, height
+MAX_SHOWN_MV = 4.0               # about a lead's median; what is beyond is cut off
+
+
 
 class Refused(ValueError):
     """A recording that cannot be used. `reason` is the category that prepare.py counts; the text says what to do."""
@@ -1011,6 +1017,58 @@ def files_named_by(header):
     return set()
 
 
+# ---- pictures -------------------------------------------------------------------------------------------------------
+def draw_ecg_paper(signal_mv, leads, panels, title="", standard=False):
+    """A Figure of an ECG on paper, in mm: printed at its own size it has 25 mm/s and 10 mm/mV.
+
+    signal_mv (L, T) at FS, NaN = missing, each lead about its median; leads: L names. panels {title: colours (L, T, 3
+    or 4)}: the ECG is drawn once for each, in these colours, side by side if it is high. Each lead has its own row.
+    standard: the twelve standard leads have three rows of four, a quarter of the time each, with II below, and the
+    colours are bands behind a black trace.
+    """
+    import pandas as pd                          # features do not need these
+    from matplotlib.figure import Figure         # no pyplot: it draws without a display
+    T, twelve, rows = signal_mv.shape[1], LEADS[1:13], [[i] for i in range(len(leads))]
+    if standard and set(twelve) <= set(leads):
+        rows = [[leads.index(name) for name in row] for row in (*(twelve[r::3] for r in range(3)), ["II"])]
+    mv = pd.DataFrame(signal_mv.T)
+    y_mm = MM_PER_MV * (mv - mv.median()).clip(-MAX_SHOWN_MV, MAX_SHOWN_MV).to_numpy().T
+    x_mm, known = np.arange(T) / FS * MM_PER_S, np.nan_to_num(y_mm)
+    top, bottom = np.array([(known[row].max() + NAME_MM, known[row].min()) for row in rows]).T
+    zero = -np.cumsum([0, *np.ceil((top[1:] - bottom[:-1]) / 5) * 5])                 # of each row, on a thick line
+    low = np.array([-MARGIN_MM, zero[-1] + np.floor(bottom[-1] / 5) * 5 - 5])         # corners of the paper
+    high = np.array([max(x_mm[-1] + MARGIN_MM, MIN_WIDTH_MM), np.ceil(top[0] / 5) * 5])
+    step = (high - low + 8) * ((1, 0) if np.diff(high - low) > 0 else (0, -1))        # from panel to panel
+    size = high - low + np.abs(step) * (len(panels) - 1) + PAPER_MARGINS_MM
+    figure = Figure(figsize=size / MM_PER_INCH)
+    figure.text(8 / size[0], 1 - 6 / size[1], title, size=9, weight="bold", parse_math=False)
+    for number, (what, colours) in enumerate(panels.items()):
+        corner = (8, size[1] - 16) + (low - high) * (0, 1) + number * step
+        axis = figure.add_axes([*corner / size, *(high - low) / size], facecolor="#fffaf9", xticks=(), yticks=(),
+                               xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+        axis.set_title(what, size=8, loc="left")
+        axis.spines[:].set_color("#e8b2aa")
+        for colour, step_mm in (("#f7dfdb", 1), ("#e8b2aa", 5)):
+            axis.vlines(np.arange(-5, high[0], step_mm), low[1], high[1], colour, linewidth=0.5, zorder=0.5)
+            axis.hlines(np.arange(low[1], high[1], step_mm), low[0], high[0], colour, linewidth=0.5, zorder=0.5)
+        for row, zero_mm, top_mm in zip(rows, zero, top):
+            for k, i in enumerate(row):
+                part = slice(T * k // len(row), T * (k + 1) // len(row))
+                draw_trace(axis, np.stack((x_mm, y_mm[i] + zero_mm), axis=1)[part], colours[i, part], band=standard)
+                axis.text(x_mm[part][0], zero_mm + top_mm - NAME_MM + 1, f"{leads[i]:.9}", size=8, parse_math=False)
+    return figure
+
+
+def draw_trace(axis, points, rgb, band):
+    """A line through points (T, 2) in the colours rgb (T, 3 or 4), or a black one before a band of these colours."""
+    from matplotlib.collections import LineCollection
+    starts = np.flatnonzero(np.diff(rgb, axis=0, prepend=-1).any(axis=1))             # of stretches of one colour
+    lines = [points[a:b + 1] for a, b in zip(starts, [*starts[1:], len(points)])]
+    axis.add_collection(LineCollection(lines, colors=rgb[starts], linewidths=8 if band else 1.5, zorder=2 - 2 * band))
+    if band:
+        axis.plot(*points.T, color="black", linewidth=0.8)
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 def atomic_write(path, content):
     """Write a file whole or not at all, even if the machine stops. content: bytes, text, or a function that writes into
@@ -1028,6 +1086,11 @@ def atomic_write(path, content):
     except OSError:                              # on a full disk this frees some space
         part.unlink(missing_ok=True)
         raise
+
+
+def save_figure(figure, path, dpi=110):
+    """Write a matplotlib Figure to a PNG file, whole or not at all."""
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def sha256(path):

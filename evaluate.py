@@ -1,5 +1,4 @@
-"""How good features are: scores with intervals, fits, calibration, noise and pictures for both probes; and pictures of
-a run for train.py.
+"""How good features are: scores with intervals, fits, calibration, noise, pictures and the report of both probes.
 
 Shapes: E encoders, R recordings or rows, D width of an encoder, C labels, G groups (patients, records), S resamples,
 H levels of noise, L leads, T samples (at FS).
@@ -21,20 +20,15 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.collections import LineCollection
-from matplotlib.colors import LinearSegmentedColormap, Normalize
-from matplotlib.figure import Figure             # no pyplot: it draws without a display
 from scipy.special import expit
-from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
 from augment import NOISE_TYPES, add_noise_levels
 from corpus import git, known_by_content
-from ecg import FS, LEADS, MAX_LEADS, Refused, atomic_write, cut_patches, lead_id, preprocess
-from model import load_encoder, rotate, untrained_like
+from ecg import FS, LEADS, Refused, atomic_write, draw_ecg_paper, lead_id, preprocess, save_figure
+from model import load_encoder, untrained_like
 
 BOOTSTRAPS = 1000                # resamples of patients or records
 CALIBRATION_BINS = 15            # of equal size, of each label
@@ -42,21 +36,12 @@ PERFECT_DRAWS = 200              # of labels from the probabilities themselves: 
 SOLVED = 1e-4                    # largest change of a logit in the last Newton step, of which .1 % is still wrong
 SCORES = {"macro_auroc": "ci95", "untrained": "untrained_ci95", "difference": "difference_ci95"}  # and their intervals
 EPOCHS, PATIENCE, BATCH, LR, WEIGHT_DECAY = 40, 5, 64, 1e-2, 1e-2  # of fit_attention
-TUNE_EPOCHS = 20                 # of fine_tune, with BATCH and PATIENCE; TUNE_LR is that of what lies above all blocks
-TUNE_LR, TUNE_HEAD_LR, TUNE_DECAY, TUNE_WEIGHT_DECAY = 1e-3, 3e-3, 0.75, 0.05
-TUNE_ROWS = 512                  # in an epoch, at least: fewer recordings come again, in other windows
+TUNE_EPOCHS, TUNE_ROWS = 20, 512  # of fine_tune; rows of an epoch, at least: fewer come again, in other windows
+TUNE_LR, TUNE_HEAD_LR, TUNE_DECAY, TUNE_WEIGHT_DECAY = 1e-3, 3e-3, 0.75, 0.05  # the first above all blocks
 CHUNK = 256                      # recordings whose local features are in memory at once
 COVERAGE = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the rows that get an answer, the surest first
-NOISE_DB = (24, 18, 12, 6, 0, -6)  # dB, signal-to-noise ratios of augment.add_noise
-NOISE_KINDS = ("mixture", *NOISE_TYPES)  # of augment.add_noise_levels
+NOISE_DB, NOISE_KINDS = (24, 18, 12, 6, 0, -6), ("mixture", *NOISE_TYPES)  # dB and kinds of augment.add_noise_levels
 COLORS = {"untrained": "#c4c4c4", "pre-trained": "#7fb2e5", "RR intervals alone": "#d9c8a9", "raw waveform": "#e3b9b0"}
-
-SHIFT_SAMPLES = 5                # samples at FS between the local features in draw_recording
-MM_PER_S, MM_PER_MV, MM_PER_INCH = 25, 10, 25.4  # of ECG paper
-MARGIN_MM, NAME_MM, MIN_WIDTH_MM = 4, 4, 95  # left and right of an ECG; of the names above a row; room for a title
-PAPER_MARGINS_MM = 16, 34        # of a figure, both sides together: width, height
-MAX_SHOWN_MV = 4.0               # about a lead's median; what is beyond is cut off
-ATTENTION_COLOURS = LinearSegmentedColormap.from_list("attention", ["#9aa7b5", "#f08a3c", "#8b0000"])
 SMALL_STEP = 1e-3                # of a feature, to find the weight of a probe for it
 EXAMPLES = 10                    # in report.html, confidently wrong ones, and as many right ones
 FOR, AGAINST = np.array([[1.0, 0.55, 0.15], [0.35, 0.65, 1.0]])  # RGB of patches that raise and lower a logit
@@ -72,8 +57,7 @@ STYLE = """body{font:16px/1.5 sans-serif;color:#222;max-width:72rem;margin:auto;
 dt{font-weight:bold}dd{margin:0;white-space:pre-line;overflow-wrap:anywhere}pre,div{overflow-x:auto;font-size:.8rem}
 img{max-width:100%;height:auto}figure{margin:1rem 0;break-inside:avoid}summary{cursor:pointer}
 table{border-collapse:collapse}td,th{text-align:right;padding:0 .6rem;border-bottom:1px solid #ddd;white-space:nowrap}
-@page{size:A4 landscape;margin:10mm}
-@media print{body{font-size:9pt;padding:0}pre{font-size:4.7pt}}"""
+@page{size:A4 landscape;margin:10mm}@media print{body{font-size:9pt;padding:0}pre{font-size:4.7pt}}"""
 
 
 # ---- scores and intervals -------------------------------------------------------------------------------------------
@@ -109,7 +93,6 @@ def resampled_auroc(y, score, group, counts):
 
 def label_auroc(y, score, group, counts):
     """AUROC (S, C) of every label in every resample: resampled_auroc for the columns of y and score (R, C)."""
-    counts = np.asarray(counts, dtype=np.float64)
     auroc = [resampled_auroc(*column, group, counts) for column in zip(y.T, score.T)]
     return np.reshape(auroc, (y.shape[1], len(counts))).T
 
@@ -144,8 +127,7 @@ def interval_of_seeds(scores, groups, signed=True):
     variance = of_patients + of_seeds
     freedom = variance ** 2 / (of_seeds ** 2 / (E - 1) + of_patients ** 2 / (groups - 1))
     half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance)
-    ends = np.array([mean[0] - half, mean[0] + half])
-    return (ends if signed else ends.clip(0, 1)).tolist()
+    return np.clip((mean[0] - half, mean[0] + half), *((-np.inf, np.inf) if signed else (0, 1))).tolist()
 
 
 def paired(a, b, groups, suffix="", signed=False):
@@ -349,9 +331,9 @@ def fine_tune(encoder, signal, leads, y, train, val, test, seed=0):
     device, depth, rows = encoder.cls_token.device, len(encoder.blocks), np.resize(train, max(len(train), TUNE_ROWS))
     network = torch.nn.ModuleDict(dict(encoder=copy.deepcopy(encoder),
                                        head=torch.nn.Linear(3 * encoder.width, y.shape[1]).to(device)))
-    rates = {"head": TUNE_HEAD_LR, "encoder.norm": TUNE_LR}
-    rates |= {f"encoder.blocks.{i}.": TUNE_LR * TUNE_DECAY ** (depth - i) for i in range(depth)}
-    rates["encoder"] = TUNE_LR * TUNE_DECAY ** (depth + 1)          # patches, leads, CLS and registers
+    rates = {"head": TUNE_HEAD_LR, "encoder.norm": TUNE_LR,         # "encoder": patches, leads, CLS and registers
+             **{f"encoder.blocks.{i}.": TUNE_LR * TUNE_DECAY ** (depth - i) for i in range(depth)},
+             "encoder": TUNE_LR * TUNE_DECAY ** (depth + 1)}
     optimizer = torch.optim.AdamW([dict(params=[p]) for p in network.parameters()], weight_decay=TUNE_WEIGHT_DECAY)
     cosine = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [next(rate for layer, rate in rates.items() if name.startswith(layer))
@@ -398,34 +380,34 @@ def calibration(p, y, prevalence, group):
                    telling rows apart; both without the bias of small bins (Ferro and Fricker 2012)
     ece            expected calibration error; ece_perfect: that of labels drawn from p itself, so of a perfect model,
                    the mean and the 95 % of the draws. An ECE can only be read next to it
-    z              Spiegelhalter's (1986) test: 0 for a perfect model, between -2 and 2 for 95 % of such; larger for
-                   overconfident probabilities, smaller for those too near .5. group (R,) int: rows of one
-                   group are not independent, which the other numbers ignore
+    z              Spiegelhalter's (1986) test: between -2 and 2 for 95 % of perfect models; larger if overconfident,
+                   smaller if too near .5. Rows of one group (R,) int are not independent: other numbers ignore this
     """
     if not p.size:
         return dict.fromkeys(("brier", "brier_skill", "nll", "nll_skill", "reliability", "resolution", "ece",
                               "ece_perfect", "ece_perfect_ci95", "z"), np.nan)
+
+    def nll(p):
+        return -np.mean(np.log(np.where(y, p, 1 - p).clip(np.finfo(float).tiny)))
+
+    def ece(seen):                               # class-wise, the mean over labels
+        return np.mean(n @ np.abs(said - seen) / n.sum())
+
     rng, constant = np.random.default_rng(0), np.broadcast_to(prevalence, p.shape)
     mix = rng.permutation(len(p))                # equal p must not fall into bins by patient
     p, y, group = p[mix], y[mix], group[mix]
-    brier, nll = np.mean((p - y) ** 2), neg_log_likelihood(p, y)
     said, seen, n = in_bins(p, y)
     bias = n[:, None] * seen * (1 - seen) / (n[:, None] - 1).clip(1) / len(p)
     share, mean = n[:, None] / len(p), y.mean(axis=0)
     ranked, starts = np.sort(p, axis=0), np.cumsum(n) - n
     drawn = (np.add.reduceat(rng.random(p.shape) < ranked, starts, dtype=float) for _ in range(PERFECT_DRAWS))
-    perfect = [expected_error(said, positives / n[:, None], n) for positives in drawn]
-    of_group = np.bincount(group, ((y - p) * (1 - 2 * p)).sum(axis=1))
-    return dict(brier=brier, brier_skill=1 - brier / np.mean((constant - y) ** 2), nll=nll,
-                nll_skill=1 - nll / neg_log_likelihood(constant, y),
-                reliability=((said - seen) ** 2 * share - bias).sum(axis=0).mean(),
+    perfect = [ece(positives / n[:, None]) for positives in drawn]
+    brier, of_group = np.mean((p - y) ** 2), np.bincount(group, ((y - p) * (1 - 2 * p)).sum(axis=1))
+    return dict(brier=brier, brier_skill=1 - brier / np.mean((constant - y) ** 2), nll=nll(p),
+                nll_skill=1 - nll(p) / nll(constant), reliability=((said - seen) ** 2 * share - bias).sum(axis=0).mean(),
                 resolution=(((seen - mean) ** 2 * share - bias).sum(axis=0) + mean * (1 - mean) / (len(p) - 1)).mean(),
-                ece=expected_error(said, seen, n), ece_perfect=np.mean(perfect), ece_perfect_ci95=interval(perfect),
+                ece=ece(seen), ece_perfect=np.mean(perfect), ece_perfect_ci95=interval(perfect),
                 z=of_group.sum() / np.sqrt((of_group ** 2).sum()).clip(1e-12))
-
-
-def neg_log_likelihood(p, y):
-    return -np.mean(np.log(np.where(y, p, 1 - p).clip(np.finfo(float).tiny)))
 
 
 def in_bins(p, y, bins=CALIBRATION_BINS):
@@ -437,11 +419,6 @@ def in_bins(p, y, bins=CALIBRATION_BINS):
     n = np.diff(np.append(starts, len(p)))
     sums = (np.add.reduceat(np.take_along_axis(x, order, axis=0).astype(float), starts, axis=0) for x in (p, y))
     return *(x / n[:, None] for x in sums), n
-
-
-def expected_error(said, seen, n):
-    """Class-wise expected calibration error, the mean over labels, from the results of in_bins."""
-    return np.mean(n @ np.abs(said - seen) / n.sum())
 
 
 def selective(p, y, rare):
@@ -470,144 +447,6 @@ def noisy_features(encoders, recordings, noise, seed):
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
-def save_figure(figure, path, dpi=110):
-    """Write a matplotlib Figure to a PNG file, whole or not at all."""
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
-
-
-def draw_curves(out):
-    """OUT/curves.png from OUT/log.jsonl: losses, entropies next to ln K, and the online probe, against the step."""
-    rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    panels = {"losses": ("dino_global", "dino_local", "ibot", "leads", "contrast", "wave", "context"),
-              "entropy (nats)": ("target_entropy", "patch_target_entropy", "prediction_entropy"),
-              "online probe, macro AUROC": ("online_auroc",)}
-    panels = {title: [n for n in names if any(n in r for r in rows)] for title, names in panels.items()}
-    panels = {title: names for title, names in panels.items() if names} or {"losses": []}      # there may be no probe
-    figure = Figure(figsize=(5.6 * len(panels), 3.4), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for name in names:
-            steps, values = [r["step"] for r in rows if name in r], [r[name] for r in rows if name in r]
-            axis.plot(steps, np.array(values, dtype=float), marker="" if len(names) > 1 else "o", label=name)
-        axis.set(title=title, xlabel="step")
-        if len(names) > 1:
-            for ln_k in [r["ln_k"] for r in rows if r.get("ln_k")][:1]:
-                axis.axhline(ln_k, color="0.6", linestyle=":", label="ln K")
-            axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))        # covers no line
-    save_figure(figure, Path(out) / "curves.png")
-
-
-def principal_colours(features):
-    """RGB in [0, 1] (L, M, 3) of local features (L, M, D). The mean of each lead is subtracted first: otherwise the
-    colour would only show which lead it is."""
-    x = features - np.nanmean(features, axis=1, keepdims=True)
-    x = np.nan_to_num(x).reshape(-1, x.shape[2])
-    components = PCA(3, svd_solver="full").fit_transform(np.resize(x, (max(3, len(x)), x.shape[1])))[:len(x)]
-    low, high = np.percentile(components, (2, 98), axis=0)
-    return np.clip((components - low) / (high - low).clip(1e-12), 0, 1).reshape(*features.shape[:2], 3)
-
-
-def cls_attention(encoder, signal, leads):
-    """Features of windows by encoder(signal, leads), and the attention of CLS to each of their patches in the last
-    block, mean over heads (B, L, N); with CLS itself and the registers it adds up to 1."""
-    last, kept = encoder.blocks[-1].attention, []
-    with last.register_forward_pre_hook(lambda module, inputs: kept.append(inputs)):
-        features = encoder(signal, leads)
-    x, _, ((B, M),), (rope,), (seen,) = kept[0]
-    q, k = rotate(last.qkv(x).view(B, M, 3, last.heads, -1)[:, :, :2], rope).transpose(1, 3).unbind(2)  # (B, H, M, E)
-    one_hot = torch.eye(M, dtype=q.dtype, device=q.device).expand(*q.shape[:2], M, M)        # their mean: the weights
-    seen = None if seen is None else seen[:, None, None]
-    attention = F.scaled_dot_product_attention(q[:, :, :1], k, one_hot, attn_mask=seen).mean(dim=1)[:, 0]
-    return features, attention[:, 1 + encoder.num_registers:].view(features.patches.shape[:3])
-
-
-@torch.no_grad()
-def window_to_draw(encoder, recording):
-    """The window of a recording with the most valid patches: its start in seconds, names of its leads, signal_mv (L, T)
-    and, every SHIFT_SAMPLES, local features (L, M, D), attention of CLS as a multiple of the mean over patches (L, M),
-    and their centres (M,) in seconds from the start of the window."""
-    P = encoder.patch_samples
-    patches, valid, ids = cut_patches(recording._replace(notes={}), P, {})
-    N = min(encoder.window_length(valid.any(axis=1).sum()), valid.shape[1])
-    first = int(np.convolve(valid.sum(axis=0), np.ones(N, int), "valid").argmax())
-    rows = np.flatnonzero(valid[:, first:first + N].any(axis=1))[:MAX_LEADS]
-    signal_mv = patches[rows, first:first + N + 1].reshape(len(rows), -1)              # one patch more, if there is one
-    late = np.pad(signal_mv, ((0, 0), (0, P)), constant_values=np.nan)
-    windows = np.stack([late[:, shift:shift + N * P] for shift in range(0, P, SHIFT_SAMPLES)])
-    out, attention = cls_attention(encoder, *(torch.tensor(x, device=encoder.cls_token.device) for x in (
-        windows, np.tile(ids[rows], (len(windows), 1)))))
-    attention *= ((attention > 0).sum((1, 2)) / attention.sum((1, 2)).clamp(min=1e-12))[:, None, None]
-    features, attention = (x.float().cpu().movedim(0, 2).flatten(1, 2).numpy() for x in (out.patches, attention))
-    times_s = (np.arange(0, N * P, SHIFT_SAMPLES) + P / 2) / FS
-    there = np.isfinite(features).any(axis=(0, 2))                     # not what ends after the recording
-    names = [str(recording.leads[row]) for row in rows]
-    return first * P / FS, names, signal_mv[:, :N * P], features[:, there], attention[:, there], times_s[there]
-
-
-def draw_recording(encoder, recording, path):
-    """A window of a recording on ECG paper, coloured by the principal components of its local features, and again by
-    what CLS attends to."""
-    start_s, names, signal_mv, features, attention, times_s = window_to_draw(encoder, recording)
-    shades = ScalarMappable(Normalize(0, max(2, np.nanpercentile(attention, 99)), clip=True), ATTENTION_COLOURS)
-    nearest = np.abs(times_s[None] - np.arange(signal_mv.shape[1])[:, None] / FS).argmin(axis=1)
-    figure = draw_ecg_paper(signal_mv, names, {
-        "local features: principal components as red, green, blue": 0.85 * principal_colours(features)[:, nearest],
-        "attention of CLS in the last block, mean over heads": shades.to_rgba(attention)[:, nearest]},
-        f"{Path(path).stem}, from {start_s:g} s; 25 mm/s, 10 mm/mV; no medical device")
-    axis = figure.axes[-1]                       # its scale comes under it, in mm as all on paper
-    bar = axis.inset_axes((0, axis.get_ylim()[0] - 6, 80, 2.5), transform=axis.transData)
-    figure.colorbar(shades, cax=bar, orientation="horizontal", label="1: as much as to the mean patch")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)
-
-
-def draw_ecg_paper(signal_mv, leads, panels, title="", standard=False):
-    """A Figure of an ECG on paper, in mm: printed at its own size it has 25 mm/s and 10 mm/mV.
-
-    signal_mv (L, T) at FS, NaN = missing, each lead about its median; leads: L names. panels {title: colours (L, T, 3
-    or 4)}: the ECG is drawn once for each, in these colours, side by side if it is high. Each lead has its own row.
-    standard: the twelve standard leads have three rows of four, a quarter of the time each, with II below, and the
-    colours are bands behind a black trace.
-    """
-    T, twelve, rows = signal_mv.shape[1], LEADS[1:13], [[i] for i in range(len(leads))]
-    if standard and set(twelve) <= set(leads):
-        rows = [[leads.index(name) for name in row] for row in (*(twelve[r::3] for r in range(3)), ["II"])]
-    mv = pd.DataFrame(signal_mv.T)
-    y_mm = MM_PER_MV * (mv - mv.median()).clip(-MAX_SHOWN_MV, MAX_SHOWN_MV).to_numpy().T
-    x_mm, known = np.arange(T) / FS * MM_PER_S, np.nan_to_num(y_mm)
-    top, bottom = np.array([(known[row].max() + NAME_MM, known[row].min()) for row in rows]).T
-    zero = -np.cumsum([0, *np.ceil((top[1:] - bottom[:-1]) / 5) * 5])                 # of each row, on a thick line
-    low = np.array([-MARGIN_MM, zero[-1] + np.floor(bottom[-1] / 5) * 5 - 5])         # corners of the paper
-    high = np.array([max(x_mm[-1] + MARGIN_MM, MIN_WIDTH_MM), np.ceil(top[0] / 5) * 5])
-    step = (high - low + 8) * ((1, 0) if np.diff(high - low) > 0 else (0, -1))        # from panel to panel
-    size = high - low + np.abs(step) * (len(panels) - 1) + PAPER_MARGINS_MM
-    figure = Figure(figsize=size / MM_PER_INCH)
-    figure.text(8 / size[0], 1 - 6 / size[1], title, size=9, weight="bold", parse_math=False)
-    for number, (what, colours) in enumerate(panels.items()):
-        corner = (8, size[1] - 16) + (low - high) * (0, 1) + number * step
-        axis = figure.add_axes([*corner / size, *(high - low) / size], facecolor="#fffaf9", xticks=(), yticks=(),
-                               xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-        axis.set_title(what, size=8, loc="left")
-        axis.spines[:].set_color("#e8b2aa")
-        for colour, step_mm in (("#f7dfdb", 1), ("#e8b2aa", 5)):
-            axis.vlines(np.arange(-5, high[0], step_mm), low[1], high[1], colour, linewidth=0.5, zorder=0.5)
-            axis.hlines(np.arange(low[1], high[1], step_mm), low[0], high[0], colour, linewidth=0.5, zorder=0.5)
-        for row, zero_mm, top_mm in zip(rows, zero, top):
-            for k, i in enumerate(row):
-                part = slice(T * k // len(row), T * (k + 1) // len(row))
-                draw_trace(axis, np.stack((x_mm, y_mm[i] + zero_mm), axis=1)[part], colours[i, part], band=standard)
-                axis.text(x_mm[part][0], zero_mm + top_mm - NAME_MM + 1, f"{leads[i]:.9}", size=8, parse_math=False)
-    return figure
-
-
-def draw_trace(axis, points, rgb, band):
-    """A line through points (T, 2) in the colours rgb (T, 3 or 4), or a black one before a band of these colours."""
-    starts = np.flatnonzero(np.diff(rgb, axis=0, prepend=-1).any(axis=1))             # of stretches of one colour
-    lines = [points[a:b + 1] for a, b in zip(starts, [*starts[1:], len(points)])]
-    axis.add_collection(LineCollection(lines, colors=rgb[starts], linewidths=8 if band else 1.5, zorder=2 - 2 * band))
-    if band:
-        axis.plot(*points.T, color="black", linewidth=0.8)
-
-
 def draw_bars(axis, labels, series):
     """Groups of bars from 0.5 on, a group per label; series {name in COLORS: (AUROC (N,), intervals (N, 2))}."""
     width = 0.8 / len(series)
@@ -680,8 +519,7 @@ def parser_of(description, raw_example):
 def load_encoders(paths, device, precision="auto"):
     """Networks: the encoders at `paths` and then their untrained controls, equal ones once; and the place of the
     control of each encoder (random:SIZE is its own). ValueError as in model.load_encoder."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     networks = [load_encoder(path, device) for path in paths]                         # this checks the device
     kinds = {(of.width, of.patch_samples, str(path).startswith("random:")) for path, of in zip(paths, networks)}
     weights = {tuple(p.double().sum().item() for p in network.parameters()) for network in networks}

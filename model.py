@@ -31,8 +31,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ecg import (FS, LEADS, NOT_READ, FeatureTable, RecordingFeatures, as_recordings, cut_patches, cut_windows,
-                 features_of_pieces, list_recordings, read_any, sha256, warn_of)
+from ecg import (FS, LEADS, MAX_LEADS, NOT_READ, FeatureTable, RecordingFeatures, as_recordings, cut_patches,
+                 cut_windows, draw_ecg_paper, features_of_pieces, list_recordings, read_any, save_figure, sha256,
+                 warn_of)
 
 PATCH_S = 0.2                    # s; a QRS complex is about half of it
 REGISTERS = 4                    # extra tokens that hold global scratch values (Darcet et al. 2024)
@@ -60,6 +61,8 @@ MAX_SCALED_WEIGHT = 2 ** 22
 ONE_BY_ONE_WIDTH = 256           # up to this width a CPU is faster if it takes batches of windows one after the other
 PRETRAINED = Path(__file__).with_name("pretrained")      # SIZE.pt, for load_encoder(SIZE)
 FORMAT, GIVE = "ecg-dino encoder 3", "give the encoder.pt that train.py wrote"
+SHIFT_SAMPLES = 5                # samples at FS between the local features in draw_recording
+ATTENTION_COLOURS = ["#9aa7b5", "#f08a3c", "#8b0000"]  # there, from the least to the most
 SAVE_S = 60                      # s between two writes of --out, which a power cut then costs at most
 INTENDED_USE = "Research on ECG features; no medical device, not validated for diagnosis."
 PREPROCESSING = dict(fs_hz=FS, units="mV", leads=list(LEADS), baseline_patches=BASELINE_PATCHES,
@@ -500,6 +503,77 @@ def token_features(encoder, signal_mv, lead_ids, beats_s, window_s=BEAT_WINDOW_S
     return torch.cat(features).numpy()
 
 
+# ---- pictures -------------------------------------------------------------------------------------------------------
+def principal_colours(features):
+    """RGB in [0, 1] (L, M, 3) of local features (L, M, D). The mean of each lead is subtracted first: otherwise the
+    colour would only show which lead it is."""
+    from sklearn.decomposition import PCA        # features do not need it
+
+    x = features - np.nanmean(features, axis=1, keepdims=True)
+    x = np.nan_to_num(x).reshape(-1, x.shape[2])
+    components = PCA(3, svd_solver="full").fit_transform(np.resize(x, (max(3, len(x)), x.shape[1])))[:len(x)]
+    low, high = np.percentile(components, (2, 98), axis=0)
+    return np.clip((components - low) / (high - low).clip(1e-12), 0, 1).reshape(*features.shape[:2], 3)
+
+
+def cls_attention(encoder, signal, leads):
+    """Features of windows by encoder(signal, leads), and the attention of CLS to each of their patches in the last
+    block, mean over heads (B, L, N); with CLS itself and the registers it adds up to 1."""
+    last, kept = encoder.blocks[-1].attention, []
+    with last.register_forward_pre_hook(lambda module, inputs: kept.append(inputs)):
+        features = encoder(signal, leads)
+    x, _, ((B, M),), (rope,), (seen,) = kept[0]
+    q, k = rotate(last.qkv(x).view(B, M, 3, last.heads, -1)[:, :, :2], rope).transpose(1, 3).unbind(2)  # (B, H, M, E)
+    one_hot = torch.eye(M, dtype=q.dtype, device=q.device).expand(*q.shape[:2], M, M)        # their mean: the weights
+    seen = None if seen is None else seen[:, None, None]
+    attention = F.scaled_dot_product_attention(q[:, :, :1], k, one_hot, attn_mask=seen).mean(dim=1)[:, 0]
+    return features, attention[:, 1 + encoder.num_registers:].view(features.patches.shape[:3])
+
+
+@torch.no_grad()
+def window_to_draw(encoder, recording):
+    """The window of a recording with the most valid patches: its start in seconds, names of its leads, signal_mv (L, T)
+    and, every SHIFT_SAMPLES, local features (L, M, D), attention of CLS as a multiple of the mean over patches (L, M),
+    and their centres (M,) in seconds from the start of the window."""
+    P = encoder.patch_samples
+    patches, valid, ids = cut_patches(recording._replace(notes={}), P, {})
+    N = min(encoder.window_length(valid.any(axis=1).sum()), valid.shape[1])
+    first = int(np.convolve(valid.sum(axis=0), np.ones(N, int), "valid").argmax())
+    rows = np.flatnonzero(valid[:, first:first + N].any(axis=1))[:MAX_LEADS]
+    signal_mv = patches[rows, first:first + N + 1].reshape(len(rows), -1)              # one patch more, if there is one
+    late = np.pad(signal_mv, ((0, 0), (0, P)), constant_values=np.nan)
+    windows = np.stack([late[:, shift:shift + N * P] for shift in range(0, P, SHIFT_SAMPLES)])
+    out, attention = cls_attention(encoder, *(torch.tensor(x, device=encoder.cls_token.device) for x in (
+        windows, np.tile(ids[rows], (len(windows), 1)))))
+    attention *= ((attention > 0).sum((1, 2)) / attention.sum((1, 2)).clamp(min=1e-12))[:, None, None]
+    features, attention = (x.float().cpu().movedim(0, 2).flatten(1, 2).numpy() for x in (out.patches, attention))
+    times_s = (np.arange(0, N * P, SHIFT_SAMPLES) + P / 2) / FS
+    there = np.isfinite(features).any(axis=(0, 2))                     # not what ends after the recording
+    names = [str(recording.leads[row]) for row in rows]
+    return first * P / FS, names, signal_mv[:, :N * P], features[:, there], attention[:, there], times_s[there]
+
+
+def draw_recording(encoder, recording, path):
+    """A window of a recording on ECG paper, coloured by the principal components of its local features, and again by
+    what CLS attends to."""
+    from matplotlib.cm import ScalarMappable     # features do not need these
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    start_s, names, signal_mv, features, attention, times_s = window_to_draw(encoder, recording)
+    shades = ScalarMappable(Normalize(0, max(2, np.nanpercentile(attention, 99)), clip=True),
+                            LinearSegmentedColormap.from_list("attention", ATTENTION_COLOURS))
+    nearest = np.abs(times_s[None] - np.arange(signal_mv.shape[1])[:, None] / FS).argmin(axis=1)
+    figure = draw_ecg_paper(signal_mv, names, {
+        "local features: principal components as red, green, blue": 0.85 * principal_colours(features)[:, nearest],
+        "attention of CLS in the last block, mean over heads": shades.to_rgba(attention)[:, nearest]},
+        f"{Path(path).stem}, from {start_s:g} s; 25 mm/s, 10 mm/mV; no medical device")
+    axis = figure.axes[-1]                       # its scale comes under it, in mm as all on paper
+    bar = axis.inset_axes((0, axis.get_ylim()[0] - 6, 80, 2.5), transform=axis.transData)
+    figure.colorbar(shades, cax=bar, orientation="horizontal", label="1: as much as to the mean patch")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 def save_encoder(encoder, path, state_dict=None, **about):
     """Write architecture, weights and preprocessing into one file. about: further facts for people, of plain types."""
@@ -653,8 +727,6 @@ def main(args):
     are large: encoder.embed gives them. The file is written every minute and at the end, also after Ctrl-C; the same
     command goes on from there. What is in it is not read again: delete it to begin anew. No medical device.
     """
-    if args.plot:
-        from evaluate import draw_recording      # only here, because evaluate.py builds on this file
     encoder, file = load_encoder(args.encoder, args.device), Path(file_of(args.encoder))
     array, notes = (args.fs, args.units, args.leads), {}
     table = FeatureTable(args.out, dict(

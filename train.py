@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
@@ -56,9 +57,10 @@ from augment import NEAR_OFFSETS, Batches, lead_groups, load_noise
 from corpus import SPLITS, Sampler, git, lock_folder, open_corpus
 from dino import (STUDENT_TEMPERATURE, build_networks, diagnose, distributed, gather_rows, health, num_ranks, objective,
                   reduce_, update_teacher)
-from ecg import LEADS, Recording, atomic_write, sha256
-from evaluate import draw_curves, draw_recording, plain_auroc, standardized
-from model import PATCH_S, SIZES, Encoder, build_encoder, load_encoder, low_precision, precision_of, save_encoder
+from ecg import LEADS, Recording, atomic_write, save_figure, sha256
+from evaluate import plain_auroc, standardized
+from model import (PATCH_S, SIZES, Encoder, build_encoder, draw_recording, load_encoder, low_precision, precision_of,
+                   save_encoder)
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")             # one process is normal
 
@@ -813,6 +815,27 @@ def trim_log(path, start):
         kept = [line for line in path.read_text().splitlines()
                 if line.endswith("}") and json.loads(line)["step"] < start]
         atomic_write(path, "".join(line + "\n" for line in kept))
+
+
+def draw_curves(out):
+    """OUT/curves.png from OUT/log.jsonl: losses, entropies next to ln K, and the online probe, against the step."""
+    rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    panels = {"losses": ("dino_global", "dino_local", "ibot", "leads", "contrast", "wave", "context"),
+              "entropy (nats)": ("target_entropy", "patch_target_entropy", "prediction_entropy"),
+              "online probe, macro AUROC": ("online_auroc",)}
+    panels = {title: [n for n in names if any(n in r for r in rows)] for title, names in panels.items()}
+    panels = {title: names for title, names in panels.items() if names} or {"losses": []}      # there may be no probe
+    figure = Figure(figsize=(5.6 * len(panels), 3.4), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for name in names:
+            steps, values = [r["step"] for r in rows if name in r], [r[name] for r in rows if name in r]
+            axis.plot(steps, np.array(values, dtype=float), marker="" if len(names) > 1 else "o", label=name)
+        axis.set(title=title, xlabel="step")
+        if len(names) > 1:
+            for ln_k in [r["ln_k"] for r in rows if r.get("ln_k")][:1]:
+                axis.axhline(ln_k, color="0.6", linestyle=":", label="ln K")
+            axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))        # covers no line
+    save_figure(figure, Path(out) / "curves.png")
 
 
 def print_header(about, args, start):

@@ -83,6 +83,7 @@ from corpus import SPLITS, open_corpus  # noqa: E402
 from ecg import FS  # noqa: E402
 
 TWELVE = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+PNG = b"\x89PNG"                 # how such a file begins
 
 
 def run(source, raw, out, *flags):

@@ -694,6 +694,46 @@ def test_a_header_in_latin_1_keeps_its_unit(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+@pytest.mark.parametrize("leads, standard, rows", [
+    (TWELVE, True, [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11], [1]]),         # three rows of four, and lead II
+    (TWELVE, False, [[i] for i in range(12)]), (("MLII", "V1"), True, [[0], [1]]), (("x",), False, [[0]])])
+def test_paper_has_its_scale_and_shows_every_lead_where_it_is_looked_for(leads, standard, rows):
+    """25 mm/s and 10 mm/mV in the figure as it is printed; no row crosses another, and no name lies on a trace."""
+    signal, colours = draw_ecg(FS, 6, leads), np.random.default_rng(0).random((len(leads), 30, 3)).repeat(50, axis=1)
+    signal[0, :5] = np.nan
+    figure = ecg.draw_ecg_paper(signal, list(leads), {"one": colours, "two": colours}, "a title", standard)
+    (one, _), (two, _) = (axis.get_position().p0 for axis in figure.axes)
+    assert (one == two) == (len(rows) < 12)                            # below each other if they are flat
+    for axis in figure.axes:
+        size_mm = np.array(axis.get_position().size) * figure.get_size_inches() * 25.4
+        np.testing.assert_allclose(np.diff([axis.get_xlim(), axis.get_ylim()])[:, 0], size_mm)         # data are in mm
+        traces = [of for of in axis.collections if of.get_zorder() != 0.5]                     # without the grid
+        places = [(row, k, i) for row, of in enumerate(rows) for k, i in enumerate(of)]
+        y_of, names = [[] for _ in rows], [[] for _ in rows]
+        for (row, k, i), trace, text in zip(places, traces, axis.texts, strict=True):
+            parts = [path.vertices for path in trace.get_paths()]
+            at = np.rint([part[0, 0] / 25 * FS for part in parts]).astype(int)
+            np.testing.assert_allclose(trace.get_colors()[:, :3], colours[i, at])
+            x, y = np.concatenate([part[:-1] for part in parts[:-1]] + parts[-1:]).T
+            first, n = 1500 * k // len(rows[row]), 1500 // len(rows[row])
+            np.testing.assert_allclose(x, 25 * np.arange(first, first + n) / FS)
+            zero = y - 10 * (signal[i, first:first + n] - np.nanmedian(signal[i]))
+            assert np.isnan(y).sum() == 5 * (i == 0) and np.nanmedian(zero) % -5 == pytest.approx(0, abs=1e-9)
+            np.testing.assert_allclose(zero[np.isfinite(y)], np.nanmedian(zero))
+            assert text.get_text() == leads[i] and text.get_position()[0] == pytest.approx(x[0])
+            y_of[row] += [*y]
+            names[row].append(text.get_position()[1])
+        limits = axis.get_ylim()
+        for low, high, name, above in zip(map(np.nanmin, y_of), map(np.nanmax, y_of), names,
+                                          [limits[1], *map(np.nanmin, y_of)]):
+            assert limits[0] <= low and high < min(name) and max(name) + 2.8 <= above                  # 8 points
+        black = [line.get_xydata() for line in axis.get_lines()]
+        assert len(black) == len(places) * standard
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # what a person needs who only wants features
 
 def modules_after(code):

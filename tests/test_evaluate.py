@@ -23,19 +23,14 @@ from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 import dino
 import evaluate
 from augment import load_noise, nst_db, snr_of_leads
-from conftest import TWELVE, draw_ecg
+from conftest import PNG, draw_ecg
 from corpus import INDEX_DTYPE, open_corpus
-from ecg import FS, LEADS, MISSING, Recording, preprocess
+from ecg import FS, LEADS, MISSING, Recording, preprocess, save_figure
 from model import Encoder, save_encoder, untrained_like
-from test_model import lively, plain_rotate
+from test_model import WIDTH, small_encoder
 from train import OnlineProbe
 
-WIDTH, PATCH = 16, 50
-PNG = b"\x89PNG"
-
-
-def small_encoder():
-    return Encoder(width=WIDTH, depth=1, heads=1, layer_scale=1.0, window_patches={8: 15, 1: 40}).eval()
+PATCH = 50
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -576,109 +571,12 @@ def test_the_online_probe_finds_what_the_features_hold():
 # ---------------------------------------------------------------------------------------------------------------------
 # pictures
 
-@pytest.mark.parametrize("rows", [
-    [],
-    [dict(step=0, loss=1.0)],
-    [dict(step=0, loss=1.0, ibot=None, ln_k=4.1, target_entropy=2.0), dict(step=1, skipped="x"),
-     dict(step=2, loss=0.9, ibot=3.0, dino_local=2.0, ln_k=4.1), dict(step=2, online_auroc=0.7)]])
-def test_curves_cope_with_any_log(tmp_path, rows):
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    evaluate.draw_curves(tmp_path)
-    assert (tmp_path / "curves.png").read_bytes()[:4] == PNG
-    assert {p.name for p in tmp_path.iterdir()} == {"curves.png", "log.jsonl"}
-
-
-def test_attention_of_cls_equals_plain_code():
-    encoder, inputs = lively(), []
-    signal, leads = torch.from_numpy(draw_ecg(FS, 3, ("I", "V2"))).float()[None], torch.tensor([[1, 8]])
-    signal = torch.cat((signal, 0.5 * signal.roll(40, -1)))
-    signal[1, 0, 200] = np.nan
-    with torch.no_grad():
-        features, attention = evaluate.cls_attention(encoder, signal, leads.expand(2, -1))
-        hook = encoder.blocks[-1].norm1.register_forward_hook(lambda module, x, out: inputs.append(out))
-        expected = encoder(signal, leads.expand(2, -1))
-        hook.remove()
-        torch.testing.assert_close(features.patches, expected.patches, rtol=0, atol=0, equal_nan=True)
-        times_s = [0.0] * 5 + 2 * [(n + 0.5) * PATCH / FS for n in range(15)]
-        for tokens, valid, found in zip(inputs[0].double().view(2, 35, -1), expected.valid, attention, strict=True):
-            weights = torch.zeros(2, 35).double()
-            for head, part in enumerate((slice(0, 16), slice(16, 32))):
-                q, k = (tokens @ encoder.blocks[-1].attention.qkv.weight.double().T).split(32, dim=1)[:2]
-                for m in [*range(5), *(5 + i for i in range(30) if valid.flatten()[i])]:
-                    weights[head, m] = torch.exp(plain_rotate(q[0, part], 0) @ plain_rotate(k[m, part], times_s[m]) / 4)
-            weights = (weights / weights.sum(dim=1, keepdim=True)).mean(dim=0)
-            torch.testing.assert_close(found.flatten().double(), weights[5:], rtol=0, atol=1e-6)
-    assert attention[1, 0, 4] == 0 and (attention.sum((1, 2)) < 1).all() and not torch.equal(*attention)
-
-
-def test_the_window_that_is_drawn():
-    """The first one without gaps, of the leads that it has; every 20 ms as if the recording began later."""
-    encoder, signal = small_encoder(), draw_ecg(FS, 20, ("I", "II", "V1")).astype(np.float32)
-    signal[1, 2 * FS] = signal[2] = np.nan
-    start_s, names, shown, features, attention, times_s = evaluate.window_to_draw(
-        encoder, Recording(signal, FS, ("I", "MLII", "V1")))
-    assert start_s == pytest.approx(2.2) and names == ["I", "MLII"] and np.array_equal(shown, signal[:2, 550:2550])
-    assert features.shape == (2, 400, WIDTH) and attention.shape == (2, 400)
-    np.testing.assert_allclose(times_s, 0.1 + 0.02 * np.arange(400))
-    for shift in (0, 3):
-        window = torch.from_numpy(signal[None, :2, 550 + 5 * shift:2550 + 5 * shift])
-        with torch.no_grad():
-            expected, of_cls = evaluate.cls_attention(encoder, window, torch.tensor([[1, 2]]))
-        np.testing.assert_allclose(features[:, shift::10], expected.patches[0], atol=1e-5)
-        np.testing.assert_allclose(attention[:, shift::10], of_cls[0] / of_cls[0].mean(), rtol=1e-4)
-
-
-@pytest.mark.parametrize("leads, standard, rows", [
-    (TWELVE, True, [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11], [1]]),         # three rows of four, and lead II
-    (TWELVE, False, [[i] for i in range(12)]), (("MLII", "V1"), True, [[0], [1]]), (("x",), False, [[0]])])
-def test_paper_has_its_scale_and_shows_every_lead_where_it_is_looked_for(leads, standard, rows):
-    """25 mm/s and 10 mm/mV in the figure as it is printed; no row crosses another, and no name lies on a trace."""
-    signal, colours = draw_ecg(FS, 6, leads), np.random.default_rng(0).random((len(leads), 30, 3)).repeat(50, axis=1)
-    signal[0, :5] = np.nan
-    figure = evaluate.draw_ecg_paper(signal, list(leads), {"one": colours, "two": colours}, "a title", standard)
-    (one, _), (two, _) = (axis.get_position().p0 for axis in figure.axes)
-    assert (one == two) == (len(rows) < 12)                            # below each other if they are flat
-    for axis in figure.axes:
-        size_mm = np.array(axis.get_position().size) * figure.get_size_inches() * 25.4
-        np.testing.assert_allclose(np.diff([axis.get_xlim(), axis.get_ylim()])[:, 0], size_mm)         # data are in mm
-        traces = [of for of in axis.collections if of.get_zorder() != 0.5]                     # without the grid
-        places = [(row, k, i) for row, of in enumerate(rows) for k, i in enumerate(of)]
-        y_of, names = [[] for _ in rows], [[] for _ in rows]
-        for (row, k, i), trace, text in zip(places, traces, axis.texts, strict=True):
-            parts = [path.vertices for path in trace.get_paths()]
-            at = np.rint([part[0, 0] / 25 * FS for part in parts]).astype(int)
-            np.testing.assert_allclose(trace.get_colors()[:, :3], colours[i, at])
-            x, y = np.concatenate([part[:-1] for part in parts[:-1]] + parts[-1:]).T
-            first, n = 1500 * k // len(rows[row]), 1500 // len(rows[row])
-            np.testing.assert_allclose(x, 25 * np.arange(first, first + n) / FS)
-            zero = y - 10 * (signal[i, first:first + n] - np.nanmedian(signal[i]))
-            assert np.isnan(y).sum() == 5 * (i == 0) and np.nanmedian(zero) % -5 == pytest.approx(0, abs=1e-9)
-            np.testing.assert_allclose(zero[np.isfinite(y)], np.nanmedian(zero))
-            assert text.get_text() == leads[i] and text.get_position()[0] == pytest.approx(x[0])
-            y_of[row] += [*y]
-            names[row].append(text.get_position()[1])
-        limits = axis.get_ylim()
-        for low, high, name, above in zip(map(np.nanmin, y_of), map(np.nanmax, y_of), names,
-                                          [limits[1], *map(np.nanmin, y_of)]):
-            assert limits[0] <= low and high < min(name) and max(name) + 2.8 <= above                  # 8 points
-        black = [line.get_xydata() for line in axis.get_lines()]
-        assert len(black) == len(places) * standard
-
-
-@pytest.mark.parametrize("seconds, leads", [(0.2, ("II",)), (0.25, ("V7",)), (3, TWELVE), (30, ("I", "x", "y"))])
-def test_any_recording_can_be_drawn(tmp_path, seconds, leads):
-    signal = draw_ecg(500, seconds, leads)
-    signal[0, 50:60] = np.nan if seconds > 1 else signal[0, 50:60]
-    evaluate.draw_recording(small_encoder(), Recording(signal.T, 500, leads), tmp_path / "a" / "b.png")
-    assert (tmp_path / "a" / "b.png").read_bytes()[:4] == PNG
-
-
 def test_bars_leave_out_what_is_not_known(tmp_path):
     figure = Figure()
     axis = figure.subplots()
     evaluate.draw_bars(axis, ["a", "b"], {"untrained": ([0.7, None], [[0.6, 0.8], [None, None]]),
                                           "pre-trained": ([0.9, 0.4], [[0.8, 1.0], [0.3, 0.5]])})
-    evaluate.save_figure(figure, tmp_path / "x.png")
+    save_figure(figure, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == PNG and axis.get_ylim()[0] < 0.41
     assert [t.get_text() for t in axis.texts] == ["0.700", "", "0.900", "0.400"]
 

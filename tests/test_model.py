@@ -27,7 +27,7 @@ from torch import nn
 import ecg
 import evaluate
 import model
-from conftest import ROOT, TWELVE, draw_ecg, write
+from conftest import PNG, ROOT, TWELVE, draw_ecg, write
 from ecg import FS, LEADS, Recording, RecordingFeatures, lead_id, list_recordings, read_any, read_wfdb
 from model import (BASELINE_PATCHES, COMPRESS_MV, FORMAT, PATCH_S, REGISTERS, ROPE_PERIODS_S, SIZES, Attention, Encoder,
                    attend, build_encoder, load_encoder, precision_of, rope_table, rotate, save_encoder, scaled_linear,
@@ -35,10 +35,15 @@ from model import (BASELINE_PATCHES, COMPRESS_MV, FORMAT, PATCH_S, REGISTERS, RO
 from test_prepare import write_edf
 
 P = round(PATCH_S * FS)
+WIDTH = 16                       # of small_encoder
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def small_encoder():
+    return Encoder(width=WIDTH, depth=1, heads=1, layer_scale=1.0, window_patches={8: 15, 1: 40}).eval()
 
 
 def lively(width=32, depth=2, heads=2):
@@ -1677,6 +1682,57 @@ def test_own_labels_as_the_readme_says(tmp_path, monkeypatch, capsys):
     assert not {*patient[train]} & {*patient[test]} and len(train) + len(test) == 100
     wins = [(a > b) + (a == b) / 2 for a in names["score"][names["y"][test]] for b in names["score"][~names["y"][test]]]
     assert auroc == round(np.mean(wins), 3) and 0.5 < low < auroc < high <= 1, printed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+def test_attention_of_cls_equals_plain_code():
+    encoder, inputs = lively(), []
+    signal, leads = torch.from_numpy(draw_ecg(FS, 3, ("I", "V2"))).float()[None], torch.tensor([[1, 8]])
+    signal = torch.cat((signal, 0.5 * signal.roll(40, -1)))
+    signal[1, 0, 200] = np.nan
+    with torch.no_grad():
+        features, attention = model.cls_attention(encoder, signal, leads.expand(2, -1))
+        hook = encoder.blocks[-1].norm1.register_forward_hook(lambda module, x, out: inputs.append(out))
+        expected = encoder(signal, leads.expand(2, -1))
+        hook.remove()
+        torch.testing.assert_close(features.patches, expected.patches, rtol=0, atol=0, equal_nan=True)
+        times_s = [0.0] * 5 + 2 * [(n + 0.5) * 50 / FS for n in range(15)]
+        for tokens, valid, found in zip(inputs[0].double().view(2, 35, -1), expected.valid, attention, strict=True):
+            weights = torch.zeros(2, 35).double()
+            for head, part in enumerate((slice(0, 16), slice(16, 32))):
+                q, k = (tokens @ encoder.blocks[-1].attention.qkv.weight.double().T).split(32, dim=1)[:2]
+                for m in [*range(5), *(5 + i for i in range(30) if valid.flatten()[i])]:
+                    weights[head, m] = torch.exp(plain_rotate(q[0, part], 0) @ plain_rotate(k[m, part], times_s[m]) / 4)
+            weights = (weights / weights.sum(dim=1, keepdim=True)).mean(dim=0)
+            torch.testing.assert_close(found.flatten().double(), weights[5:], rtol=0, atol=1e-6)
+    assert attention[1, 0, 4] == 0 and (attention.sum((1, 2)) < 1).all() and not torch.equal(*attention)
+
+
+def test_the_window_that_is_drawn():
+    """The first one without gaps, of the leads that it has; every 20 ms as if the recording began later."""
+    encoder, signal = small_encoder(), draw_ecg(FS, 20, ("I", "II", "V1")).astype(np.float32)
+    signal[1, 2 * FS] = signal[2] = np.nan
+    start_s, names, shown, features, attention, times_s = model.window_to_draw(
+        encoder, Recording(signal, FS, ("I", "MLII", "V1")))
+    assert start_s == pytest.approx(2.2) and names == ["I", "MLII"] and np.array_equal(shown, signal[:2, 550:2550])
+    assert features.shape == (2, 400, WIDTH) and attention.shape == (2, 400)
+    np.testing.assert_allclose(times_s, 0.1 + 0.02 * np.arange(400))
+    for shift in (0, 3):
+        window = torch.from_numpy(signal[None, :2, 550 + 5 * shift:2550 + 5 * shift])
+        with torch.no_grad():
+            expected, of_cls = model.cls_attention(encoder, window, torch.tensor([[1, 2]]))
+        np.testing.assert_allclose(features[:, shift::10], expected.patches[0], atol=1e-5)
+        np.testing.assert_allclose(attention[:, shift::10], of_cls[0] / of_cls[0].mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("seconds, leads", [(0.2, ("II",)), (0.25, ("V7",)), (3, TWELVE), (30, ("I", "x", "y"))])
+def test_any_recording_can_be_drawn(tmp_path, seconds, leads):
+    signal = draw_ecg(500, seconds, leads)
+    signal[0, 50:60] = np.nan if seconds > 1 else signal[0, 50:60]
+    model.draw_recording(small_encoder(), Recording(signal.T, 500, leads), tmp_path / "a" / "b.png")
+    assert (tmp_path / "a" / "b.png").read_bytes()[:4] == PNG
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import dino
 import model
 import train
 from augment import cut_views, host_batch, lead_groups
-from conftest import TWELVE
+from conftest import PNG, TWELVE
 from corpus import Sampler, lock_folder, open_corpus
 from dino import build_networks, objective
 from ecg import LEADS
@@ -1066,3 +1066,18 @@ def test_weights_of_corpora_are_read_from_the_flag(capfd):
         with pytest.raises(SystemExit):
             train.parse_args(["--data", wrong])
     assert "argument --data" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+@pytest.mark.parametrize("rows", [
+    [],
+    [dict(step=0, loss=1.0)],
+    [dict(step=0, loss=1.0, ibot=None, ln_k=4.1, target_entropy=2.0), dict(step=1, skipped="x"),
+     dict(step=2, loss=0.9, ibot=3.0, dino_local=2.0, ln_k=4.1), dict(step=2, online_auroc=0.7)]])
+def test_curves_cope_with_any_log(tmp_path, rows):
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    train.draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").read_bytes()[:4] == PNG
+    assert {p.name for p in tmp_path.iterdir()} == {"curves.png", "log.jsonl"}
