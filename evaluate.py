@@ -93,8 +93,7 @@ def resampled_auroc(y, score, group, counts):
 
 def label_auroc(y, score, group, counts):
     """AUROC (S, C) of every label in every resample: resampled_auroc for the columns of y and score (R, C)."""
-    auroc = [resampled_auroc(*column, group, counts) for column in zip(y.T, score.T)]
-    return np.reshape(auroc, (y.shape[1], len(counts))).T
+    return np.reshape([resampled_auroc(*of, group, counts) for of in zip(y.T, score.T)], (y.shape[1], len(counts))).T
 
 
 def plain_auroc(y, score):
@@ -398,13 +397,14 @@ def calibration(p, y, prevalence, group):
     p, y, group = p[mix], y[mix], group[mix]
     said, seen, n = in_bins(p, y)
     bias = n[:, None] * seen * (1 - seen) / (n[:, None] - 1).clip(1) / len(p)
-    share, mean = n[:, None] / len(p), y.mean(axis=0)
+    share, mean, brier = n[:, None] / len(p), y.mean(axis=0), np.mean((p - y) ** 2)
     ranked, starts = np.sort(p, axis=0), np.cumsum(n) - n
     drawn = (np.add.reduceat(rng.random(p.shape) < ranked, starts, dtype=float) for _ in range(PERFECT_DRAWS))
     perfect = [ece(positives / n[:, None]) for positives in drawn]
-    brier, of_group = np.mean((p - y) ** 2), np.bincount(group, ((y - p) * (1 - 2 * p)).sum(axis=1))
-    return dict(brier=brier, brier_skill=1 - brier / np.mean((constant - y) ** 2), nll=nll(p),
-                nll_skill=1 - nll(p) / nll(constant), reliability=((said - seen) ** 2 * share - bias).sum(axis=0).mean(),
+    of_group = np.bincount(group, ((y - p) * (1 - 2 * p)).sum(axis=1))
+    return dict(brier=brier, brier_skill=1 - brier / np.mean((constant - y) ** 2),
+                nll=nll(p), nll_skill=1 - nll(p) / nll(constant),
+                reliability=((said - seen) ** 2 * share - bias).sum(axis=0).mean(),
                 resolution=(((seen - mean) ** 2 * share - bias).sum(axis=0) + mean * (1 - mean) / (len(p) - 1)).mean(),
                 ece=ece(seen), ece_perfect=np.mean(perfect), ece_perfect_ci95=interval(perfect),
                 z=of_group.sum() / np.sqrt((of_group ** 2).sum()).clip(1e-12))
