@@ -565,7 +565,7 @@ def simulate_duplicates(real, rng, recordings=12_000_000, share=20):
 def simulated_ptbxl(recordings, width, seed=0):
     """probe_ptbxl.Data and features (2, R, 3 * width) of an encoder and its control. The k-th principal component of
     the features has a variance of 1 / k; 71 statements, present in 44 % to .05 % of the recordings, depend on all."""
-    rng, sizes = np.random.default_rng(seed), dict(zip(probe_ptbxl.TASKS, (71, 44, 23, 5, 19, 12)))
+    rng, sizes = np.random.default_rng(seed), dict(zip(probe_ptbxl.PTBXL_SETS, (71, 44, 23, 5, 19, 12)))
     fold = rng.integers(1, 11, recordings)
     patients = fold * recordings + rng.integers(0, recordings // 12, recordings)
     x = rng.standard_normal((recordings, 3 * width), np.float32) * np.arange(1, 3 * width + 1, dtype=np.float32) ** -0.5

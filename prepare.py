@@ -71,6 +71,7 @@ HELD_OUT_COPY = re.compile(
 NOISE_S = 30 * 60                # s of an NSTDB record that are used
 NOISE_PARTS = (("train", 0, 2 / 3), ("test", 2 / 3, 1))  # minutes 0-20 and 20-30; a shorter record has the same shares
 OVERVIEW_RECORDINGS = 2000       # chosen at random, for the histograms of draw_overview
+PTBXL_SETS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")  # of labels
 SYNTH_RECORDS = 600              # default number of synthetic 12-lead recordings
 PHYSIONET = {                    # database, and the files of it that are needed
     "ptbxl": ("ptb-xl", r"recordsRATE/.*|[^/]*\.csv|LICENSE\.txt"),
@@ -105,25 +106,50 @@ class Job(NamedTuple):
     reject: tuple | None = None  # reason and detail, if the lister knows already that it cannot be used
 
 
+def read_ptbxl(raw, rate="auto"):
+    """PTB-XL's recordings by ecg_id (with `codes`, their statements, and the `path` of their files), SCP statements,
+    and the rate of these files in Hz: 500 if all of them are there, otherwise 100. ValueError if this is not PTB-XL."""
+    for name in ("ptbxl_database.csv", "scp_statements.csv"):
+        if not (raw / name).is_file():
+            raise ValueError(f"no {name} in {raw}: expected PTB-XL's own folder, which "
+                             f"`python prepare.py ptbxl --raw {raw} --out DIR --download` fetches")
+    table = pd.read_csv(raw / "ptbxl_database.csv", index_col="ecg_id")
+    complete = rate == "auto" and all((raw / f"{name}.hea").is_file() for name in table.filename_hr)
+    rate, names = (500, table.filename_hr) if complete or rate == "500" else (100, table.filename_lr)
+    table["path"] = [str(raw / name) for name in names]
+    table["codes"] = [sorted(ast.literal_eval(codes)) for codes in table.scp_codes]
+    return table, pd.read_csv(raw / "scp_statements.csv", index_col=0), rate
+
+
+def label_sets(codes, statements):
+    """{set of PTBXL_SETS: (names, y (R, C) bool)} of the statements in each of R recordings, as in the benchmark of
+    PTB-XL (Strodthoff et al. 2021). A statement counts if it is present, whatever its likelihood."""
+    every = {*statements.index}.union(*codes)
+    kinds = {kind: statements[statements[kind] == 1] for kind in ("diagnostic", "form", "rhythm")}
+    labels = {kind: dict(zip(rows.index, rows.index)) for kind, rows in kinds.items()} | {  # set: {statement: label}
+        "all": dict(zip(every, every)),
+        "subdiagnostic": kinds["diagnostic"].diagnostic_subclass.dropna().to_dict(),
+        "superdiagnostic": kinds["diagnostic"].diagnostic_class.dropna().to_dict()}
+    sets = {}
+    for task in PTBXL_SETS:
+        names = sorted(set(labels[task].values()))
+        present = [{labels[task].get(code) for code in row} for row in codes]
+        sets[task] = names, np.array([[name in row for name in names] for row in present], bool)
+    return sets
+
+
 # A lister yields the jobs of a source in an order that depends only on the raw files, and writes into `notes` what a
 # user should know. It holds the publisher's tables in memory, but never all recordings. --help shows its docstring.
 def list_ptbxl(raw, args, notes):
     """PTB-XL 1.0.3: 21,799 12-lead ECGs of 10 s with labels; folds 1-8 train, 9 val, 10 test (--download: 3 GB)"""
-    for name in ("ptbxl_database.csv", "scp_statements.csv"):
-        if not (raw / name).is_file():
-            raise ValueError(f"no {name} in {raw}: expected PTB-XL's own folder, or add --download")
-    table = pd.read_csv(raw / "ptbxl_database.csv", index_col="ecg_id")
-    statements = pd.read_csv(raw / "scp_statements.csv", index_col=0)
-    superclass = statements.diagnostic_class[statements.diagnostic == 1].to_dict()
-    complete = args.rate == "auto" and all((raw / f"{name}.hea").is_file() for name in table.filename_hr)
-    rate, names = ("500", table.filename_hr) if complete or args.rate == "500" else ("100", table.filename_lr)
+    table, statements, rate = read_ptbxl(raw, args.rate)
+    names, y = label_sets(table.codes, statements)["superdiagnostic"]
     notes["rate"] = f"the {rate} Hz records were read"
-    for ecg_id, row in table.iterrows():
-        # A statement counts if it is present, whatever its likelihood, as in the benchmark (Strodthoff et al. 2021).
-        present = {superclass.get(code) for code in ast.literal_eval(row.scp_codes)}
-        label = sum(1 << bit for bit, name in enumerate(SUPERCLASSES) if name in present)
+    for row, present in zip(table.itertuples(), y):
+        label = sum(1 << SUPERCLASSES.index(name) for name, there in zip(names, present)
+                    if there and name in SUPERCLASSES)
         split, patient = {9: "val", 10: "test"}.get(int(row.strat_fold), "train"), f"ptbxl/{int(row.patient_id)}"
-        yield Job(str(raw / names[ecg_id]), f"{ecg_id:05d}", patient, split, label, n_channels=12)
+        yield Job(row.path, f"{row.Index:05d}", patient, split, label, n_channels=12)
 
 
 def list_mitdb(raw, args, notes):

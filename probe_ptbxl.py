@@ -6,91 +6,58 @@ The protocol is the PTB-XL benchmark's (Strodthoff et al. 2021): six label sets,
 counts, whatever its likelihood. Folds 1-8 train, fold 9 chooses the regularisation, fold 10 is scored by macro AUROC.
 Recordings without any label of a set stay in it as rows of zeros (the benchmark drops them: about 0.001 of AUROC).
 The linear probe is also fitted on 10 % and 1 % of the training patients. --encoder random:SIZE gives only the untrained
-control. --noise scores the same probe under real noise (minutes 20-30 of the Noise Stress Test records, which are never
-trained on), --leads-curve with few leads, --attention a probe of local features, and --fine-tune the encoder itself
-trained with these labels, next to the same network trained from scratch.
-
-Writes OUT/report.html, OUT/ptbxl.json, OUT/predictions.npz (fold 10) and OUT/ptbxl.png. 2,000 records, size tiny, one
-core: 5 minutes.
+control. --help says what else can be scored. Noise is minutes 20-30 of the Noise Stress Test records, which are never
+trained on. Writes report.html, ptbxl.json, predictions.npz (fold 10) and ptbxl.png in OUT. 2,000 records, size tiny,
+one core: 5 minutes.
 
 Shapes: R recordings, R' those of fold 9 and then of fold 10, T those of fold 10, F features, C labels, G values of the
 regularisation, E encoders, E' these and their controls, S resamples of patients (the first row of `counts` is the test
 set itself), K kinds and H levels of noise, M local features of width D.
 """
-import ast
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from scipy.special import expit
-from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
+from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from augment import load_noise, snr_of_leads
 from corpus import open_corpus
-from ecg import LEADS, Refused, lead_id, preprocess, read_wfdb
+from ecg import LEADS, Refused, lead_id, read_wfdb
 from evaluate import (CALIBRATION_NOTE, NOISE_DB, NOISE_KINDS, NOISE_NOTE, SCORES, both_classes, calibration,
                       draw_bars, draw_examples, draw_reliability, draw_scores, fine_tune, fit_attention, fit_logistic,
                       global_features, label_auroc, load_encoders, local_features, macro, mean_of, noisy_features,
                       paired, parser_of, plain_auroc, platt, resample, stacked, table, to_json, write_results)
+from prepare import PTBXL_SETS, label_sets, read_ptbxl
 
-TASKS = ("all", "diagnostic", "subdiagnostic", "superdiagnostic", "form", "rhythm")
 FOLDS = {"1 to 8": range(1, 9), "9": [9], "10": [10]}  # train, choose, are scored; a patient is in one fold only
 RECORD_S = 10                    # s that are read, the length of every PTB-XL recording
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C, the inverse strength of the L2 penalty
 MIN_POSITIVES = 10               # positives in fold 10 below which the AUROC of a label is mostly noise
-FEW_PATIENTS = 1000              # in fold 10 (all of PTB-XL has about 1,900), below which the report warns
 SHORT = {"superdiagnostic": 1, "all": MIN_POSITIVES}  # sets of the curves, and positives in fold 10 that a label needs
 SHARES, DRAWS = (0.1, 0.01), 5   # of the training patients, nested; draws of them
 LEAD_SETS = {"12": LEADS[1:13], "8": ("I", "II", *LEADS[7:13]), "6 limb": LEADS[1:7], "I II V2": ("I", "II", "V2"),
              "I II": ("I", "II"), **{name: (name,) for name in LEADS[1:13]}, "I unnamed": ("I",)}
-TUNE_LEADS = LEAD_SETS["8"]      # of a whole recording that --fine-tune reads; the others follow from I and II
 SNR_RECORDINGS = 200             # of fold 10, to measure the SNR of single leads
 
 
 # ---- recordings, labels and features --------------------------------------------------------------------------------
 def read_tables(raw):
-    """PTB-XL's recordings (with `codes` and `path`), its SCP statements, and the rate in Hz of the files at `path`.
-
-    It is 500 Hz if every file of that rate is there, otherwise 100 Hz. ValueError if this is not PTB-XL, or incomplete.
-    """
-    for name in ("ptbxl_database.csv", "scp_statements.csv"):
-        if not (raw / name).is_file():
-            raise ValueError(f"no {name} in {raw}: expected PTB-XL's own folder, which "
-                             f"`python prepare.py ptbxl --raw {raw} --out DIR --download` fetches")
-    table = pd.read_csv(raw / "ptbxl_database.csv", index_col="ecg_id")
-    table["codes"] = [sorted(ast.literal_eval(codes)) for codes in table.scp_codes]
+    """prepare.read_ptbxl; ValueError if a fold has no recording, or if a recording is absent."""
+    table, statements, rate = read_ptbxl(raw)
     for name, folds in FOLDS.items():
         if not table.strat_fold.isin(folds).any():
             raise ValueError(f"{raw / 'ptbxl_database.csv'} has no recording of fold {name}: 1-8, 9 and 10 are needed")
-    for rate, column in ((500, "filename_hr"), (100, "filename_lr")):
-        table["path"] = [str(raw / name) for name in table[column]]
-        absent = [path for path in table.path if not Path(f"{path}.hea").is_file()]
-        if not absent:
-            return table, pd.read_csv(raw / "scp_statements.csv", index_col=0), rate
-    raise ValueError(f"{len(absent)} of the {len(table)} recordings in {raw / 'ptbxl_database.csv'} are absent, "
-                     f"for example {absent[0]}.hea: fetch the rest, or delete their rows in the table")
-
-
-def label_sets(codes, statements):
-    """{task: (names, y (R, C) bool)} from the statements in each of R recordings, as in the benchmark."""
-    every = {*statements.index}.union(*codes)
-    kinds = {kind: statements[statements[kind] == 1] for kind in ("diagnostic", "form", "rhythm")}
-    labels = {kind: dict(zip(rows.index, rows.index)) for kind, rows in kinds.items()} | {  # task: {statement: label}
-        "all": dict(zip(every, every)),
-        "subdiagnostic": kinds["diagnostic"].diagnostic_subclass.dropna().to_dict(),
-        "superdiagnostic": kinds["diagnostic"].diagnostic_class.dropna().to_dict()}
-    sets = {}
-    for task in TASKS:
-        names = sorted(set(labels[task].values()))
-        present = [[labels[task][code] for code in row if code in labels[task]] for row in codes]
-        sets[task] = names, MultiLabelBinarizer(classes=names).fit_transform(present).astype(bool)
-    return sets
+    absent = [path for path in table.path if not Path(f"{path}.hea").is_file()]
+    if absent:
+        raise ValueError(f"{len(absent)} of the {len(table)} recordings in {raw / 'ptbxl_database.csv'} are absent, "
+                         f"for example {absent[0]}.hea: fetch the rest, or delete their rows in the table")
+    return table, statements, rate
 
 
 def read_recordings(paths, leads=None):
@@ -113,14 +80,12 @@ def read_recordings(paths, leads=None):
 
 
 def extract_features(encoders, paths, leads=None):
-    """Global features (E, R, 3D) of R recordings, and how many have gaps and are unusable (NaN); leads: of each."""
+    """Global features (E, R, 3D) of R recordings, and how many are unusable (NaN); leads: of each."""
     features = global_features(encoders, lambda: read_recordings(paths, leads))
     usable = np.isfinite(features[0]).all(axis=1)
     if not usable.any():
         raise ValueError(f"none of the {len(paths)} recordings is usable, for example {paths[0]}: check their signals")
-    # {}: embed has warned of what looks odd.
-    gaps = [np.isnan(preprocess(*r[:4], {})[0]).any() for r, ok in zip(read_recordings(paths, leads), usable) if ok]
-    return features, dict(with_gaps=sum(gaps), unusable=(~usable).sum())
+    return features, (~usable).sum()
 
 
 # ---- linear probes --------------------------------------------------------------------------------------------------
@@ -156,12 +121,9 @@ def of_each(function, *networks):
 
 
 def fit_labels(x, y):
-    """Fit every label of y (R, C) bool on x (R, F) at every C. Returns a function of features (N, F): logits (G, N, C).
-
-    A label without both classes gets NaN. Equal columns are fitted once (a statement is in several sets). The mean
-    takes the place of NaN, so a recording that cannot be used counts as an average one.
-    """
-    columns, where = np.unique(y, axis=1, return_inverse=True)
+    """Fit every label of y (R, C) bool on x (R, F) at every C. Returns a function of features (N, F): logits (G, N, C),
+    NaN for a label without both classes. The mean takes the place of NaN in features."""
+    columns, where = np.unique(y, axis=1, return_inverse=True)         # a statement is in several sets
     scaler, todo = StandardScaler().fit(x), np.flatnonzero(both_classes(columns))
 
     def scaled(rows):
@@ -180,9 +142,9 @@ def choose_c(logits, y):
 
 
 def score_task(logits, task, data, calibrated=False):
-    """One network on one task: its C; AUROC (S, C') in fold 10 of the labels with indices `labels`, which have both
-    classes in folds 1-8 and in fold 10; if calibrated, probabilities (T, C') of fold 10, raw and by Platt, and their
-    calibration. logits (G, R', all labels). A label that could not be fitted counts as a constant, .5."""
+    """One network on one task, by its logits (G, R', all labels): its C; AUROC (S, C') in fold 10 of the labels with
+    indices `labels`, which have both classes in folds 1-8 and in fold 10; if calibrated, probabilities (T, C') of fold
+    10, raw and by Platt, and their calibration. A label that could not be fitted counts as a constant, .5."""
     y, N = data.sets[task][1], len(data.val)
     labels = np.flatnonzero(both_classes(y[data.train]) & both_classes(y[data.test]))
     best = choose_c(logits[:, :N, data.columns[task]], y[data.val])
@@ -198,8 +160,8 @@ def score_task(logits, task, data, calibrated=False):
 
 
 def compare(logits, task, data):
-    """JSON entry of a task and its arrays for predictions.npz; logits (G, R', all labels) of each network. Scores are
-    means over encoders."""
+    """JSON entry of a task, with means over encoders, and its arrays for predictions.npz: of one encoder (T, C'), of
+    several (E, T, C'), of the controls that of the first; logits (G, R', all labels) of each network."""
     (names, y), networks = data.sets[task], of_each(lambda z: score_task(z, task, data, calibrated=True), logits)
     labels, (y_train, y_val, y_test) = networks[0]["labels"], (y[rows] for rows in (data.train, data.val, data.test))
     frequent = y_test[:, labels].sum(axis=0) >= MIN_POSITIVES
@@ -216,8 +178,6 @@ def compare(logits, task, data):
     entry["labels"] = {names[label]: dict(
         auroc=auroc[k], untrained=untrained[k], positives_train=y_train[:, label].sum(),
         positives_val=y_val[:, label].sum(), positives_test=y_test[:, label].sum()) for k, label in enumerate(labels)}
-    # The same seed draws the same patients in every run of this program. One encoder: (T, C'), several: (E, T, C'); of
-    # the controls that of the first encoder.
     p, p_platt = (np.stack([run[kind] for run in runs["macro_auroc"]]) for kind in ("raw", "platt"))
     p, p_platt = (p[0], p_platt[0]) if len(p) == 1 else (p, p_platt)
     return entry, dict(labels=np.array([names[k] for k in labels], dtype=str), y=y_test[:, labels], p=p,
@@ -257,12 +217,9 @@ def as_entries(data, *draws, signed=False):
 def label_fractions(features, logits, data):
     """{share of the training patients: as_entries of the probes that are fitted on it}; logits: of all of them. A draw
     of 1 % is part of one of 10 %; fold 9 is whole."""
-    found = {1: as_entries(data, macro_scores(logits, data))}
-    for share in SHARES:
-        found[share] = as_entries(data, *(macro_scores(of_each(
-            lambda x: fit_labels(x[some], data.short[some])(x[data.scored]), features), data)
-            for some in (data.few(share, draw) for draw in range(DRAWS))))
-    return found
+    return {1: as_entries(data, macro_scores(logits, data))} | {share: as_entries(data, *(
+        macro_scores(of_each(lambda x: fit_labels(x[some], data.short[some])(x[data.scored]), features), data)
+        for some in (data.few(share, draw) for draw in range(DRAWS)))) for share in SHARES}
 
 
 def leads_curve(encoders, paths, fits, data):
@@ -290,21 +247,22 @@ def noise_curve(features, noisy, fits, data):
 
 
 # ---- other heads: attention, fine-tuning ----------------------------------------------------------------------------
-def attention(encoders, paths, leads, data):
-    """Superdiagnostic by evaluate.fit_attention: see superclasses; leads: the names for each recording, or None."""
-    most = max(len(names or LEAD_SETS["12"]) for names in leads)
-    return superclasses(encoders, data, lambda encoder, y: fit_attention(
-        local_features(encoder, read_recordings(paths, leads), len(paths), most, RECORD_S),
-        y, data.train, data.val, data.test, data.seed))
-
-
-def fine_tuning(encoders, paths, leads, data):
-    """{share of the training patients: superclasses by evaluate.fine_tune}: encoders themselves learn, with the labels
-    of the first draw of label_fractions, and the controls do so from scratch; leads: as in attention."""
-    names = list(dict.fromkeys(name for of in leads for name in of or TUNE_LEADS))
-    signal = stacked(read_recordings(paths, leads), len(paths), names, RECORD_S)
-    return {share: superclasses(encoders, data, lambda encoder, y: fine_tune(
-        encoder, signal, names, y, data.few(share, 0), data.val, data.test, data.seed)[0]) for share in (1, *SHARES)}
+def other_heads(args, encoders, paths, leads, data):
+    """{"attention": superclasses by evaluate.fit_attention; "fine_tuned": {share of the training patients: these by
+    evaluate.fine_tune}}, as asked for. Encoders themselves learn there, with the labels of the first draw of
+    label_fractions, and controls do so from scratch. leads: names for each recording, or None."""
+    found, most = {}, max(len(names or LEAD_SETS["12"]) for names in leads)
+    if args.attention:
+        found["attention"] = superclasses(encoders, data, lambda encoder, y: fit_attention(
+            local_features(encoder, read_recordings(paths, leads), len(paths), most, RECORD_S),
+            y, data.train, data.val, data.test, data.seed))
+    if args.fine_tune:                           # the other four leads follow from I and II
+        names = list(dict.fromkeys(name for of in leads for name in of or ("I", "II", *LEADS[7:13])))
+        signal = stacked(read_recordings(paths, leads), len(paths), names, RECORD_S)
+        found["fine_tuned"] = {share: superclasses(encoders, data, lambda encoder, y: fine_tune(
+            encoder, signal, names, y, data.few(share, 0), data.val, data.test, data.seed)[0])
+            for share in (1, *SHARES)}
+    return found
 
 
 def superclasses(encoders, data, head):
@@ -322,8 +280,7 @@ def report(result):
     scores = {"untrained": "untrained"} | ({} if result["untrained_only"] else {
         "encoder": "macro_auroc", "difference": "difference"})
     heads = {"superdiagnostic, attention": result["attention"]} if "attention" in result else {}
-    heads |= {f"superdiagnostic, fine-tuned, {float(share):.0%}": of
-              for share, of in result.get("fine_tuned", {}).items()}
+    heads |= {f"superdiagnostic, fine-tuned, {float(share):.0%}": of for share, of in result.get("fine_tuned", {}).items()}
     calibrated = {"skill": "brier_skill", "ECE": "ece", "perfect": "ece_perfect", "z": "z"}
     of_tasks = {"labels": "n_labels", "of": "n_labels_defined", "C": "c", **scores, "10+": "n_labels_min10",
                 "encoder, 10+": "macro_auroc_min10"}
@@ -337,22 +294,18 @@ def report(result):
     for kind, sets in result.get("leads_curve", {}).items():
         curves |= {f"{name}, {'fitted on it' if kind == 'same' else 'moved to it'}": of for name, of in sets.items()}
     snr = [f"  {kind} at 0 dB, single leads: " + "; ".join(
-        f"{name} {np.median(db):.1f} ({min(db):.1f} to {max(db):.1f}) dB" for name, db in zip(
-            ("mean square", "nst"), zip(*leads.values()))) for kind, leads in result.get("snr", {}).items()]
+        f"{name} {np.median(db):.1f} ({min(db):.1f} to {max(db):.1f}) dB"
+        for name, db in zip(("mean square", "nst"), zip(*of.values()))) for kind, of in result.get("snr", {}).items()]
     return "\n".join((
         f"PTB-XL at {n['rate_hz']} Hz: folds 1-8 train ({n['train']}), fold 9 chooses C and calibrates ({n['val']}), "
         f"fold 10 is scored ({n['test']} recordings, {n['test_patients']} patients); no refit with fold 9",
-        f"encoders: {' '.join(result['encoder'])}; " + (
-            "means, intervals over seeds and patients" if len(result["encoder"]) > 1 else
-            "one seed: intervals are over patients (with few labels also over draws)"),
+        f"encoders: {' '.join(result['encoder'])}; " + ("means, intervals over seeds and patients" if len(
+            result["encoder"]) > 1 else "one seed: intervals are over patients (with few labels also over draws)"),
         f"leads: {' '.join(result['leads']) or 'all'}; of folds 9 and 10: {' '.join(result['leads_scored']) or 'all'}",
-        f"{n['features']} features; {n['with_gaps']} recordings with missing samples (mean over valid patches), "
-        f"{n['unusable']} without a valid patch (taken as the mean recording)",
+        f"{n['features']} features; {n['unusable']} recordings cannot be used (taken as the mean recording)",
         "macro AUROC [95 %] over the labels with both classes in folds 1-8 and in fold 10 (of those defined); "
         f"10+: over those with {MIN_POSITIVES} positives or more in fold 10",
         CALIBRATION_NOTE + "; Platt's: the same after a sigmoid fitted on fold 9",
-        *["few test patients: the intervals are wide, and labels with few positives change the macro over all labels"]
-        * (n["test_patients"] < FEW_PATIENTS),
         table(tasks | heads, of_tasks),
         *[f"{NOISE_NOTE}; medians over recordings (range over leads)", *snr] * bool(snr),
         f"few labels (means of {DRAWS} draws), and what was asked for; area: the mean over levels of AUROC - .5",
@@ -368,11 +321,10 @@ def draw(result, arrays):
     ratios = [1.7, 1] + [1.2] * len(curves)
     figure = Figure(figsize=(4.5 * sum(ratios), 4.8), layout="constrained")
     bars, reliability, *more = figure.subplots(1, len(ratios), width_ratios=ratios)
-    draw_bars(bars, [f"{task}\n{tasks[task]['n_labels']} labels" for task in TASKS],
-              {name: [[tasks[task][of] for task in TASKS] for of in (key, SCORES[key])] for name, key in keys.items()})
+    draw_bars(bars, [f"{task}\n{tasks[task]['n_labels']} labels" for task in PTBXL_SETS],
+              {name: [[tasks[of][x] for of in PTBXL_SETS] for x in (key, SCORES[key])] for name, key in keys.items()})
     bars.set_ylabel("macro AUROC, fold 10")
-    bars.set_title(f"PTB-XL, {result['n']['test']} test recordings; lines: 95 % over "
-                   f"{'seeds and ' * (len(result['encoder']) > 1)}patients", loc="left")
+    bars.set_title(f"PTB-XL, {result['n']['test']} test recordings; lines: 95 % intervals", loc="left")
     bars.legend(frameon=False, loc="upper left", ncols=2)
     labels, y, p = (arrays[f"superdiagnostic_{key}"] for key in ("labels", "y", "p_platt"))
     draw_reliability(reliability, labels, y, p if p.ndim == 2 else p[0])
@@ -385,12 +337,10 @@ def examples(encoder, x, fit, table, data, c, stored, leads):
     """Confident superclasses in fold 10, by evaluate.draw_examples; x (R, F) of fit, a result of fit_labels."""
     labels, y, p = (stored[f"superdiagnostic_{key}"] for key in ("labels", "y", "p_platt"))
     columns = data.columns["superdiagnostic"].start + np.flatnonzero(np.isin(data.sets["superdiagnostic"][0], labels))
-
-    def show_row(row):
-        recording, = read_recordings([table.path.iloc[data.test[row]]], [leads])
-        return f"ecg_id {table.index[data.test[row]]}", recording, True
+    rows = table.iloc[data.test]
     return draw_examples(encoder, x, lambda rows: fit(rows)[C_GRID.index(c)][:, columns], labels,
-                         p if p.ndim == 2 else p[0], y, data.patients[data.test], show_row)
+                         p if p.ndim == 2 else p[0], y, data.patients[data.test], lambda row: (
+                             f"ecg_id {rows.index[row]}", next(read_recordings([rows.path.iloc[row]], [leads])), True))
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -402,13 +352,13 @@ def parse_args(argv=None):
     parser.add_argument("--leads-scored", nargs="+", metavar="NAME",
                         help="leads of folds 9 and 10, for a probe that was fitted on --leads (default: --leads)")
     parser.add_argument("--leads-curve", action="store_true",
-                        help=f"also score {len(LEAD_SETS)} sets of leads, each by the probe that was fitted on --leads "
-                             "and by one of its own; all recordings are embedded for each")
+                        help=f"also score {len(LEAD_SETS)} sets of leads, by the probe fitted on --leads and by one of "
+                             "their own; all recordings are embedded for each")
     parser.add_argument("--attention", action="store_true",
                         help="also probe local features, which take 1.2 kB x width a recording in a temporary file")
     parser.add_argument("--fine-tune", action="store_true",
-                        help="also train the encoders themselves with the labels of 100, 10 and 1 %% of the training "
-                             "patients, and their controls from scratch; takes 80 kB of memory a recording")
+                        help="also train encoders with the labels of 100, 10 and 1 %% of the training patients, and "
+                             "their controls from scratch; 80 kB of memory a recording")
     return parser.parse_args(argv)
 
 
@@ -420,30 +370,23 @@ def main(args):
                 control_of, args.seed)
     shown = args.leads_scored or args.leads
     paths, leads = table.path.to_numpy(), [args.leads if f in FOLDS["1 to 8"] else shown for f in table.strat_fold]
-    features, odd = extract_features(encoders, paths, leads)
+    features, unusable = extract_features(encoders, paths, leads)
     fits, tasks, stored, fractions = probe_features(features, data)
     result = dict(encoder=args.encoder, raw=str(args.raw), seed=args.seed,
                   untrained_only=len(encoders) == len(args.encoder), leads=args.leads or [], leads_scored=shown or [],
                   n=dict(rate_hz=rate, train=len(data.train), val=len(data.val), test=len(data.test),
-                         features=features.shape[2], test_patients=data.counts.shape[1], **odd),
+                         features=features.shape[2], test_patients=data.counts.shape[1], unusable=unusable),
                   tasks=tasks, fractions=fractions)
     if noise is not None:
-        def recordings(n=len(data.test)):
-            return read_recordings(paths[data.test[:n]], [shown] * n)
-        noisy = noisy_features(encoders, recordings, noise, args.seed)
+        some = [shown] * len(data.test)
+        noisy = noisy_features(encoders, lambda: read_recordings(paths[data.test], some), noise, args.seed)
         result["noise"] = noise_curve(features, noisy, fits, data)
-        clean, *levels, area = (of["superdiagnostic"] for of in (tasks, *result["noise"]["mixture"].values()))
-        clean["robustness"] = dict(snr_db=NOISE_DB, macro_auroc_ci95=[of["ci95"] for of in levels]) | {
-            key: [of[key] for of in levels] for pair in SCORES.items() for key in pair if key != "ci95"} | {
-            f"{key}_kept": area[key] / (clean[key] - 0.5) for key in ("macro_auroc", "untrained")}
-        result["snr"] = snr_of_leads(recordings(SNR_RECORDINGS), noise, encoders[0].patch_samples, args.seed)
+        result["snr"] = snr_of_leads(read_recordings(paths[data.test[:SNR_RECORDINGS]], some), noise,
+                                     encoders[0].patch_samples, args.seed)
     result |= dict(leads_curve=leads_curve(encoders, paths, fits, data)) if args.leads_curve else {}
-    result |= dict(attention=attention(encoders, paths, leads, data)) if args.attention else {}
-    result |= dict(fine_tuned=fine_tuning(encoders, paths, leads, data)) if args.fine_tune else {}
-    result = to_json(result)
+    result = to_json(result | other_heads(args, encoders, paths, leads, data))
     stored |= dict(ecg_id=table.index.to_numpy()[data.test], patient_id=data.patients[data.test])
-    text = report(result)
-    print(text)
+    print(text := report(result))
     shown_ecgs = examples(encoders[0], features[0][data.train], fits[0], table, data, tasks["superdiagnostic"]["c"][0],
                           stored, shown)
     write_results(args, "ptbxl", result, stored, draw(result, stored), text, encoders,

@@ -389,11 +389,6 @@ def alarms(work):
 
 # ---- the probes -----------------------------------------------------------------------------------------------------
 
-@follows("which `python prepare.py ptbxl --raw {} --out DIR --download` fetches")
-def no_ptbxl(work):
-    assert commands_in(refusal(probe_ptbxl.read_tables, work.folder)) == 1
-
-
 @follows("python prepare.py mitdb --raw DIR")
 def no_mitdb(work):
     assert commands_in(refusal(probe_mitbih.collect, work.folder, [])) == 1
@@ -416,9 +411,10 @@ def tables_of_arrays(work):
         assert len(run("arrays", raw, out, "--table", str(table)).index) == 1
 
 
-@follows("expected PTB-XL's own folder, or add --download")
+@follows("which `python prepare.py ptbxl --raw {} --out DIR --download` fetches")
 def nothing_to_prepare(work):
     """Only sources that can be downloaded are advised to be."""
+    assert commands_in(refusal(probe_ptbxl.read_tables, work.folder)) == 1
     for source in prepare.LISTERS:
         out, raw = work.folder / source, work.folder / f"raw_{source}"
         raw.mkdir()
