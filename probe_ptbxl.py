@@ -280,7 +280,7 @@ def report(result):
     scores = {"untrained": "untrained"} | ({} if result["untrained_only"] else {
         "encoder": "macro_auroc", "difference": "difference"})
     heads = {"superdiagnostic, attention": result["attention"]} if "attention" in result else {}
-    heads |= {f"superdiagnostic, fine-tuned, {float(share):.0%}": of for share, of in result.get("fine_tuned", {}).items()}
+    heads |= {f"superdiagnostic, fine-tuned, {float(x):.0%}": of for x, of in result.get("fine_tuned", {}).items()}
     calibrated = {"skill": "brier_skill", "ECE": "ece", "perfect": "ece_perfect", "z": "z"}
     of_tasks = {"labels": "n_labels", "of": "n_labels_defined", "C": "c", **scores, "10+": "n_labels_min10",
                 "encoder, 10+": "macro_auroc_min10"}
