@@ -1,4 +1,4 @@
-"""What the tests share: the program's files on the path, one thread, real recordings where they are, and one ECG to draw.
+"""What the tests share: the program's files on the path, one thread, real recordings if there are any, an ECG to draw.
 
     pytest -q                       (in the project's root; no network, no GPU; at most 5 minutes on two idle cores)
     ECG_SLOW=1 pytest -q            (the long tests too: Slurm, kills, mutants, comparisons over many steps)
@@ -34,7 +34,7 @@ DIRECTIONS = {                   # lead vectors; the limb leads hold to Einthove
 
 
 def draw_ecg(fs, seconds, leads=("II",), rr_s=RR_S):
-    """An ECG without noise at any rate: a dipole seen along each lead's direction; float64 (L, T) mV. R at 0.5 + n rr_s."""
+    """An ECG without noise at any rate: a dipole along each lead's direction; float64 (L, T) mV. R at 0.5 + n rr_s."""
     t = np.arange(round(seconds * fs)) / fs
     dipole = np.zeros((3, len(t)))
     for centre, deviation, *xyz in WAVES:

@@ -505,7 +505,8 @@ def test_damaged_edf_is_refused_with_its_cause(tmp_path):
     good = (tmp_path / "x.edf").read_bytes()
     assert read_edf(tmp_path / "x.edf").signal.shape == (1000, 1)
     for data, words in ((good[:-2], "cut short: 4 records of 500 bytes .* and 1998 bytes do"), (b"", "ValueError"),
-                        (b"1" + good[1:], "version '1"), (good.replace(b"-32768  ", b"32767   "), "II in mV, of no range;"),
+                        (b"1" + good[1:], "version '1"),
+                        (good.replace(b"-32768  ", b"32767   "), "II in mV, of no range;"),
                         (good.replace(b"mV  ", b"mmHg"), "II in mmHg; expected"), (good[:300], "ValueError")):
         (tmp_path / "x.edf").write_bytes(data)
         with pytest.raises(Refused, match=words):
@@ -691,7 +692,7 @@ def test_nothing_usable_leaves_nothing(tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="no wfdb recordings under .*: expected WFDB headers"):
         run("wfdb", tmp_path / "nothing", tmp_path / "out")
-    with pytest.raises(ValueError, match="no ptbxl_database.csv in .*: expected PTB-XL's own folder, which .*--download. fet"):
+    with pytest.raises(ValueError, match="no ptbxl_database.csv in .*: expected PTB-XL's own folder, which .*--download"):
         run("ptbxl", tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(OSError), atomic_folder(tmp_path / "out") as part:
         (part / "half").write_text("half")
@@ -1261,7 +1262,7 @@ def test_out_may_be_a_mount_point_or_a_link(small_raw, small_corpus, tmp_path, m
         assert sorted(os.listdir(tmp_path)) == (["big", "out"] if "link" in kind else ["out"])
         assert not disk.exists() or os.listdir(disk) == ["mine"]
         before = files_of(out)
-        for again in (lambda: prepare.main(args),                      # or after a long download, made by another process
+        for again in (lambda: prepare.main(args),                      # or, after a long download, made by another one
                       lambda: prepare.write_corpus("wfdb", small_raw, out, args, "another command")):
             with pytest.raises(ValueError, match="out already exists: delete it"):
                 again()

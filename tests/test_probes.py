@@ -607,7 +607,7 @@ def test_ptbxl_from_raw_to_report(synth, encoder_path, tmp_path, capsys, monkeyp
     assert task["untrained"] == pytest.approx(roc_auc_score(y, p0, average="macro"), abs=1e-6)
     assert task["difference"] == pytest.approx(task["macro_auroc"] - task["untrained"], abs=2e-6) != 0
     levels = result["noise"]["mixture"]
-    assert levels["24"]["superdiagnostic"]["macro_auroc"] == pytest.approx(task["macro_auroc"], abs=0.05)  # hardly noise
+    assert levels["24"]["superdiagnostic"]["macro_auroc"] == pytest.approx(task["macro_auroc"], abs=0.05)  # hardly any
     for noise in (levels[str(db)]["superdiagnostic"] for db in NOISE_DB):
         assert noise["difference"] == pytest.approx(noise["macro_auroc"] - noise["untrained"], abs=2e-6)
         assert noise["difference_ci95"][0] <= noise["difference"] <= noise["difference_ci95"][1]
