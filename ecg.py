@@ -93,7 +93,6 @@ PAPER_MARGINS_MM = 16, 34        # of a figure, both sides together: width, heig
 MAX_SHOWN_MV = 4.0               # about a lead's median; what is beyond is cut off
 
 
-
 class Refused(ValueError):
     """A recording that cannot be used. `reason` is the category that prepare.py counts; the text says what to do."""
 

@@ -15,6 +15,7 @@ of B * M). Signals are in mV at FS Hz.
 """
 import argparse
 import contextlib
+import importlib
 import inspect
 import math
 import os
@@ -727,6 +728,8 @@ def main(args):
     are large: encoder.embed gives them. The file is written every minute and at the end, also after Ctrl-C; the same
     command goes on from there. What is in it is not read again: delete it to begin anew. No medical device.
     """
+    for name in ("matplotlib", "pandas", "sklearn") if args.plot else ():
+        importlib.import_module(name)            # what is not installed is told now, not after the first recording
     encoder, file = load_encoder(args.encoder, args.device), Path(file_of(args.encoder))
     array, notes = (args.fs, args.units, args.leads), {}
     table = FeatureTable(args.out, dict(

@@ -134,7 +134,8 @@ def label_sets(codes, statements):
     for task in PTBXL_SETS:
         names = sorted(set(labels[task].values()))
         present = [{labels[task].get(code) for code in row} for row in codes]
-        sets[task] = names, np.array([[name in row for name in names] for row in present], bool)
+        y = np.array([[name in row for name in names] for row in present], bool)
+        sets[task] = names, y.reshape(len(codes), len(names))
     return sets
 
 
