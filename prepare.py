@@ -50,7 +50,8 @@ from tqdm import tqdm
 from corpus import (FINGERPRINT_DTYPE, FORMAT_VERSION, MAGIC, NO_FINGERPRINTS, SPLITS, SUPERCLASSES, TABLES,
                     fingerprint, index_faults, lock_folder, open_corpus, part_of, rows_to_leave_out, write_held_out)
 from ecg import (ARRAY_READERS, FS, LEADS, MAX_LEADS, MAX_MV, MISSING, NOT_READ, PAD_S, UV_PER_MV, Recording, Refused,
-                 as_refused, atomic_write, find_files, lead_id, list_recordings, preprocess, read_any, sha256)
+                 as_refused, atomic_write, find_files, lead_id, list_recordings, preprocess, read_any, save_figure,
+                 sha256)
 from synth import atomic_folder, synthesize
 
 MIN_VALID_S = 2.0                # s of signal that a lead needs to be kept
@@ -772,7 +773,7 @@ def draw_overview(corpus, path):
         axes[key].plot(np.arange(len(x)) / FS, x, color="k", lw=0.7)
         axes[key].set_title(title, loc="left", fontsize=9, pad=2)
     figure.suptitle(f"{corpus.manifest['source']}, {len(index):,} recordings, {hours.sum():,.1f} h")
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=90))
+    save_figure(figure, path, dpi=90)
 
 
 def shown_lead(corpus, i):

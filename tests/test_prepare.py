@@ -692,7 +692,8 @@ def test_nothing_usable_leaves_nothing(tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="no wfdb recordings under .*: expected WFDB headers"):
         run("wfdb", tmp_path / "nothing", tmp_path / "out")
-    with pytest.raises(ValueError, match="no ptbxl_database.csv in .*: expected PTB-XL's own folder, .*--download"):
+    with pytest.raises(ValueError, match="no ptbxl_database.csv in .*: expected PTB-XL's own folder, which "
+                       "`python prepare.py ptbxl --raw .* --out DIR --download` fetches$"):
         run("ptbxl", tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(OSError), atomic_folder(tmp_path / "out") as part:
         (part / "half").write_text("half")
