@@ -45,6 +45,9 @@ BASELINE_PATCHES = 7
 # leads before they are averaged over leads.
 LEAD_STD = 0.5
 TOKEN_STD = 0.02                 # standard deviation of CLS and registers at the start
+# Leads that build_encoder shows upside down: a healthy QRS points down in aVR, and networks go by its direction far more
+# than by the name of the lead (LOG.md). Upside down, as in Cabrera's order, aVR lies between I and II.
+TURNED = ("aVR",)
 # mV; linear below, logarithmic above: P and ST still count next to an R ten times as high, and a higher R stays higher.
 COMPRESS_MV = 0.1
 NORM_EPS = 1e-5
@@ -222,8 +225,9 @@ class Encoder(nn.Module):
 
     `config` holds all that is needed to build it again. `init_seed` decides its first weights. `window_patches`,
     {number of leads or more: patches}, has the lengths of its training windows; embed() cuts longer recordings into
-    such windows. Under torch.device("meta") it is built without memory; to_empty() and init_weights(), or
-    load_state_dict(assign=True), then fill it. ValueError for a width that does not fit the heads.
+    such windows. `turned`: names of leads that it turns upside down. Under torch.device("meta") it is built without
+    memory; to_empty() and init_weights(), or load_state_dict(assign=True), then fill it. ValueError for a width that
+    does not fit the heads.
     """
 
     sharded = False              # whether FSDP holds the weights, see encode
@@ -231,13 +235,14 @@ class Encoder(nn.Module):
     about = {}                   # what its file says about it: command, commit, ...
 
     def __init__(self, width, depth, heads, layer_scale, init_seed=0, window_patches=WINDOW_PATCHES,
-                 patch_samples=round(PATCH_S * FS), registers=REGISTERS):
+                 patch_samples=round(PATCH_S * FS), registers=REGISTERS, turned=()):
         super().__init__()
         if width % (2 * heads) or width // heads < 4:
             raise ValueError(f"width {width} with {heads} heads: rotary position needs heads of an even width, "
                              "4 or more; choose another width")
         self.config = dict(width=width, depth=depth, heads=heads, layer_scale=layer_scale, init_seed=init_seed,
-                           window_patches=dict(window_patches), patch_samples=patch_samples, registers=registers)
+                           window_patches=dict(window_patches), patch_samples=patch_samples, registers=registers,
+                           turned=list(turned))
         self.width, self.patch_samples, self.num_registers = width, patch_samples, registers
         self.head_width = width // heads
         self.patch_embedding = nn.Linear(patch_samples, width)
@@ -304,6 +309,8 @@ class Encoder(nn.Module):
                                  f"and leads (B, L); found {tuple(signal.shape)} and {tuple(leads.shape)}; "
                                  "encoder.embed() takes any recording")
             B, L, N = *leads.shape, signal.shape[-1] // self.patch_samples
+            for name in self.config["turned"]:
+                signal = torch.where((leads == LEADS.index(name))[..., None], -signal, signal)
             valid.append(self.valid_patches(signal) if gaps else None)
             patches = self.tokens(signal, mask, valid[-1]) + self.lead_embedding(leads)[:, :, None]
             x = torch.cat((self.cls_token.expand(B, -1, -1), self.register_tokens.expand(B, -1, -1),
@@ -586,7 +593,7 @@ def build_encoder(size, seed=0, **more):
     """An untrained encoder of a named size; more: other arguments of Encoder. ValueError for an unknown size."""
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; there are {', '.join(SIZES)}")
-    return Encoder(**SIZES[size], init_seed=seed, **more)
+    return Encoder(**SIZES[size], init_seed=seed, turned=TURNED, **more)
 
 
 def untrained_like(encoder):
