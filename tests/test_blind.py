@@ -286,30 +286,37 @@ def strangers(shared_data):
 
 @torch.inference_mode()
 def found_again(encoder, views):
-    """Shares of people whose nearest feature is theirs: of lead I without its name, among leads I; of lead I under the
+    """Shares of people whose nearest feature is right: of lead I without its name, among leads I; of lead I under the
     name of II, among all leads I and II, each under its own; of the later half of ten seconds, among earlier halves; of
-    I and II, and of aVR alone, among all eight leads of the same stretch."""
+    I and II, and of aVR alone, among all eight leads of the same stretch. At last, as the second, but II counts too."""
     views = torch.cat((views, -views[:, :2].mean(1, keepdim=True)), dim=1)                 # aVR, by its definition
 
     def features(columns, stretch, names):
         ids = torch.tensor([LEADS.index(name) for name in names]).expand(len(views), -1)
         return encoder(views[:, columns, stretch], ids).global_feature()
 
-    def right(found, *among):
+    def nearest(found, *among):
         among = torch.cat(among)
         found, among = ((x - among.mean(0)) / among.std(0) for x in (found, among))
-        return (torch.cdist(found, among).argmin(1) % len(found) == torch.arange(len(found))).float().mean().item()
+        return torch.cdist(found, among).argmin(1)
+
+    def right(places):
+        return (places == torch.arange(len(views))).float().mean().item()
     eight, long, early, late = TWELVE[:2] + TWELVE[6:], slice(0, 2000), slice(0, 1250), slice(1250, 2500)
     lead_i, lead_ii = (features([k], long, [name]) for k, name in enumerate(("I", "II")))
     whole = features(slice(8), early, eight)
-    return (right(features([0], long, ["unknown"]), lead_i), right(features([0], long, ["II"]), lead_i, lead_ii),
-            right(features(slice(8), late, eight), whole), right(features(slice(2), early, ["I", "II"]), whole),
-            right(features([8], early, ["aVR"]), whole))
+    renamed = nearest(features([0], long, ["II"]), lead_i, lead_ii)
+    return (right(nearest(features([0], long, ["unknown"]), lead_i)), right(renamed),
+            right(nearest(features(slice(8), late, eight), whole)),
+            right(nearest(features(slice(2), early, ["I", "II"]), whole)),
+            right(nearest(features([8], early, ["aVR"]), whole)), right(renamed % len(views)))
 
 
 def test_the_finished_encoder_goes_by_the_signal_and_not_by_the_names(strangers):
     finished, untrained = (found_again(load_encoder(name), strangers) for name in ("tiny", "random:tiny"))
-    # Measured: 0.99, 1.00, 0.67, 0.95, 0.91; untrained 0.06, 0.33, 0.44, 0.09, 0.03.
-    assert untrained[0] < 0.2 and untrained[1] < 0.5 and untrained[4] < 0.2
-    assert finished[0] > 0.95 and finished[1] > 0.95 and finished[2] > 0.55 and finished[3] > 0.85 and finished[4] > 0.7
+    # Measured: 0.99, 0.67, 0.67, 0.95, 0.91, 1.00; untrained 0.06, 0.00, 0.44, 0.09, 0.03, 0.33. The second was 0.89
+    # after half the steps: what is nearest instead is lead II of the same person, never another person.
+    assert untrained[0] < 0.2 and untrained[1] < 0.1 and untrained[4] < 0.2 and untrained[5] < 0.5
+    assert finished[0] > 0.95 and finished[2] > 0.55 and finished[3] > 0.85 and finished[4] > 0.7
+    assert finished[1] > 0.5 and finished[5] > 0.95
     assert all(a > b + 0.1 for a, b in zip(finished, untrained))

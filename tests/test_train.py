@@ -763,9 +763,8 @@ def test_resume_over_gram_anchoring_is_bit_for_bit(data, anchored, tmp_path, mon
 
 # Sums over recordings, tokens or ranks are taken in another order, which is 1e-7 of a value each time. AdamW divides
 # small gradients by their own size, so differences grow with the steps, in 100 to about 5e-6 of a loss. KoLeo is the
-# logarithm of a small distance, Contrast has a temperature of 0.15, and the targets of patches one of .02: ten and five
-# times as much.
-AGREE = dict(koleo=2e-4, contrast=2e-4, ibot=1e-4)
+# logarithm of a small distance, and Contrast has a temperature of 0.15: ten times as much.
+AGREE = dict(koleo=2e-4, contrast=2e-4)
 LOSSES = ("loss", "dino_global", "dino_local", "ibot", "koleo", "contrast", "target_entropy", "patch_target_entropy",
           "cls_rank", "prediction_entropy")
 
@@ -839,7 +838,9 @@ def test_two_ranks_train_as_one_and_stop_together(two_ranks, anchored):
 @pytest.mark.slow
 def test_ranks_sharding_compiling_and_recomputing_do_not_change_the_losses(data, tmp_path):
     steps = int(os.environ.get("ECG_STEPS", 6))
-    gram = ["--gram-from", "2"]
+    # A schedule of six steps begins at the full learning rate. With that of the recipe its third step may blow up a
+    # difference in the last bit 1,000 times, in one process too, before the differences shrink again.
+    gram = ["--gram-from", "2", "--lr", "1e-3"]
     run(PYTHON, TRAIN, *flags(data, tmp_path / "one", steps, *gram))
     for name, launcher, more in (
             ("two", torchrun(), ["--checkpoint-activations"]), ("replicated", torchrun(), ["--shard", "none"]),
